@@ -1,0 +1,125 @@
+"""Which of the Trainer's arguments goes to the server, which to the clients, and which is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.accelerators import Accelerator, CUDAAccelerator
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_fed.callbacks.base import Decision, FederatedCallback
+
+CLIENTS = (
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "accumulate_grad_batches",
+    "limit_train_batches",
+    "overfit_batches",
+    "reload_dataloaders_every_n_epochs",
+)
+BOTH = (
+    "accelerator",
+    "devices",
+    "precision",
+    "deterministic",
+    "benchmark",
+    "detect_anomaly",
+    "inference_mode",
+    "plugins",
+)
+
+# Argument -> (the values that say nothing, what to write instead).
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "max_epochs": ((None,), "A federation counts rounds: write max_rounds={0}, and local_epochs= for a client's epochs"),
+    "max_steps": ((-1, None), "A federation counts rounds: write max_rounds=, and local_steps={0} for a client's steps"),
+    "strategy": (("auto", None), "Clients are not processes of one training: leave strategy out and choose an engine="),
+    "num_nodes": ((1, None), "One machine runs the server: leave num_nodes out"),
+    "val_check_interval": ((None, 1.0), "The server validates after rounds: write check_val_every_n_epoch={0} for every"
+                           " n-th round, and local_validation=True to validate in local fits"),
+    "barebones": ((False, None), "Rounds need checkpoints and metrics: leave barebones out"),
+    "sync_batchnorm": ((False, None), "A client trains on one device: leave sync_batchnorm out"),
+}
+
+# Callbacks that act on training, which happens on the clients.
+_LOCAL = ("GradientAccumulationScheduler", "BaseFinetuning", "ModelPruning", "SpikeDetection")
+_NOWHERE = ("StochasticWeightAveraging", "WeightAveraging", "LearningRateFinder", "BatchSizeFinder")
+
+
+def refusals(arguments: dict[str, Any]) -> list[str]:
+    """A sentence for each argument that a federation cannot take."""
+    faults = []
+    for name, (silent, instead) in REFUSED.items():
+        if name in arguments and not any(arguments[name] is v or arguments[name] == v for v in silent):
+            faults.append(f"{name}={arguments[name]!r} is not for a FederatedTrainer. {instead.format(arguments[name])}.")
+    return faults
+
+
+def split(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Takes the clients' arguments out of ``arguments``, which then are the server's, and returns them.
+
+    A server trains nothing: what steers training is the clients' alone, what steers numerics is for both.
+    """
+    for name in REFUSED:
+        arguments.pop(name, None)
+    arguments["devices"] = one_device(arguments.get("accelerator", "auto"), arguments.get("devices", "auto"))
+    clients = {name: arguments.pop(name) for name in CLIENTS if name in arguments}
+    clients.update({name: arguments[name] for name in BOTH if name in arguments})
+    return clients
+
+
+def one_device(accelerator: str | Accelerator, devices: Any) -> Any:
+    """The first of the devices asked for: in one process clients train one after the other.
+
+    Args:
+        accelerator: As ``Trainer`` takes it.
+        devices: As ``Trainer`` takes it.
+    """
+    cuda = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
+    if not cuda:
+        return devices if isinstance(accelerator, Accelerator) else 1
+    indices = CUDAAccelerator.parse_devices(-1 if devices == "auto" else devices) or []
+    if len(indices) > 1 and devices != "auto":
+        rank_zero_warn(f"devices={devices!r}: clients train in this process one after the other, on cuda:{indices[0]}.")
+    return indices[:1]
+
+
+def misplaced(callbacks: Sequence[Callback], client_callbacks: Sequence[Callback]) -> list[str]:
+    """A sentence for each Lightning callback that cannot do its work where it was put."""
+    faults = []
+    for callback in callbacks:
+        if _is_one_of(callback, _LOCAL):
+            name = type(callback).__name__
+            faults.append(f"{name} acts on training, which the clients do: write client_callbacks=[{name}(...)].")
+    for callback in (*callbacks, *client_callbacks):
+        if _is_one_of(callback, _NOWHERE):
+            faults.append(
+                f"{type(callback).__name__} takes over the training loop (an epoch of its own over the train loader, or"
+                " trial steps), which a round cannot give it: leave it out."
+            )
+    for callback in client_callbacks:
+        if isinstance(callback, FederatedCallback):
+            faults.append(f"{type(callback).__name__} is a federated callback: write callbacks=[...], not client_callbacks.")
+    return faults
+
+
+def _is_one_of(callback: Callback, names: Sequence[str]) -> bool:
+    return any(isinstance(callback, getattr(lightning_callbacks, name, ())) for name in names)
+
+
+def owners_of(decision: Decision, callbacks: Sequence[FederatedCallback]) -> list[FederatedCallback]:
+    """The callbacks that decide one thing; more than one is a fault."""
+    return [callback for callback in callbacks if decision in callback.decides]
+
+
+def double_owners(callbacks: Sequence[FederatedCallback]) -> list[str]:
+    """A sentence for each thing that two callbacks want to decide."""
+    faults = []
+    for decision in ("partition", "cohort", "aggregation", "failures"):
+        names = [type(callback).__name__ for callback in owners_of(decision, callbacks)]
+        if len(names) > 1:
+            faults.append(f"{' and '.join(names)} both decide the {decision}: keep one of them.")
+    return faults

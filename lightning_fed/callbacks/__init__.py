@@ -1,0 +1,34 @@
+"""Federated methods and watchers: one method a file, all in the Trainer's list of callbacks."""
+
+from lightning_fed.callbacks.base import ClientReport, FederatedCallback
+from lightning_fed.callbacks.client_data import ClientData
+from lightning_fed.callbacks.client_metrics import ClientMetrics
+from lightning_fed.callbacks.fault_tolerance import FaultTolerance
+from lightning_fed.callbacks.fedavg import FedAvg, FedAvgM
+from lightning_fed.callbacks.fedopt import FedAdagrad, FedAdam, FedYogi
+from lightning_fed.callbacks.fedprox import FedProx
+from lightning_fed.callbacks.flower_strategy import FlowerStrategy
+from lightning_fed.callbacks.history import History
+from lightning_fed.callbacks.participation import PartialParticipation
+from lightning_fed.callbacks.partition import Partition
+from lightning_fed.callbacks.progress import RichRoundBar, TQDMRoundBar
+
+__all__ = [
+    "ClientData",
+    "ClientMetrics",
+    "ClientReport",
+    "FaultTolerance",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedProx",
+    "FedYogi",
+    "FederatedCallback",
+    "FlowerStrategy",
+    "History",
+    "PartialParticipation",
+    "Partition",
+    "RichRoundBar",
+    "TQDMRoundBar",
+]

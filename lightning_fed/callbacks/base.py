@@ -1,0 +1,200 @@
+"""A federated method is one callback with three parts: server, wire, local training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from flwr.clientapp.typing import Mod
+from flwr.serverapp.strategy import Strategy
+from lightning.pytorch import Callback, Trainer
+
+from lightning_fed.errors import ClientError, ConfigurationError
+from lightning_fed.seeding import seed_for
+from lightning_fed.strategies import WeightedMean
+
+if TYPE_CHECKING:
+    from lightning_fed.data import ClientLoaders
+
+Stage = Literal["train", "evaluate"]
+Decision = Literal["partition", "cohort", "aggregation", "failures"]
+Weighting = Literal["examples", "uniform"]
+
+# The prefix of what clients find on their own held-out data; what they log in training keeps the user's names.
+CLIENT_METRICS = "clients/"
+
+
+@dataclass
+class ClientReport:
+    """What the server sees of one client's work in a round.
+
+    Attributes:
+        client: The client's index.
+        num_examples: Its averaging coefficient.
+        metrics: The numbers that it reports under the user's names.
+    """
+
+    client: int
+    num_examples: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class FederatedCallback(Callback):
+    """The base of all federated callbacks. It is a Lightning callback, too, with the server's trainer in every hook.
+
+    A method overrides the parts that it needs:
+
+    - **server**: ``server_strategy`` builds the Flower strategy, or wraps the one that another callback built;
+    - **wire**: ``client_mods`` gives Flower client mods, which see each message and reply;
+    - **local training**: ``local_callbacks`` gives plain Lightning callbacks for the clients' trainers.
+
+    What a callback *decides* has exactly one owner; any number may *watch* by the ``on_*`` hooks. State that must
+    survive a restart goes into Lightning's ``state_dict`` / ``load_state_dict``.
+
+    >>> class PrintCohort(FederatedCallback):
+    ...     def on_round_start(self, trainer, round, stage, cohort):
+    ...         print(f"round {round}: clients {cohort} {stage}")
+    >>> PrintCohort().on_round_start(None, 1, "train", [0, 2])
+    round 1: clients [0, 2] train
+    """
+
+    decides: ClassVar[frozenset[Decision]] = frozenset()
+
+    def server_strategy(self, strategy: Strategy | None) -> Strategy | None:
+        """The strategy of the run.
+
+        Args:
+            strategy: ``None`` for the owner of ``"aggregation"``, who builds it; what the callbacks before built, for
+                all others, who may wrap it.
+        """
+        return strategy
+
+    def client_mods(self, stage: Stage) -> Sequence[Mod]:
+        """Flower mods around the client's ``"train"`` or ``"evaluate"`` function, outermost first."""
+        return []
+
+    def local_callbacks(self) -> Sequence[Callback]:
+        """New Lightning callbacks for one client's local fit."""
+        return []
+
+    def on_federation_start(self, trainer: Trainer) -> None:
+        """The data is dealt out and the strategy built; the first round is about to start."""
+
+    def on_round_start(self, trainer: Trainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
+        """The cohort (client indices, ascending) is about to train or evaluate."""
+
+    def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
+        """A client's reply came in and is good."""
+
+    def on_client_error(self, trainer: Trainer, round: int, stage: Stage, error: ClientError) -> None:
+        """A client failed and the run goes on without it."""
+
+    def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
+        """The clients are done with the round. ``metrics`` are about to be logged; what is added is logged, too."""
+
+
+class PartitionOwner(FederatedCallback):
+    """A callback that decides which data each client has."""
+
+    decides = frozenset({"partition"})
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients there are."""
+        raise NotImplementedError
+
+    def prepare(self, loader: object, seed: int) -> None:
+        """Called once a fit, before the first round.
+
+        Args:
+            loader: What the user's ``train_dataloader`` gave, or ``None``.
+            seed: The run's seed.
+        """
+
+    def client(self, client: int, *, round: int) -> ClientLoaders:
+        """What a client trains and evaluates on."""
+        raise NotImplementedError
+
+    def can_evaluate(self) -> bool:
+        """Whether clients may have data of their own to evaluate on."""
+        return False
+
+    def sizes(self) -> list[int] | None:
+        """The number of training examples of each client, or ``None`` where only training tells."""
+        return None
+
+
+class CohortOwner(FederatedCallback):
+    """A callback that decides which clients take part in a round; this one takes all of them."""
+
+    decides = frozenset({"cohort"})
+    min_available_clients = 1
+
+    def size(self, stage: Stage, num_clients: int) -> int:
+        """How many clients take part in a stage."""
+        return num_clients
+
+    def sample(self, stage: Stage, round: int, num_clients: int, seed: int) -> list[int]:
+        """The cohort of a round: client indices, ascending.
+
+        Args:
+            stage: ``"train"`` or ``"evaluate"``.
+            round: The round, from 1.
+            num_clients: How many clients there are.
+            seed: The run's seed.
+        """
+        size = self.size(stage, num_clients)
+        if size == num_clients:
+            return list(range(num_clients))
+        return sorted(random.Random(seed_for(seed, f"cohort/{stage}", round=round)).sample(range(num_clients), size))
+
+
+class FailureOwner(FederatedCallback):
+    """A callback that decides what becomes of failed clients; this one stops the run at the first."""
+
+    decides = frozenset({"failures"})
+
+    def on_failure(self, error: ClientError, failed: int, cohort: int) -> None:
+        """A client failed; raising stops the run.
+
+        Args:
+            error: What happened, with client, round and stage.
+            failed: How many of the cohort have failed so far, this one included.
+            cohort: How many clients were asked.
+        """
+        raise error
+
+    def min_results(self, cohort: int) -> int:
+        """How many good replies a round of ``cohort`` clients needs."""
+        return cohort
+
+
+class Averaging(FederatedCallback):
+    """The base of all methods that start from the clients' mean.
+
+    Args:
+        weighting: ``"examples"`` weights a client by its number of training examples, ``"uniform"`` all alike.
+
+    Raises:
+        ConfigurationError: If ``weighting`` is neither.
+    """
+
+    decides = frozenset({"aggregation"})
+
+    def __init__(self, weighting: Weighting = "examples") -> None:
+        if weighting not in ("examples", "uniform"):
+            raise ConfigurationError(
+                f"{type(self).__name__}(weighting={weighting!r}): write 'examples' or 'uniform'."
+            )
+        self.weighting = weighting
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all clients weigh alike."""
+        return self.weighting == "uniform"
+
+    def server_strategy(self, strategy: Strategy | None) -> Strategy:
+        """The weighted mean."""
+        return WeightedMean(uniform=self.uniform)

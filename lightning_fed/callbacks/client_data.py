@@ -1,0 +1,61 @@
+"""Data that is already apart: each client brings its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from lightning_fed.callbacks.base import PartitionOwner
+from lightning_fed.data import ClientLoaders, count_examples
+from lightning_fed.errors import ConfigurationError
+
+
+class ClientData(PartitionOwner):
+    """Gives each client its own datamodule or train loader, in ``Partition``'s place.
+
+    ``fit(model)`` then needs no train loader. A client's datamodule is set up in the client's own fit, and its
+    ``val_dataloader`` serves the client-side evaluation.
+
+    Args:
+        clients: ``fn(client_id)`` for clients ``0..n-1`` (with ``num_clients``), or a list with one entry a client; each
+            gives a ``LightningDataModule``, a train loader, or a pair of a train and a val loader.
+        num_clients: How many clients a function serves.
+
+    Raises:
+        ConfigurationError: If the number of clients is missing, contradicts the list, or is zero.
+
+    >>> ClientData([["a", "b"], ["c"]]).num_clients
+    2
+    """
+
+    def __init__(self, clients: Callable[[int], Any] | Sequence[Any], num_clients: int | None = None) -> None:
+        is_list = not callable(clients)
+        known = len(clients) if isinstance(clients, Sequence) else num_clients
+        if known is None:
+            raise ConfigurationError("ClientData(fn) does not tell how many clients there are: add num_clients=.")
+        if known < 1 or (num_clients is not None and num_clients != known):
+            raise ConfigurationError(
+                f"ClientData got {known} clients{'' if num_clients is None else f' and num_clients={num_clients}'}: give"
+                " one entry for each client, at least one."
+            )
+        self._clients = clients.__getitem__ if is_list else clients
+        self._count = known
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients there are."""
+        return self._count
+
+    def client(self, client: int, *, round: int) -> ClientLoaders:
+        """See ``PartitionOwner``."""
+        given = self._clients(client)
+        if isinstance(given, LightningDataModule):
+            return ClientLoaders(datamodule=given)
+        train, val = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+        return ClientLoaders(train=train, val=val, num_examples=count_examples(train))
+
+    def can_evaluate(self) -> bool:
+        """Whether a client has data to evaluate on only the client knows."""
+        return True

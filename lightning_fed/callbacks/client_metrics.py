@@ -1,0 +1,38 @@
+"""The spread of metrics over clients."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+
+from lightning_fed.callbacks.base import CLIENT_METRICS, ClientReport, FederatedCallback, Stage
+
+
+class ClientMetrics(FederatedCallback):
+    """Logs the least and the greatest of each metric over the round's clients, and on request every client's value.
+
+    As ``<name>/min`` and ``<name>/max`` for training, ``clients/<name>/min`` and so on for the clients' own evaluation;
+    every client's value as ``<name>/client_3``. They can be monitored like any other metric.
+
+    Args:
+        spread: Log minimum and maximum.
+        per_client: Log every client's value; meant for few clients.
+    """
+
+    def __init__(self, spread: bool = True, per_client: bool = False) -> None:
+        self.spread, self.per_client = spread, per_client
+        self._values: dict[str, dict[int, float]] = {}
+
+    def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
+        """Collects a client's values."""
+        prefix = CLIENT_METRICS if stage == "evaluate" else ""
+        for name, value in report.metrics.items():
+            self._values.setdefault(prefix + name, {})[report.client] = value
+
+    def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
+        """Adds to what is logged."""
+        for name, values in self._values.items():
+            if self.spread:
+                metrics[f"{name}/min"], metrics[f"{name}/max"] = min(values.values()), max(values.values())
+            if self.per_client:
+                metrics.update({f"{name}/client_{client}": value for client, value in sorted(values.items())})
+        self._values = {}

@@ -1,0 +1,65 @@
+"""FedProx: local training is held near the round's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_fed.callbacks.base import FederatedCallback
+from lightning_fed.errors import require
+
+
+class FedProx(FederatedCallback):
+    """Adds the proximal term ``mu / 2 * ||w - w_t||^2`` to every client's objective (Li et al. 2020, equation 2).
+
+    https://arxiv.org/abs/1812.06127. The term's exact gradient ``mu * (w - w_t)`` is added to each parameter's gradient
+    before it is clipped and stepped, with any optimizer, automatic or manual, in any precision; losses that the user
+    logs stay without it. It goes with any aggregation.
+
+    Args:
+        mu: The strength of the term, >= 0.
+    """
+
+    def __init__(self, mu: float) -> None:
+        require(self, mu=(mu, mu >= 0, ">= 0"))
+        self.mu = mu
+
+    def local_callbacks(self) -> Sequence[Callback]:
+        """The callback that adds the gradient."""
+        return [ProximalTerm(self.mu)]
+
+
+class ProximalTerm(Callback):
+    """FedProx's part in local training; a plain Lightning callback.
+
+    Args:
+        mu: The strength of the term.
+    """
+
+    def __init__(self, mu: float) -> None:
+        self.mu = mu
+        self._anchor: dict[Tensor, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remembers the round's weights."""
+        self._anchor = {p: p.detach().clone() for p in pl_module.parameters()}
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Adds the gradient of the term to this optimizer's parameters; those that are not trained have none."""
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p in self._anchor:
+                    p.grad.add_(p - self._anchor[p], alpha=self.mu)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets the remembered weights go."""
+        self._anchor = {}
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lets the remembered weights go."""
+        self._anchor = {}

@@ -1,0 +1,140 @@
+"""Every round's metrics as a table, and their curves."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_fed.callbacks.base import ClientReport, FederatedCallback, Stage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = dict[str, float]
+
+
+class History(FederatedCallback):
+    """Keeps a row of metrics for each round; part of the checkpoint, so a resumed run has the whole table.
+
+    A row has ``round``, what the clients logged in training under the user's names, their own evaluation as
+    ``clients/<name>``, and the server's validation under the user's names (in rounds that validate).
+
+    Args:
+        per_client: Also keep what each client reports, in ``clients``.
+
+    Attributes:
+        rows: One dict a round.
+        clients: With ``per_client``, one dict a client, round and stage: ``round``, ``stage``, ``client``,
+            ``num_examples`` and the client's metrics.
+    """
+
+    def __init__(self, per_client: bool = False) -> None:
+        self.per_client = per_client
+        self.rows: list[Row] = []
+        self.clients: list[dict[str, Any]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A new fit starts a new table; a resumed one goes on with its own."""
+        done = trainer.current_epoch
+        self.rows = [row for row in self.rows if row["round"] <= done]
+        self.clients = [row for row in self.clients if row["round"] <= done]
+
+    def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
+        """Keeps a client's own numbers, if asked to."""
+        if self.per_client:
+            row = {"round": round, "stage": stage, "client": report.client, "num_examples": report.num_examples}
+            self.clients.append({**row, **report.metrics})
+
+    def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
+        """Starts the round's row."""
+        self.rows.append({"round": round, **metrics})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds the server's validation to the round's row."""
+        if self.rows and not trainer.sanity_checking and trainer.state.fn == "fit":
+            known = {name: float(v) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
+            self.rows[-1] = {**known, **self.rows[-1]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The table."""
+        return {"rows": [dict(row) for row in self.rows], "clients": [dict(row) for row in self.clients]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the table back."""
+        self.rows, self.clients = list(state_dict["rows"]), list(state_dict["clients"])
+
+    @property
+    def names(self) -> list[str]:
+        """All metrics' names, sorted."""
+        return sorted({name for row in self.rows for name in row} - {"round"})
+
+    def __getitem__(self, name: str) -> list[float]:
+        """One metric over the rounds that have it.
+
+        Raises:
+            KeyError: If no round has it; it names those there are.
+        """
+        if name not in self.names:
+            raise KeyError(f"History has no {name!r}; it has {self.names}.")
+        return [row[name] for row in self.rows if name in row]
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the table, one line a round."""
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["round", *self.names])
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def __str__(self) -> str:
+        names = ["round", *self.names]
+        cells = [[_cell(row.get(name)) for name in names] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+        lines = [names, *cells]
+        return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+
+    def plot(self, path: str | os.PathLike[str] | None = None, names: Sequence[str] | None = None) -> Figure:
+        """Draws the curves, one panel a quantity: the clients' average and the server's own, side by side.
+
+        Args:
+            path: Where to save the picture, if anywhere.
+            names: The metrics to draw; by default all whose name speaks of a loss or an accuracy, else all.
+        """
+        from matplotlib.figure import Figure
+
+        chosen = list(names) if names is not None else _curves(self.names)
+        panels: dict[str, list[str]] = {}
+        for name in chosen:
+            panels.setdefault(_quantity(name), []).append(name)
+        figure = Figure(figsize=(5.5 * max(1, len(panels)), 4), layout="constrained")
+        for i, (quantity, members) in enumerate(sorted(panels.items()), 1):
+            axes = figure.add_subplot(1, len(panels), i)
+            for name in members:
+                points = [(row["round"], row[name]) for row in self.rows if name in row]
+                label = f"{name} (mean over clients)" if name.startswith("clients/") else name
+                axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
+            axes.set(xlabel="round", ylabel=quantity)
+            axes.grid(alpha=0.3)
+            axes.legend()
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:g}" if value == int(value) else f"{value:.4f}"
+
+
+def _curves(names: list[str]) -> list[str]:
+    usual = [name for name in names if _quantity(name) in ("loss", "accuracy") and not name.endswith("_step")]
+    return usual or names
+
+
+def _quantity(name: str) -> str:
+    last = name.rsplit("/", 1)[-1].lower()
+    if "loss" in last:
+        return "loss"
+    return "accuracy" if "acc" in last else last

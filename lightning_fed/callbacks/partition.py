@@ -1,0 +1,191 @@
+"""Deals the user's train set out among clients with flwr-datasets' partitioners."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lightning_fed.callbacks.base import PartitionOwner
+from lightning_fed.data import ClientLoaders, labels_of, require_sliceable, slice_loader
+from lightning_fed.errors import ConfigurationError
+from lightning_fed.seeding import seed_for
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
+    from matplotlib.figure import Figure
+
+_INDEX = "lightning-fed-index"
+_LABEL_NAMES = ("label", "labels", "target", "targets")
+
+
+class Partition(PartitionOwner):
+    """Deals the train set out among clients; works on any map-style dataset, of torch or Hugging Face.
+
+    The partitioner runs over a table of labels, shuffled with the run's seed, so no example is read or decoded. Each
+    client gets a loader like the user's own over its examples, in the order of the dataset.
+
+    Args:
+        partitioner: Any partitioner of ``flwr_datasets.partitioner``, or a number of clients for an IID partition.
+        val_fraction: The part of each client's examples held out for its client-side evaluation, in ``[0, 1)``; a
+            client always keeps at least one example to train on.
+        labels: The label of each example, in the dataset's order, or a function of the dataset that gives them. Needed
+            only where they are found neither in ``.targets``, ``.labels``, a column, nor the last tensor.
+
+    Raises:
+        ConfigurationError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        partitioner: Partitioner | int,
+        val_fraction: float = 0.0,
+        labels: Sequence[Any] | torch.Tensor | Callable[[Any], Any] | None = None,
+    ) -> None:
+        if isinstance(partitioner, int):
+            if partitioner < 1:
+                raise ConfigurationError(f"num_clients={partitioner} must be at least 1.")
+            from flwr_datasets.partitioner import IidPartitioner
+
+            partitioner = IidPartitioner(partitioner)
+        if not 0 <= val_fraction < 1:
+            raise ConfigurationError(f"Partition(val_fraction={val_fraction!r}) must be in [0, 1).")
+        self.partitioner, self.val_fraction = partitioner, val_fraction
+        self._labels = labels
+        self._loader: Any = None
+        self._dealt: Partitioner | None = None
+        self._seed = 0
+        self._cache: dict[int, np.ndarray[Any, Any]] = {}
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients there are; some partitioners know it only once they saw the data."""
+        if isinstance(count := getattr(self.partitioner, "_num_partitions", None), int):
+            return count
+        if self._dealt is None:
+            raise ConfigurationError(
+                f"{type(self.partitioner).__name__} knows its number of clients only once it saw the data."
+            )
+        return self._dealt.num_partitions
+
+    def prepare(self, loader: object, seed: int) -> None:
+        """See ``PartitionOwner``.
+
+        Raises:
+            ConfigurationError: If the loader cannot be sliced, or the partitioner does not fit the data.
+        """
+        self._loader, self._seed, self._cache = require_sliceable(loader), seed, {}
+        self._deal(self._loader.dataset)
+
+    def _deal(self, dataset: Any) -> None:
+        if self.partitioner.is_dataset_assigned():
+            raise ConfigurationError("Partition was given a partitioner that has a dataset already; give it a new one.")
+        from datasets import Dataset
+
+        columns = self._columns(dataset)
+        order = np.random.default_rng(seed_for(self._seed, "partition")).permutation(len(dataset))
+        dealt = copy.deepcopy(self.partitioner)
+        dealt.dataset = Dataset.from_dict({_INDEX: order, **{name: column[order] for name, column in columns.items()}})
+        self._dealt = dealt
+        try:
+            self.indices(0)
+        except (KeyError, ValueError, AttributeError, AssertionError) as error:
+            self._dealt = None
+            raise ConfigurationError(self._explain(error, len(dataset), list(columns))) from error
+
+    def _explain(self, error: Exception, examples: int, columns: list[str]) -> str:
+        name = type(self.partitioner).__name__
+        wanted = getattr(self.partitioner, "_partition_by", None)
+        if wanted is not None and wanted not in columns:
+            return (
+                f"{name}(partition_by={wanted!r}): the training set has no column {wanted!r}; it has"
+                f" {columns or 'no labels that can be found'}. Name one of these, or pass the labels:"
+                " Partition(..., labels=...)."
+            )
+        hint = ""
+        if "attempts" in str(error):
+            hint = " Two ways out: a larger alpha, or a smaller min_partition_size (0 lets clients go without examples)."
+        return f"{name} cannot deal out {examples} examples: {error}{hint}"
+
+    def _columns(self, dataset: Any) -> dict[str, np.ndarray[Any, Any]]:
+        """What a partitioner may deal by, without reading an example."""
+        from datasets import ClassLabel, Dataset, Value
+
+        labels = self._labels(dataset) if callable(self._labels) else self._labels
+        if labels is not None and len(labels) != len(dataset):
+            raise ConfigurationError(f"Partition got {len(labels)} labels for {len(dataset)} training examples.")
+        if labels is None and isinstance(dataset, Dataset):
+            cheap = [name for name, kind in dataset.features.items() if isinstance(kind, (Value, ClassLabel))]
+            plain = dataset.with_format(None).select_columns(cheap)
+            return {name: np.asarray(plain[name][:]) for name in cheap}
+        found = labels_of(dataset) if labels is None else labels
+        if found is None:
+            return {}
+        names = set(_LABEL_NAMES)
+        if labels is not None:  # given by hand, they are what the partitioner asks for
+            names.add(getattr(self.partitioner, "_partition_by", _LABEL_NAMES[0]))
+        return dict.fromkeys(sorted(names), np.asarray(found))
+
+    def indices(self, client: int) -> np.ndarray[Any, Any]:
+        """All examples of a client, training and held out: indices into the dataset, int64, ascending."""
+        if self._dealt is None:
+            raise ConfigurationError("The data has not been dealt out yet: call trainer.fit, or partition.prepare.")
+        if client not in self._cache:
+            part = self._dealt.load_partition(client)
+            self._cache[client] = np.sort(np.asarray(part[_INDEX], dtype=np.int64))
+        return self._cache[client]
+
+    def split(self, client: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """A client's training and held-out examples: indices into the dataset, int64, ascending."""
+        own = self.indices(client)
+        held_out = min(int(self.val_fraction * len(own) + 0.5), max(len(own) - 1, 0))
+        chosen = np.zeros(len(own), dtype=bool)
+        chosen[np.random.default_rng(seed_for(self._seed, "val", client=client)).permutation(len(own))[:held_out]] = True
+        return own[~chosen], own[chosen]
+
+    def client(self, client: int, *, round: int) -> ClientLoaders:
+        """See ``PartitionOwner``."""
+        train, val = self.split(client)
+        seed = seed_for(self._seed, "loader", round=round, client=client)
+        return ClientLoaders(
+            train=slice_loader(self._loader, train.tolist(), seed=seed),
+            val=slice_loader(self._loader, val.tolist(), seed=seed, shuffle=False) if len(val) else None,
+            num_examples=len(train),
+        )
+
+    def can_evaluate(self) -> bool:
+        """Whether anything is held out."""
+        return self.val_fraction > 0
+
+    def sizes(self) -> list[int]:
+        """The number of training examples of each client."""
+        return [len(self.split(client)[0]) for client in range(self.num_clients)]
+
+    def plot(self, path: str | os.PathLike[str] | None = None, **kwargs: Any) -> Figure:
+        """Draws each client's label distribution.
+
+        Args:
+            path: Where to save the picture, if anywhere.
+            **kwargs: As ``flwr_datasets.visualization.plot_label_distributions`` takes them.
+
+        Raises:
+            ConfigurationError: If the data has not been dealt out, or has no labels.
+        """
+        from flwr_datasets.visualization import plot_label_distributions
+
+        self.indices(0)
+        assert self._dealt is not None
+        columns = self._dealt.dataset.column_names
+        label = next((n for n in (getattr(self.partitioner, "_partition_by", ""), *_LABEL_NAMES) if n in columns), None)
+        if label is None:
+            raise ConfigurationError("Partition.plot() found no labels: pass them, Partition(..., labels=...).")
+        figure, axes, _ = plot_label_distributions(self._dealt, label, **{"legend": True, **kwargs})
+        axes.set_title(kwargs.get("title", "Training examples of each client, by label"))
+        axes.set_xlabel("client")
+        if path is not None:
+            figure.savefig(path, dpi=120, bbox_inches="tight")
+        return figure

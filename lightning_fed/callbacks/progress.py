@@ -1,0 +1,75 @@
+"""Progress bars that show the round, the clients done of the cohort, and the global metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+
+from lightning_fed.callbacks.base import ClientReport, FederatedCallback, Stage
+from lightning_fed.errors import ClientError
+
+
+class RoundProgress(FederatedCallback):
+    """What both bars share: a bar's length is the cohort, and a client's reply moves it."""
+
+    _done = 0
+    _what = ""
+
+    def on_round_start(self, trainer: Trainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
+        """Starts a bar for the cohort."""
+        self._done = 0
+        self._what = f"Round {round}/{trainer.max_epochs} {'training' if stage == 'train' else 'evaluating'}"
+        self.show(self._what, 0, len(cohort))
+
+    def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
+        """A client is done."""
+        self._done += 1
+        self.show(self._what, self._done)
+
+    def on_client_error(self, trainer: Trainer, round: int, stage: Stage, error: ClientError) -> None:
+        """A client failed, and is done, too."""
+        self._done += 1
+        self.show(self._what, self._done)
+
+    def show(self, what: str, done: int, total: int | None = None) -> None:
+        """Draws ``done`` clients of ``total`` (unchanged if ``None``)."""
+        raise NotImplementedError
+
+
+class TQDMRoundBar(RoundProgress, TQDMProgressBar):
+    """Lightning's TQDM bar with clients in place of batches."""
+
+    def show(self, what: str, done: int, total: int | None = None) -> None:
+        """See ``RoundProgress``."""
+        bar = self.train_progress_bar
+        if total is not None:
+            bar.reset(total)
+            bar.set_description(what)
+        bar.n = done
+        bar.refresh()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # type: ignore[override]
+        """Shows the round's metrics; the clients have moved the bar."""
+        self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
+
+
+class RichRoundBar(RoundProgress, RichProgressBar):
+    """Lightning's Rich bar with clients in place of batches."""
+
+    def show(self, what: str, done: int, total: int | None = None) -> None:
+        """See ``RoundProgress``."""
+        if self.progress is None or self.train_progress_bar_id is None:
+            return
+        changed: dict[str, Any] = {"completed": done}
+        if total is not None:
+            changed.update(total=total, description=what)
+        self.progress.update(self.train_progress_bar_id, **changed)
+        self.refresh()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # type: ignore[override]
+        """Shows the round's metrics; the clients have moved the bar."""
+        self._update_metrics(trainer, pl_module)
+        self.refresh()

@@ -1,0 +1,1 @@
+"""The clients' side: a Flower ClientApp around a Lightning fit."""

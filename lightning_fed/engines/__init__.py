@@ -1,0 +1,6 @@
+"""Where clients run: an engine gives the loop a Flower Grid."""
+
+from lightning_fed.engines.base import Engine
+from lightning_fed.engines.in_process import InProcess
+
+__all__ = ["Engine", "InProcess"]

@@ -1,0 +1,138 @@
+"""The in-process engine: a Grid that calls the client app directly, one client after the other.
+
+The one file that may know Flower's private modules; the range in ``pyproject.toml`` is pinned for it.
+"""
+
+from __future__ import annotations
+
+import traceback
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from flwr.app import Context, Message, RecordDict
+from flwr.app.message import make_message
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from lightning_fed import messages
+from lightning_fed.engines.base import Engine
+
+T = TypeVar("T")
+
+
+class InProcess(Engine):
+    """Runs every client in this process and thread. The cost of a round does not depend on the population."""
+
+    name = "in_process"
+
+    def run(self, main: Callable[[Grid], T], client_app: ClientApp, num_clients: Callable[[], int]) -> T:
+        """See ``Engine``."""
+        grid = InProcessGrid(client_app, num_clients)
+        with _server_identity(grid.run.run_id):
+            return main(grid)
+
+
+@contextmanager
+def _server_identity(run_id: int) -> Iterator[None]:
+    """``Message(...)`` reads who sends it from these process-wide variables."""
+    names = ("_task_id", "_run_id", "_node_id")
+    before = {name: getattr(TaskIdentity, name) for name in names}
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SUPERLINK_NODE_ID
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(TaskIdentity, name, value)
+
+
+class InProcessGrid(Grid):
+    """A Grid over clients ``0..n-1`` whose node ids are ``1..n``; a client's ``Context`` lives as long as the grid."""
+
+    def __init__(self, client_app: ClientApp, num_clients: Callable[[], int]) -> None:
+        self._app = client_app
+        self._count = num_clients
+        self._run = Run.create_empty(run_id=uuid.uuid4().int >> 65)
+        self._contexts: dict[int, Context] = {}
+        self._replies: dict[str, Message] = {}
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients there are."""
+        return self._count()
+
+    def node_of(self, client: int) -> int:
+        """Flower's address of a client."""
+        return client + 1
+
+    def client_of(self, node_id: int) -> int:
+        """The client at one of Flower's addresses."""
+        return node_id - 1
+
+    def client_states(self) -> dict[int, RecordDict]:
+        """What clients keep from round to round, by client; those that keep nothing are left out."""
+        return {client: context.state for client, context in sorted(self._contexts.items()) if context.state}
+
+    def load_client_states(self, states: dict[int, RecordDict]) -> None:
+        """Takes back what ``client_states`` gave."""
+        for client, state in states.items():
+            self._context(client).state = state
+
+    def _context(self, client: int) -> Context:
+        if client not in self._contexts:
+            config = {messages.CLIENT: client, "num-partitions": self.num_clients}
+            self._contexts[client] = Context(self._run.run_id, self.node_of(client), config, RecordDict(), {})
+        return self._contexts[client]
+
+    def _call(self, message: Message) -> Message:
+        delivered = make_message(metadata=message.metadata, content=messages.copy_for_delivery(message.content))
+        try:
+            reply = self._app(delivered, self._context(self.client_of(message.metadata.dst_node_id)))
+        except Exception as exception:
+            reply = messages.error_reply(message, exception, traceback.format_exc())
+        reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+        return reply
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Runs the clients as the replies are read, in the order of the messages; nothing to time out on."""
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+            yield self._call(message)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Runs the clients now and keeps their replies for ``pull_messages``."""
+        replies = list(self.send_and_receive(messages))
+        self._replies.update({reply.metadata.reply_to_message_id: reply for reply in replies})
+        return [reply.metadata.reply_to_message_id for reply in replies]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to pushed messages, each once."""
+        return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The addresses of all clients."""
+        return range(1, self.num_clients + 1)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The same, as Flower's NodeInfo."""
+        return (NodeInfo(node_id=node_id) for node_id in self.get_node_ids())
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """As ``Message(...)``."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def set_run(self, run: Run) -> None:
+        """Takes Flower's description of the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """Flower's description of the run."""
+        return self._run

@@ -1,0 +1,56 @@
+"""What can go wrong in a federation, and where it went wrong."""
+
+from __future__ import annotations
+
+
+class FederationError(RuntimeError):
+    """The base of every error that this package raises on its own account.
+
+    Attributes:
+        round: The round (from 1) in which it happened, if any.
+        client: The index of the client it happened to, if any.
+        stage: ``"train"`` or ``"evaluate"``, if any.
+        tensor: The name of the tensor concerned, if any.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        round: int | None = None,
+        client: int | None = None,
+        stage: str | None = None,
+        tensor: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.round = round
+        self.client = client
+        self.stage = stage
+        self.tensor = tensor
+
+
+class ConfigurationError(FederationError, ValueError):
+    """The arguments contradict each other or the data; nothing has been trained or saved."""
+
+
+class ClientError(FederationError):
+    """A client raised, did not reply, or sent an update that cannot be used."""
+
+
+class InvalidUpdateError(ClientError):
+    """A client sent weights with a missing name, a wrong shape, or a NaN or Inf in them."""
+
+
+class RoundError(FederationError):
+    """A round ended without enough good replies, or its strategy gave no new weights."""
+
+
+def require(owner: object, **arguments: tuple[float, bool, str]) -> None:
+    """Checks numbers given as ``name=(value, is_good, rule)`` and reports all faults together.
+
+    Raises:
+        ConfigurationError: If any is not good.
+    """
+    faults = [f"{name}={value!r} must be {rule}" for name, (value, good, rule) in arguments.items() if not good]
+    if faults:
+        raise ConfigurationError(f"{type(owner).__name__}: {'; '.join(faults)}.")

@@ -1,0 +1,249 @@
+"""What one fit holds together: the data dealt out, the strategy, the rounds, and their state in the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_fed import messages, weights
+from lightning_fed.callbacks.base import CohortOwner, FailureOwner, FederatedCallback, PartitionOwner
+from lightning_fed.data import ClientLoaders
+from lightning_fed.errors import ConfigurationError
+from lightning_fed.rounds import Rounds
+from lightning_fed.seeding import seed_all, seed_for
+from lightning_fed.strategies import ServerOptimizer
+
+# Beyond so many clients the summary does not look at each one's data.
+_SUMMARY_CLIENTS = 1000
+
+
+@dataclass
+class Owners:
+    """Who decides what, and all federated callbacks in the user's order."""
+
+    partition: PartitionOwner
+    cohorts: CohortOwner
+    failures: FailureOwner
+    callbacks: Sequence[FederatedCallback]
+
+
+class Deal:
+    """A client's data on demand: opens the user's train loader once and lets the partition's owner deal it out.
+
+    Args:
+        owner: Decides which data each client has.
+        source: Gives the user's train loader, or ``None``.
+        seed: The run's seed.
+        datamodule: Set up first where no server has done so (a client in a process of its own).
+        reload_every: Opens the loader anew whenever so many local epochs have passed; 0 for never.
+        first_epoch: The first local epoch of a round.
+    """
+
+    def __init__(
+        self,
+        owner: PartitionOwner,
+        source: Callable[[], Any],
+        seed: int,
+        datamodule: LightningDataModule | None,
+        reload_every: int,
+        first_epoch: Callable[[int], int],
+    ) -> None:
+        self.owner, self._source, self._seed, self._datamodule = owner, source, seed, datamodule
+        self._reload_every, self._first_epoch = reload_every, first_epoch
+        self._opened: int | None = None
+
+    def open(self, round: int = 1) -> None:
+        """Opens the loader for a round, if it is not open."""
+        due = self._first_epoch(round) // self._reload_every if self._reload_every else 0
+        if due != self._opened:
+            self.owner.prepare(self._source(), self._seed)
+            self._opened = due
+
+    def __call__(self, client: int, round: int) -> ClientLoaders:
+        """One client's loaders in a round."""
+        if self._opened is None and self._datamodule is not None:
+            self._datamodule.prepare_data()
+            self._datamodule.setup("fit")
+        self.open(round)
+        return self.owner.client(client, round=round)
+
+
+class Federation(Callback):
+    """The server's part of a fit at Lightning's hooks; one for each ``FederatedTrainer``.
+
+    Args:
+        owners: Who decides what.
+        seed: The run's seed.
+        timeout: Seconds to wait for replies.
+        max_clients: Truncates cohorts (``fast_dev_run``).
+        engine: The engine's name, for the summary.
+    """
+
+    def __init__(self, owners: Owners, seed: int, timeout: float, max_clients: int | None, engine: str) -> None:
+        self.owners, self.seed, self.timeout, self.max_clients = owners, seed, timeout, max_clients
+        self.engine = engine
+        self.metrics: dict[str, float] = {}
+        self._grid: Grid | None = None
+        self._deal: Deal | None = None
+        self._module: LightningModule | None = None
+        self._rounds: Rounds | None = None
+        self._strategy: Strategy | None = None
+        self._restored: dict[str, Any] | None = None
+        self._new: weights.Weights | None = None
+
+    @property
+    def state_key(self) -> str:
+        """The key of the federation's state in a checkpoint."""
+        return "lightning_fed.Federation"
+
+    def begin(self, grid: Grid, deal: Deal, module: LightningModule) -> None:
+        """Takes up a grid; Lightning's fit follows."""
+        self._grid, self._deal, self._module = grid, deal, module
+        self._restored, self._rounds, self._strategy = None, None, None
+
+    def end(self) -> None:
+        """Lets the grid and all data go; what a checkpoint saved after the fit needs is kept."""
+        self._deal = self._module = self._rounds = self._new = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The module is set up: deals the data out, builds the strategy, takes up what a checkpoint holds."""
+        assert self._grid is not None and self._deal is not None
+        weights.refuse_lazy(pl_module)
+        if self._is_ours:
+            self._deal.open(trainer.current_epoch + 1)
+        self._strategy = self._build_strategy(pl_module)
+        self._rounds = Rounds(
+            self._grid,
+            self._strategy,
+            callbacks=self.owners.callbacks,
+            cohorts=self.owners.cohorts,
+            failures=self.owners.failures,
+            trainer=trainer,
+            module=pl_module,
+            seed=self.seed,
+            timeout=self.timeout,
+            max_clients=self.max_clients,
+        )
+        self._check_cohort(self._rounds.roster.num_clients)
+        self._restore()
+        rank_zero_info(self._summary(trainer))
+        for callback in self.owners.callbacks:
+            callback.on_federation_start(trainer)
+
+    def run_round(self, trainer: Trainer) -> None:
+        """One round; if it fails the module has the weights of before."""
+        assert self._rounds is not None and self._module is not None
+        round, before = trainer.current_epoch + 1, weights.read(self._module)
+        try:
+            result = self._rounds.run(round, before, self._evaluates(trainer, round))
+        except BaseException:
+            weights.load(self._module, before)
+            raise
+        self._new, self.metrics = result.weights, result.metrics
+        # What the server draws from here on (its validation) depends on the round alone, also after a restart.
+        seed_all(seed_for(self.seed, "server", round=round))
+
+    def take_over(self) -> None:
+        """Loads the round's new weights into the module."""
+        assert self._module is not None and self._new is not None
+        weights.load(self._module, self._new)
+        self._new = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed, the strategy's state and what clients keep; tensors and plain values only."""
+        if self._strategy is None:
+            return {}
+        state: dict[str, Any] = {"seed": self.seed}
+        if hasattr(self._strategy, "state_dict"):
+            state["strategy"] = self._strategy.state_dict()
+        if self._is_ours:
+            kept = self._grid.client_states()  # type: ignore[union-attr]
+            state["clients"] = {client: messages.to_plain(record) for client, record in kept.items()}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps a checkpoint's state until the strategy is built."""
+        self._restored = state_dict
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether the clients are in this process, with their data and their state."""
+        return hasattr(self._grid, "client_states")
+
+    def _restore(self) -> None:
+        state = self._restored
+        if not state:
+            return
+        if state["seed"] != self.seed:
+            rank_zero_warn(
+                f"The checkpoint is of a run with seed {state['seed']}, this one has seed {self.seed}: data and cohorts"
+                f" will not be those of that run. Write FederatedTrainer(seed={state['seed']}) to go on with it."
+            )
+        if "strategy" in state and hasattr(self._strategy, "load_state_dict"):
+            self._strategy.load_state_dict(state["strategy"])
+        if self._is_ours:
+            records: dict[int, RecordDict] = {
+                int(client): messages.from_plain(record) for client, record in state.get("clients", {}).items()
+            }
+            self._grid.load_client_states(records)  # type: ignore[union-attr]
+
+    def _build_strategy(self, module: LightningModule) -> Strategy:
+        strategy: Strategy | None = None
+        callbacks = sorted(self.owners.callbacks, key=lambda callback: "aggregation" not in callback.decides)
+        for callback in callbacks:
+            strategy = callback.server_strategy(strategy)
+            if isinstance(strategy, ServerOptimizer) and strategy.parameters is None:
+                strategy.parameters = weights.parameter_names(module)
+        if strategy is None:
+            raise ConfigurationError(f"{type(callbacks[0]).__name__}.server_strategy() gave no strategy.")
+        return strategy
+
+    def _check_cohort(self, clients: int) -> None:
+        for stage in ("train", "evaluate"):
+            self.owners.cohorts.size(stage, clients)  # type: ignore[arg-type]
+        cohort = self.owners.cohorts.size("train", clients)
+        cohort = min(cohort, self.max_clients or cohort)
+        if (needed := self.owners.failures.min_results(cohort)) > cohort:
+            raise ConfigurationError(
+                f"{type(self.owners.failures).__name__}(min_results={needed}) can never be met: {cohort} clients train in"
+                " a round."
+            )
+
+    def _evaluates(self, trainer: Trainer, round: int) -> bool:
+        every = trainer.check_val_every_n_epoch or 1
+        return (
+            round % every == 0
+            and self.owners.partition.can_evaluate()
+            and is_overridden("validation_step", self._module, LightningModule)
+        )
+
+    def _summary(self, trainer: Trainer) -> str:
+        assert self._rounds is not None
+        clients = self._rounds.roster.num_clients
+        train, evaluate = (self.owners.cohorts.size(stage, clients) for stage in ("train", "evaluate"))
+        evaluating = f", {evaluate} evaluate" if self._evaluates(trainer, trainer.check_val_every_n_epoch or 1) else ""
+        methods = [type(c).__name__ for c in self.owners.callbacks if type(c).server_strategy is not FederatedCallback.server_strategy or type(c).local_callbacks is not FederatedCallback.local_callbacks]
+        rows = {
+            "clients": f"{clients}{self._examples(clients)}",
+            "each round": f"{train} train{evaluating}, {trainer.max_epochs} rounds",
+            "method": " + ".join(methods),
+            "engine": f"{self.engine} on {trainer.strategy.root_device}, seed {self.seed}",
+        }
+        return "\n".join(["Federation", *(f"  {name:<10}  {text}" for name, text in rows.items())])
+
+    def _examples(self, clients: int) -> str:
+        if not self._is_ours or clients > _SUMMARY_CLIENTS:
+            return ""
+        sizes = self.owners.partition.sizes()
+        if not sizes:
+            return ""
+        return f" with {min(sizes)} / {median(sizes):g} / {max(sizes)} training examples (min / median / max)"

@@ -1,0 +1,56 @@
+"""Every random draw of a run starts from ``(seed, round, client, purpose)``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+
+
+def run_seed(seed: int | None) -> int:
+    """The seed of a run: the one given, else that of ``lightning.seed_everything``, else 0."""
+    if seed is not None:
+        return seed
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def seed_for(seed: int, purpose: str, *, round: int = 0, client: int = -1) -> int:
+    """Derives an independent seed in ``[0, 2**32)`` (NumPy takes no more).
+
+    Args:
+        seed: The run's seed.
+        purpose: What is drawn, such as ``"train"`` or ``"cohort"``.
+        round: The round, from 1; 0 for what is drawn once a run.
+        client: The client's index; -1 for the server.
+
+    >>> seed_for(0, "train", round=1, client=3) == seed_for(0, "train", round=1, client=3)
+    True
+    >>> seed_for(0, "train", round=1, client=3) == seed_for(0, "train", round=2, client=3)
+    False
+    """
+    key = f"{seed}/{round}/{client}/{purpose}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
+
+
+def seed_all(seed: int) -> None:
+    """Seeds Python, NumPy and torch on every device.
+
+    Unlike ``seed_everything`` this leaves the environment's variables alone.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds Python, NumPy and torch for the block and puts their states back after it."""
+    with isolate_rng():
+        seed_all(seed)
+        yield

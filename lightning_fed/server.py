@@ -1,0 +1,130 @@
+"""The server view of a module: to Lightning an epoch is a round.
+
+In this view a training batch is one federated round and the optimizer's step takes the aggregated weights over. The
+user's training hooks rest: they run on the clients. Validation, test, predict, logging, hparams and checkpoints are the
+user's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from lightning_fed.views import View
+
+
+class RoundRunner(Protocol):
+    """What the views ask of the server's trainer."""
+
+    training: bool
+
+    def run_round(self) -> None: ...
+    def take_over_weights(self) -> None: ...
+
+    @property
+    def round_metrics(self) -> dict[str, float]: ...
+
+
+class RoundLoader:
+    """The server's train loader: one item an epoch, for one round an epoch."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[int]:
+        # The round's number is the epoch's: a counter here would start anew when a run is resumed.
+        yield 0
+
+
+class ServerOptimizer(torch.optim.Optimizer):
+    """Its step takes over the round's weights. It has an ``lr``, for ``LearningRateMonitor``, that nobody reads."""
+
+    def __init__(self, take_over: Callable[[], None]) -> None:
+        super().__init__([nn.Parameter(torch.zeros(1))], {"lr": 1.0})
+        self._take_over = take_over
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Takes the weights over."""
+        if closure is not None:
+            closure()
+        self._take_over()
+
+
+class BatchTransfer(View):
+    """Keeps the user's batch hooks away from the round's item while training."""
+
+    trainer: RoundRunner
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch if self.trainer.training else super().on_before_batch_transfer(batch, dataloader_idx)  # type: ignore[misc]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if self.trainer.training:
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)  # type: ignore[misc]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch if self.trainer.training else super().on_after_batch_transfer(batch, dataloader_idx)  # type: ignore[misc]
+
+    def train_dataloader(self) -> RoundLoader:
+        return RoundLoader()
+
+
+class ServerDataView(BatchTransfer):
+    """A datamodule as the server sees it: its train loader has been dealt out."""
+
+
+class ServerView(BatchTransfer):
+    """A module as the server sees it."""
+
+    @property
+    def automatic_optimization(self) -> bool:
+        return False
+
+    @automatic_optimization.setter
+    def automatic_optimization(self, value: bool) -> None:
+        # What the user sets in a hook is meant for the clients.
+        user = cast(property, super(ServerView, type(self)).automatic_optimization)
+        assert user.fset is not None
+        user.fset(self, value)
+
+    def configure_optimizers(self) -> ServerOptimizer:
+        return ServerOptimizer(self.trainer.take_over_weights)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Here and not in training_step, where the server's autocast would reach clients and aggregation.
+        self.trainer.run_round()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.optimizers().step()  # type: ignore[attr-defined]
+        # Only what is logged on_step is there to monitor in every hook of its own round.
+        self.log_dict(  # type: ignore[attr-defined]
+            self.trainer.round_metrics, on_step=True, on_epoch=False, prog_bar=True, batch_size=1
+        )
+
+
+def _rest(self: Any, *args: Any, **kwargs: Any) -> None:
+    """The clients run the user's hook."""
+
+
+for _hook in (
+    "on_train_start",
+    "on_train_end",
+    "on_train_epoch_start",
+    "on_train_epoch_end",
+    "on_train_batch_end",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+):
+    setattr(ServerView, _hook, _rest)
+
+
+def user_train_dataloader(source: Any) -> Any:
+    """What the user's own ``train_dataloader`` gives, under whichever view the module or datamodule stands."""
+    user = getattr(type(source), "_user_class", type(source))
+    return user.train_dataloader(source)

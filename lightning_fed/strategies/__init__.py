@@ -1,0 +1,6 @@
+"""Flower strategies that we add; they work in plain Flower, too."""
+
+from lightning_fed.strategies.mean import WeightedMean
+from lightning_fed.strategies.server_optimizers import AdagradMean, AdamMean, MomentumMean, ServerOptimizer, YogiMean
+
+__all__ = ["AdagradMean", "AdamMean", "MomentumMean", "ServerOptimizer", "WeightedMean", "YogiMean"]

@@ -1,0 +1,75 @@
+"""Federated averaging that reads its replies once and keeps one mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.serverapp.strategy import FedAvg
+
+from lightning_fed import messages
+from lightning_fed.weights import RunningMean, Weights
+
+
+class WeightedMean(FedAvg):
+    """FedAvg (McMahan et al. 2017, Algorithm 1) with a running mean in float64.
+
+    Flower's own FedAvg keeps all replies of a round and averages in their dtype; this one holds one mean, whatever the
+    size of the cohort, and one client's mean is that client bit for bit.
+
+    Args:
+        uniform: Give every client the same coefficient instead of its number of examples.
+        **kwargs: As Flower's ``FedAvg`` takes them; ``min_*_nodes`` are 1 here, not 2.
+    """
+
+    def __init__(self, *, uniform: bool = False, **kwargs: Any) -> None:
+        minimums = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
+        super().__init__(**{**minimums, **kwargs})
+        self.uniform = uniform
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The weighted mean of the replies' arrays, and of their metrics; ``(None, None)`` without a good reply."""
+        mean, metrics = RunningMean(), RunningScalars()
+        for reply in replies:
+            if reply.has_error():
+                continue
+            coefficient = messages.num_examples(reply)
+            arrays = next(iter(reply.content.array_records.values()))
+            mean.add(messages.unpack(arrays), 1.0 if self.uniform else coefficient)
+            metrics.add(messages.reply_scalars(reply), coefficient)
+            # The next client trains while the iterator moves on: keep nothing of this one meanwhile.
+            del reply, arrays
+        if not mean.total:
+            return None, None
+        return messages.pack(self.take_over(mean.value())), metrics.value()
+
+    def take_over(self, mean: Weights) -> Weights:
+        """What becomes of the clients' mean; the mean itself here."""
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be in a checkpoint for the run to go on as if never interrupted."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave."""
+
+
+class RunningScalars:
+    """Example-weighted means of numbers by name, each over those clients that report it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, scalars: dict[str, float], coefficient: float) -> None:
+        """Takes one client's numbers in."""
+        for name, value in scalars.items():
+            total, weight = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = total + value * coefficient, weight + coefficient
+
+    def value(self) -> MetricRecord:
+        """The means."""
+        return MetricRecord({name: total / weight for name, (total, weight) in self._sums.items() if weight})

@@ -1,0 +1,163 @@
+"""Server optimizers: the clients' mean update is a pseudo-gradient.
+
+Reddi et al. 2021, *Adaptive Federated Optimization* (https://arxiv.org/abs/2003.00295), Algorithm 2, and Hsu et al.
+2019, *Measuring the Effects of Non-Identical Data Distribution* (https://arxiv.org/abs/1909.06335), section 3.
+
+Only parameters are stepped; floating buffers (BatchNorm's statistics) take the plain mean.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from lightning_fed import messages
+from lightning_fed.strategies.mean import WeightedMean
+from lightning_fed.weights import Weights
+
+
+class ServerOptimizer(WeightedMean):
+    """The base: keeps the round's weights ``x`` and replaces each parameter's mean by ``step(x, mean - x)``.
+
+    Attributes:
+        parameters: The names to step; ``None`` steps every array, for plain Flower without buffers.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.parameters: Collection[str] | None = None
+        self.moments: dict[str, Weights] = {}
+        self._weights: Weights = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As FedAvg; remembers the weights that the round starts from."""
+        self._weights = messages.unpack(arrays)
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def take_over(self, mean: Weights) -> Weights:
+        """Steps the parameters, leaves buffers at their mean."""
+        stepped = {}
+        for name, value in mean.items():
+            if self.parameters is not None and name not in self.parameters:
+                stepped[name] = value
+                continue
+            # Half precision cannot hold a second moment: the step is made in float32 at least.
+            wide = torch.promote_types(value.dtype, torch.float32)
+            x = self._weights[name].to(device=value.device, dtype=wide)
+            stepped[name] = self.step(name, x, value.to(wide) - x).to(value.dtype)
+        self._weights = {}
+        return stepped
+
+    @abstractmethod
+    def step(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
+        """The new value of one parameter.
+
+        Args:
+            name: The parameter's name, under which its moments are kept.
+            x: Its value at the start of the round.
+            delta: The clients' mean minus ``x``, same shape and dtype.
+        """
+
+    def moment(self, kind: str, name: str, like: Tensor, initial: float = 0.0) -> Tensor:
+        """A running moment of a parameter, to be changed in place; ``initial`` everywhere at first."""
+        store = self.moments.setdefault(kind, {})
+        if name not in store:
+            store[name] = torch.full_like(like, initial)
+        store[name] = store[name].to(like.device)
+        return store[name]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments by kind and name."""
+        return {"moments": {k: {n: t.clone() for n, t in store.items()} for k, store in self.moments.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what ``state_dict`` gave."""
+        self.moments = {k: {n: t.clone() for n, t in store.items()} for k, store in state["moments"].items()}
+
+
+class MomentumMean(ServerOptimizer):
+    """FedAvgM: ``v = momentum * v - delta; x = x - lr * v`` (Hsu et al. 2019, section 3: server momentum).
+
+    Args:
+        learning_rate: The server's learning rate.
+        momentum: The server's momentum, in ``[0, 1)``.
+        **kwargs: As ``WeightedMean``.
+    """
+
+    def __init__(self, *, learning_rate: float, momentum: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.learning_rate, self.momentum = learning_rate, momentum
+
+    def step(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
+        """See the class."""
+        velocity = self.moment("velocity", name, x).mul_(self.momentum).sub_(delta)
+        return x - self.learning_rate * velocity
+
+
+class AdaptiveMean(ServerOptimizer):
+    """The shared part of Algorithm 2: ``m = beta_1 m + (1 - beta_1) delta; x = x + lr m / (sqrt(v) + tau)``.
+
+    ``m`` starts at 0 and ``v`` at ``tau ** 2``, the least that the algorithm allows; there is no bias correction.
+
+    Args:
+        learning_rate: The server's learning rate (eta).
+        beta_1: Decay of the first moment, in ``[0, 1)``.
+        tau: The degree of adaptivity, > 0.
+        **kwargs: As ``WeightedMean``.
+    """
+
+    def __init__(self, *, learning_rate: float, beta_1: float, tau: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.learning_rate, self.beta_1, self.tau = learning_rate, beta_1, tau
+
+    def step(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
+        """See the class."""
+        m = self.moment("m", name, x).mul_(self.beta_1).add_(delta, alpha=1 - self.beta_1)
+        v = self.moment("v", name, x, initial=self.tau**2)
+        self.second_moment(v, delta * delta)
+        return x + self.learning_rate * m / (v.sqrt() + self.tau)
+
+    @abstractmethod
+    def second_moment(self, v: Tensor, squared: Tensor) -> None:
+        """Updates ``v`` in place from ``squared = delta ** 2``."""
+
+
+class AdagradMean(AdaptiveMean):
+    """FedAdagrad: ``v = v + delta ** 2``."""
+
+    def second_moment(self, v: Tensor, squared: Tensor) -> None:
+        """See the class."""
+        v.add_(squared)
+
+
+class AdamMean(AdaptiveMean):
+    """FedAdam: ``v = beta_2 v + (1 - beta_2) delta ** 2``.
+
+    Args:
+        beta_2: Decay of the second moment, in ``[0, 1)``.
+        **kwargs: As ``AdaptiveMean``.
+    """
+
+    def __init__(self, *, beta_2: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.beta_2 = beta_2
+
+    def second_moment(self, v: Tensor, squared: Tensor) -> None:
+        """See the class."""
+        v.mul_(self.beta_2).add_(squared, alpha=1 - self.beta_2)
+
+
+class YogiMean(AdamMean):
+    """FedYogi: ``v = v - (1 - beta_2) delta ** 2 sign(v - delta ** 2)``."""
+
+    def second_moment(self, v: Tensor, squared: Tensor) -> None:
+        """See the class."""
+        v.sub_(squared * (v - squared).sign(), alpha=1 - self.beta_2)

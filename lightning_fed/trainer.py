@@ -1,0 +1,317 @@
+"""FederatedTrainer: sorts arguments, wires callbacks, hands the server's main function to the engine."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.compile import from_compiled
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch._dynamo import OptimizedModule
+
+from lightning_fed import arguments
+from lightning_fed.callbacks import FedAvg, FederatedCallback, Partition, RichRoundBar
+from lightning_fed.callbacks.base import CohortOwner, FailureOwner
+from lightning_fed.client.app import ClientSide, build_client_app
+from lightning_fed.client.local_fit import ClientState, LocalOptions
+from lightning_fed.engines import Engine, InProcess
+from lightning_fed.errors import ConfigurationError
+from lightning_fed.federation import Deal, Federation, Owners
+from lightning_fed.seeding import run_seed
+from lightning_fed.server import RoundLoader, ServerDataView, ServerView, user_train_dataloader
+from lightning_fed.views import laid_over
+
+ENGINES: dict[str, type[Engine]] = {"in_process": InProcess}
+
+
+@dataclass
+class _Task:
+    """What one call of ``fit`` works on."""
+
+    module: LightningModule
+    datamodule: LightningDataModule | None
+    val_dataloaders: Any
+    deal: Deal
+    side: ClientSide
+
+
+class FederatedTrainer(Trainer):
+    """A Lightning Trainer whose epochs are federated rounds: the same LightningModule, trained by many clients.
+
+    Callbacks, loggers, checkpoints, ``max_time`` and validation act at the server, per round; gradient clipping,
+    accumulation and ``limit_train_batches`` act in the clients' local fits; accelerator, precision and the like in both.
+
+    Args:
+        max_rounds: How many rounds to train; -1 for no limit (with ``max_time`` or ``EarlyStopping``).
+        num_clients: Short for ``Partition(num_clients)``, an IID partition of the train set.
+        local_epochs: How many epochs a client trains in a round; 1 by default.
+        local_steps: How many optimizer steps a client trains in a round, in place of ``local_epochs``.
+        engine: Where clients run: ``"in_process"`` or an ``Engine``.
+        client_callbacks: Lightning callbacks for the clients' trainers; each local fit gets copies.
+        client_state: ``"reset"`` begins each round with new optimizers and schedulers, ``"carry"`` keeps them with the
+            client, ``"global"`` begins with new optimizers and schedules advanced to the global round.
+        local_validation: Validate in local fits, on the client's held-out part.
+        seed: The run's seed; by default that of ``seed_everything``, else 0.
+        timeout: Seconds to wait for the replies of one stage of a round.
+        callbacks: Lightning callbacks for the server, and federated ones.
+        **kwargs: The other arguments of ``lightning.pytorch.Trainer``.
+
+    Raises:
+        ConfigurationError: If arguments contradict each other or have no meaning in a federation; all faults together.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_rounds: int | None = None,
+        num_clients: int | None = None,
+        local_epochs: int | None = None,
+        local_steps: int | None = None,
+        engine: str | Engine = "in_process",
+        client_callbacks: list[Callback] | Callback | None = None,
+        client_state: ClientState = "reset",
+        local_validation: bool = False,
+        seed: int | None = None,
+        timeout: float = 3600.0,
+        callbacks: list[Callback] | Callback | None = None,
+        **kwargs: Any,
+    ) -> None:
+        own, local = _as_list(callbacks), _as_list(client_callbacks)
+        if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
+            own.append(RichRoundBar())
+        federated = [callback for callback in own if isinstance(callback, FederatedCallback)]
+        dev_run = int(kwargs.get("fast_dev_run") or 0)
+        faults = arguments.refusals(kwargs) + arguments.misplaced(own, local) + arguments.double_owners(federated)
+        faults += _own_faults(max_rounds, num_clients, local_epochs, local_steps, engine, client_state, federated, kwargs)
+        if faults:
+            raise ConfigurationError("FederatedTrainer cannot start:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+        client_kwargs = arguments.split(kwargs)
+        if dev_run:
+            local_epochs, local_steps = 1, None
+            client_kwargs |= {"limit_train_batches": dev_run, "limit_val_batches": dev_run}
+        self.engine = ENGINES[engine]() if isinstance(engine, str) else engine
+        self.seed = run_seed(seed)
+        self.owners = _owners(federated, num_clients)
+        self.federation = Federation(self.owners, self.seed, timeout, 2 if dev_run else None, self.engine.name)
+        self.local_options = LocalOptions(
+            trainer=client_kwargs,
+            epochs=None if local_steps else local_epochs or 1,
+            steps=local_steps,
+            callbacks=local,
+            method_callbacks=lambda: [c for method in self.owners.callbacks for c in method.local_callbacks()],
+            client_state=client_state,
+            local_validation=local_validation,
+        )
+        if kwargs.get("log_every_n_steps") is None:
+            kwargs["log_every_n_steps"] = 1
+        limit = -1 if max_rounds is None else max_rounds
+        super().__init__(max_epochs=limit, callbacks=[self.federation, *own], **kwargs)
+        if dev_run:  # Lightning's own makes n batches of it; here they are n rounds
+            self.fit_loop.max_epochs, self.fit_loop.epoch_loop.max_steps = dev_run, -1
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            self.precision_plugin.scaler = None  # type: ignore[attr-defined]  # the server has no gradients to scale
+
+    @property
+    def current_round(self) -> int:
+        """The round that runs, or that would run next, from 1."""
+        return self.current_epoch + 1
+
+    @property
+    def global_step(self) -> int:
+        """How many times the server has taken new weights over. Also after ``fit``, when the view is off."""
+        return self.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed
+
+    @property
+    def round_metrics(self) -> dict[str, float]:
+        """What the clients of the last round gave, by the names that it is logged under."""
+        return self.federation.metrics
+
+    def run_round(self) -> None:
+        """One round; called by the server view of the module."""
+        self.federation.run_round(self)
+
+    def take_over_weights(self) -> None:
+        """The server optimizer's step; called by the server view of the module."""
+        self.federation.take_over()
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: Any = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Trains the module over the clients; arguments as in ``Trainer.fit``.
+
+        The train data is dealt out among the clients, the validation data is the server's. ``ckpt_path`` resumes a run:
+        its end is that of a run never interrupted, bit for bit.
+
+        Raises:
+            ConfigurationError: If module, data and callbacks do not fit together; before anything is trained.
+            ClientError: If a client fails and no ``FaultTolerance`` allows for it.
+            RoundError: If a round has too few good replies, or gives no usable weights.
+        """
+        task = self._task(model, train_dataloaders, val_dataloaders, datamodule)
+        server_app = self._server_app(task, ckpt_path, weights_only)
+        context = Context(0, 0, {}, RecordDict(), {})
+        self.engine.run(
+            lambda grid: server_app(grid, context), build_client_app(task.side), lambda: self.owners.partition.num_clients
+        )
+
+    def server_app(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: Any = None,
+        weights_only: bool | None = None,
+    ) -> ServerApp:
+        """The Flower ServerApp that ``fit`` runs, for any of Flower's runtimes; arguments as ``fit``."""
+        return self._server_app(self._task(model, train_dataloaders, val_dataloaders, datamodule), ckpt_path, weights_only)
+
+    def client_app(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+    ) -> ClientApp:
+        """The Flower ClientApp that ``fit`` runs; which client it is the node config's ``partition-id`` tells."""
+        side = self._task(model, train_dataloaders, None, datamodule).side
+        side.is_set_up = False
+        return build_client_app(side)
+
+    def _task(self, model: Any, train: Any, val: Any, datamodule: LightningDataModule | None) -> _Task:
+        module = from_compiled(model) if isinstance(model, OptimizedModule) else model
+        if isinstance(train, LightningDataModule):
+            train, datamodule = None, train
+        deal = Deal(
+            self.owners.partition,
+            lambda: self._train_loader(module, train, datamodule),
+            self.seed,
+            datamodule,
+            int(self.local_options.trainer.get("reload_dataloaders_every_n_epochs") or 0),
+            self.local_options.first_epoch,
+        )
+        mods = {
+            stage: [mod for method in self.owners.callbacks for mod in method.client_mods(stage)]
+            for stage in ("train", "evaluate")
+        }
+        side = ClientSide(module, self.local_options, deal, datamodule, mods, is_set_up=True)
+        return _Task(module, datamodule, val, deal, side)
+
+    def _train_loader(self, module: LightningModule, train: Any, datamodule: LightningDataModule | None) -> Any:
+        if train is not None:
+            return train
+        if datamodule is not None:
+            return user_train_dataloader(datamodule) if isinstance(self.owners.partition, Partition) else None
+        if is_overridden("train_dataloader", module, LightningModule) and _has_own_loader(module):
+            return user_train_dataloader(module)
+        if isinstance(self.owners.partition, Partition):
+            raise ConfigurationError(
+                "fit() got no training data to deal out. Pass train_dataloaders= or datamodule=, write the module's"
+                " train_dataloader, or give each client its own: callbacks=[ClientData(fn, num_clients=...)]."
+            )
+        return None
+
+    def _server_app(self, task: _Task, ckpt_path: Any, weights_only: bool | None) -> ServerApp:
+        app = ServerApp()
+
+        @app.main()
+        def main(grid: Grid, context: Context) -> None:
+            self._fit_on(grid, task, ckpt_path, weights_only)
+
+        return app
+
+    def _fit_on(self, grid: Grid, task: _Task, ckpt_path: Any, weights_only: bool | None) -> None:
+        """Lightning's own fit over the server views."""
+        loaders = {"val_dataloaders": task.val_dataloaders, "datamodule": task.datamodule}
+        if task.datamodule is None:
+            loaders["train_dataloaders"] = RoundLoader()
+        if weights_only is not None:  # an argument since Lightning 2.6
+            loaders["weights_only"] = weights_only
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            # Said of the server's one-item loader and of every client's, these are noise.
+            for message in ("The 'train_dataloader' does not have many workers", "Found .* in eval mode at the start"):
+                warnings.filterwarnings("ignore", f".*{message}.*")
+            if task.datamodule is not None:
+                stack.enter_context(laid_over(task.datamodule, ServerDataView))
+            stack.enter_context(laid_over(task.module, ServerView))
+            stack.callback(self.federation.end)
+            self.federation.begin(grid, task.deal, task.module)
+            super().fit(task.module, ckpt_path=ckpt_path, **loaders)
+
+
+def _as_list(callbacks: list[Callback] | Callback | None) -> list[Callback]:
+    if callbacks is None:
+        return []
+    return [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+
+
+def _has_own_loader(module: LightningModule) -> bool:
+    user = getattr(type(module), "_user_class", type(module))
+    return user.train_dataloader is not LightningModule.train_dataloader
+
+
+def _own_faults(
+    max_rounds: int | None,
+    num_clients: int | None,
+    local_epochs: int | None,
+    local_steps: int | None,
+    engine: str | Engine,
+    client_state: str,
+    federated: Sequence[FederatedCallback],
+    kwargs: dict[str, Any],
+) -> list[str]:
+    faults = []
+    if max_rounds is None and not kwargs.get("max_time") and not kwargs.get("fast_dev_run"):
+        faults.append("Say how long to train: max_rounds=10, or max_rounds=-1 with max_time= or EarlyStopping.")
+    if local_epochs is not None and local_steps is not None:
+        faults.append(f"local_epochs={local_epochs} and local_steps={local_steps} contradict each other: keep one.")
+    numbers = {"max_rounds": max_rounds, "num_clients": num_clients, "local_epochs": local_epochs, "local_steps": local_steps}
+    for name, value in numbers.items():
+        if value is not None and value < 1 and not (name == "max_rounds" and value >= -1):
+            faults.append(f"{name}={value} must be at least 1.")
+    if isinstance(engine, str) and engine not in ENGINES:
+        faults.append(f"engine={engine!r} is unknown: write one of {sorted(ENGINES)}, or pass an Engine.")
+    if client_state not in ("reset", "carry", "global"):
+        faults.append(f"client_state={client_state!r} is unknown: write 'reset', 'carry' or 'global'.")
+    owners = arguments.owners_of("partition", federated)
+    if not owners and num_clients is None:
+        faults.append(
+            "Say who the clients are: num_clients=10 deals the train set out at random, callbacks=[Partition(...)] by any"
+            " flwr-datasets partitioner, callbacks=[ClientData(...)] takes data that is already apart."
+        )
+    if owners and num_clients is not None:
+        faults.append(
+            f"num_clients={num_clients} is short for Partition({num_clients}), and {type(owners[0]).__name__} decides the"
+            " partition already: leave num_clients out."
+        )
+    return faults
+
+
+def _owners(federated: list[FederatedCallback], num_clients: int | None) -> Owners:
+    """Who decides what; defaults for what no callback decides."""
+    partition = _owner("partition", federated) or Partition(num_clients or 1)
+    aggregation = _owner("aggregation", federated) or FedAvg()
+    cohorts = _owner("cohort", federated) or CohortOwner()
+    failures = _owner("failures", federated) or FailureOwner()
+    defaults = [c for c in (partition, aggregation, cohorts, failures) if c not in federated]
+    return Owners(partition, cohorts, failures, [*federated, *defaults])  # type: ignore[arg-type]
+
+
+def _owner(decision: Any, federated: list[FederatedCallback]) -> FederatedCallback | None:
+    owners = arguments.owners_of(decision, federated)
+    return owners[0] if owners else None

@@ -1,0 +1,71 @@
+"""A view: a subclass of an instance's own class, laid over the instance for a while.
+
+The server and the clients of one process share one module under two views. A copy would not do: copies of compiled
+modules, or of modules that hold a closure over a layer, silently train nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+_HIDDEN = "_lightning_fed_hidden"
+
+
+class View:
+    """The base of all views; instances pickle as the user's own class."""
+
+    _user_class: type
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # The user's own __init_subclass__ (a registry, required arguments) is not meant for views.
+        pass
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced = list(object.__reduce_ex__(self, protocol))
+        reduced[1] = tuple(self._user_class if arg is type(self) else arg for arg in reduced[1])
+        return tuple(reduced)
+
+
+def user_class(instance: object) -> type:
+    """The class that the user wrote, whichever view lies over the instance."""
+    return getattr(type(instance), "_user_class", type(instance))
+
+
+# Kept, because torch.compile guards on the class: a new one each round would compile anew each round.
+@lru_cache(maxsize=256)
+def _view_class(view: type, cls: type) -> type:
+    names = {"_user_class": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    made: type = type(cls)(cls.__name__, (view, cls), names)
+    return made
+
+
+@contextmanager
+def laid_over(instance: Any, view: type[View]) -> Iterator[None]:
+    """Gives ``instance`` the class ``view`` + its own class for the time of the block.
+
+    What stands in the instance's ``__dict__`` under a name of the view would shadow it (``module.compile()`` and
+    ``LightningCLI`` put methods there): it is taken out for the block. A view laid over another view sees what the
+    other one hid.
+    """
+    outer = type(instance)
+    state = instance.__dict__
+    uncovered = dict(state.get(_HIDDEN, {}))
+    state.update(uncovered)
+    names = {name for cls in view.__mro__ if issubclass(cls, View) for name in vars(cls) if not name.startswith("__")}
+    hidden = {name: state.pop(name) for name in names if name in state}
+    instance.__class__ = _view_class(view, user_class(instance))
+    previous = state.get(_HIDDEN)
+    state[_HIDDEN] = hidden
+    try:
+        yield
+    finally:
+        instance.__class__ = outer
+        instance.__dict__.pop(_HIDDEN, None)
+        instance.__dict__.update(hidden)
+        for name in uncovered:
+            instance.__dict__.pop(name, None)
+        if previous is not None:
+            instance.__dict__[_HIDDEN] = previous
