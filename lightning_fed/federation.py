@@ -119,7 +119,7 @@ class Federation(Callback):
         assert self._grid is not None and self._deal is not None
         weights.refuse_lazy(pl_module)
         if self._is_ours:
-            self._deal.open(trainer.current_epoch + 1)
+            self._deal.open()
         self._strategy = self._build_strategy(pl_module)
         self._rounds = Rounds(
             self._grid,

@@ -37,7 +37,7 @@ class History(FederatedCallback):
         self.rows: list[Row] = []
         self.clients: list[dict[str, Any]] = []
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A new fit starts a new table; a resumed one goes on with its own."""
         done = trainer.current_epoch
         self.rows = [row for row in self.rows if row["round"] <= done]
