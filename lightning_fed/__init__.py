@@ -16,8 +16,6 @@ from lightning_fed.errors import (  # noqa: E402
 )
 from lightning_fed.trainer import FederatedTrainer  # noqa: E402
 
-
-
 __all__ = [
     "ClientError",
     "ConfigurationError",

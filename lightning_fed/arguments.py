@@ -34,12 +34,21 @@ BOTH = (
 
 # Argument -> (the values that say nothing, what to write instead).
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "max_epochs": ((None,), "A federation counts rounds: write max_rounds={0}, and local_epochs= for a client's epochs"),
-    "max_steps": ((-1, None), "A federation counts rounds: write max_rounds=, and local_steps={0} for a client's steps"),
+    "max_epochs": (
+        (None,),
+        "A federation counts rounds: write max_rounds={0}, and local_epochs= for a client's epochs",
+    ),
+    "max_steps": (
+        (-1, None),
+        "A federation counts rounds: write max_rounds=, and local_steps={0} for a client's steps",
+    ),
     "strategy": (("auto", None), "Clients are not processes of one training: leave strategy out and choose an engine="),
     "num_nodes": ((1, None), "One machine runs the server: leave num_nodes out"),
-    "val_check_interval": ((None, 1.0), "The server validates after rounds: write check_val_every_n_epoch={0} for every"
-                           " n-th round, and local_validation=True to validate in local fits"),
+    "val_check_interval": (
+        (None, 1.0),
+        "The server validates after rounds: write check_val_every_n_epoch={0} for every"
+        " n-th round, and local_validation=True to validate in local fits",
+    ),
     "barebones": ((False, None), "Rounds need checkpoints and metrics: leave barebones out"),
     "sync_batchnorm": ((False, None), "A client trains on one device: leave sync_batchnorm out"),
 }
@@ -54,7 +63,9 @@ def refusals(arguments: dict[str, Any]) -> list[str]:
     faults = []
     for name, (silent, instead) in REFUSED.items():
         if name in arguments and not any(arguments[name] is v or arguments[name] == v for v in silent):
-            faults.append(f"{name}={arguments[name]!r} is not for a FederatedTrainer. {instead.format(arguments[name])}.")
+            faults.append(
+                f"{name}={arguments[name]!r} is not for a FederatedTrainer. {instead.format(arguments[name])}."
+            )
     return faults
 
 
@@ -102,7 +113,9 @@ def misplaced(callbacks: Sequence[Callback], client_callbacks: Sequence[Callback
             )
     for callback in client_callbacks:
         if isinstance(callback, FederatedCallback):
-            faults.append(f"{type(callback).__name__} is a federated callback: write callbacks=[...], not client_callbacks.")
+            faults.append(
+                f"{type(callback).__name__} is a federated callback: write callbacks=[...], not client_callbacks."
+            )
     return faults
 
 
@@ -123,3 +136,33 @@ def double_owners(callbacks: Sequence[FederatedCallback]) -> list[str]:
         if len(names) > 1:
             faults.append(f"{' and '.join(names)} both decide the {decision}: keep one of them.")
     return faults
+
+
+def faults(numbers: dict[str, int | None], federated: Sequence[FederatedCallback], endless: bool) -> list[str]:
+    """A sentence for each fault in the arguments of ``FederatedTrainer``'s own.
+
+    Args:
+        numbers: ``max_rounds``, ``num_clients``, ``local_epochs`` and ``local_steps``, ``None`` where not given.
+        federated: The federated callbacks.
+        endless: Whether something else limits the run.
+    """
+    found = []
+    if numbers["max_rounds"] is None and not endless:
+        found.append("Say how long to train: max_rounds=10, or max_rounds=-1 with max_time= or EarlyStopping.")
+    if numbers["local_epochs"] is not None and numbers["local_steps"] is not None:
+        found.append("local_epochs= and local_steps= contradict each other: keep one.")
+    for name, value in numbers.items():
+        if value is not None and value < 1 and not (name == "max_rounds" and value == -1):
+            found.append(f"{name}={value} must be at least 1.")
+    owners = owners_of("partition", federated)
+    if not owners and numbers["num_clients"] is None:
+        found.append(
+            "Say who the clients are: num_clients=10 deals the train set out at random, callbacks=[Partition(...)] by"
+            " any flwr-datasets partitioner, callbacks=[ClientData(...)] takes data that is already apart."
+        )
+    if owners and numbers["num_clients"] is not None:
+        found.append(
+            f"num_clients={numbers['num_clients']} is short for an IID Partition, and {type(owners[0]).__name__}"
+            " decides the partition already: leave num_clients out."
+        )
+    return found

@@ -116,7 +116,8 @@ class Federation(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The module is set up: deals the data out, builds the strategy, takes up what a checkpoint holds."""
-        assert self._grid is not None and self._deal is not None
+        assert self._grid is not None
+        assert self._deal is not None
         weights.refuse_lazy(pl_module)
         if self._is_ours:
             self._deal.open()
@@ -141,7 +142,8 @@ class Federation(Callback):
 
     def run_round(self, trainer: Trainer) -> None:
         """One round; if it fails the module has the weights of before."""
-        assert self._rounds is not None and self._module is not None
+        assert self._rounds is not None
+        assert self._module is not None
         round, before = trainer.current_epoch + 1, weights.read(self._module)
         try:
             result = self._rounds.run(round, before, self._evaluates(trainer, round))
@@ -154,7 +156,8 @@ class Federation(Callback):
 
     def take_over(self) -> None:
         """Loads the round's new weights into the module."""
-        assert self._module is not None and self._new is not None
+        assert self._module is not None
+        assert self._new is not None
         weights.load(self._module, self._new)
         self._new = None
 
@@ -188,8 +191,8 @@ class Federation(Callback):
                 f"The checkpoint is of a run with seed {state['seed']}, this one has seed {self.seed}: data and cohorts"
                 f" will not be those of that run. Write FederatedTrainer(seed={state['seed']}) to go on with it."
             )
-        if "strategy" in state and hasattr(self._strategy, "load_state_dict"):
-            self._strategy.load_state_dict(state["strategy"])
+        if "strategy" in state and (load := getattr(self._strategy, "load_state_dict", None)):
+            load(state["strategy"])
         if self._is_ours:
             records: dict[int, RecordDict] = {
                 int(client): messages.from_plain(record) for client, record in state.get("clients", {}).items()
@@ -214,8 +217,8 @@ class Federation(Callback):
         cohort = min(cohort, self.max_clients or cohort)
         if (needed := self.owners.failures.min_results(cohort)) > cohort:
             raise ConfigurationError(
-                f"{type(self.owners.failures).__name__}(min_results={needed}) can never be met: {cohort} clients train in"
-                " a round."
+                f"{type(self.owners.failures).__name__}(min_results={needed}) can never be met: {cohort} clients train"
+                " in a round."
             )
 
     def _evaluates(self, trainer: Trainer, round: int) -> bool:
@@ -231,7 +234,12 @@ class Federation(Callback):
         clients = self._rounds.roster.num_clients
         train, evaluate = (self.owners.cohorts.size(stage, clients) for stage in ("train", "evaluate"))
         evaluating = f", {evaluate} evaluate" if self._evaluates(trainer, trainer.check_val_every_n_epoch or 1) else ""
-        methods = [type(c).__name__ for c in self.owners.callbacks if type(c).server_strategy is not FederatedCallback.server_strategy or type(c).local_callbacks is not FederatedCallback.local_callbacks]
+        methods = [
+            type(c).__name__
+            for c in self.owners.callbacks
+            if type(c).server_strategy is not FederatedCallback.server_strategy
+            or type(c).local_callbacks is not FederatedCallback.local_callbacks
+        ]
         rows = {
             "clients": f"{clients}{self._examples(clients)}",
             "each round": f"{train} train{evaluating}, {trainer.max_epochs} rounds",

@@ -118,7 +118,8 @@ def copy_for_delivery(content: RecordDict) -> RecordDict:
                 )
             delivered[key] = fresh
         else:
-            delivered[key] = type(record)({k: list(v) if isinstance(v, list) else v for k, v in record.items()})  # type: ignore[arg-type]
+            plain: dict[str, Any] = {k: list(v) if isinstance(v, list) else v for k, v in record.items()}
+            delivered[key] = type(record)(plain)
     return delivered
 
 
@@ -177,8 +178,8 @@ class Extras:
 
 def train_reply(message: Message, weights: Weights, num_examples: int, scalars: Mapping[str, float]) -> Message:
     """The reply to a train message, as strategies and mods expect it."""
-    content = {ARRAYS: pack(weights), METRICS: MetricRecord({**scalars, NUM_EXAMPLES: num_examples})}
-    return Message(RecordDict(content), reply_to=message)
+    content = RecordDict({ARRAYS: pack(weights), METRICS: MetricRecord({**scalars, NUM_EXAMPLES: num_examples})})
+    return Message(content, reply_to=message)
 
 
 def evaluate_reply(message: Message, num_examples: int, scalars: Mapping[str, float]) -> Message:

@@ -20,14 +20,12 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
-from flwr.app import ArrayRecord, Message, MessageType, RecordDict
-from flwr.proto.node_pb2 import NodeInfo
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch import Trainer
@@ -35,8 +33,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_fed import messages, metrics
-from lightning_fed.callbacks.base import CLIENT_METRICS, ClientReport, CohortOwner, FailureOwner, FederatedCallback, Stage
-from lightning_fed.errors import ClientError, ConfigurationError, FederationError, RoundError
+from lightning_fed.callbacks.base import (
+    CLIENT_METRICS,
+    ClientReport,
+    CohortOwner,
+    FailureOwner,
+    FederatedCallback,
+    Stage,
+)
+from lightning_fed.errors import ClientError, FederationError, RoundError
+from lightning_fed.roster import CohortGrid, RollCall, Roster
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.weights import RunningMean, Weights, check_update, split
 
@@ -47,15 +53,6 @@ class RoundResult:
 
     weights: Weights
     metrics: dict[str, float]
-
-
-class Roster(Protocol):
-    """Which client is behind which of Flower's addresses. Our own grids are rosters themselves."""
-
-    @property
-    def num_clients(self) -> int: ...
-    def node_of(self, client: int) -> int: ...
-    def client_of(self, node_id: int) -> int: ...
 
 
 class Rounds:
@@ -92,7 +89,9 @@ class Rounds:
         self.cohorts, self.failures = cohorts, failures
         self.trainer, self.module = trainer, module
         self.seed, self.timeout, self.max_clients = seed, timeout, max_clients
-        self.roster: Roster = cast(Roster, grid) if hasattr(grid, "client_of") else RollCall(grid, timeout, cohorts)
+        self.roster: Roster = (
+            cast(Roster, grid) if hasattr(grid, "client_of") else RollCall(grid, timeout, cohorts.min_available_clients)
+        )
         self._said: set[str] = set()
 
     def run(self, round: int, weights: Weights, evaluate: bool) -> RoundResult:
@@ -171,7 +170,9 @@ class Rounds:
         try:
             check_update(new, old)
         except ClientError as error:
-            raise RoundError(f"Round {round}: {name} gave weights that {error}", round=round, tensor=error.tensor) from None
+            raise RoundError(
+                f"Round {round}: {name} gave weights that {error}", round=round, tensor=error.tensor
+            ) from None
         return {key: new[key] for key in old}
 
     def _tell(self, hook: str, *args: Any) -> None:
@@ -182,9 +183,9 @@ class Rounds:
         if new := sorted(set(names) - self._said):
             self._said.update(new)
             rank_zero_warn(
-                f"The logged {', '.join(map(repr, new))} cannot be merged over clients exactly (a metric that the module"
-                " already computed, or a wrapper such as MinMax or BootStrapper): it is the example-weighted mean of"
-                " the clients' values. Log the torchmetrics object itself for the exact value."
+                f"The logged {', '.join(map(repr, new))} cannot be merged over clients exactly (a metric that the"
+                " module already computed, or a wrapper such as MinMax or BootStrapper): it is the example-weighted mean"
+                " of the clients' values. Log the torchmetrics object itself for the exact value."
             )
 
 
@@ -293,106 +294,6 @@ def _explain(reply: Message, exception: BaseException | None) -> str:
 
 def _name(strategy: Strategy) -> str:
     return str(getattr(strategy, "name", type(strategy).__name__))
-
-
-class CohortGrid(Grid):
-    """What a strategy sees of the grid: the cohort, in client order."""
-
-    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
-        self._grid, self._node_ids = grid, node_ids
-        self._asked = 0
-
-    def get_node_ids(self) -> Iterable[int]:
-        """The cohort's addresses.
-
-        Raises:
-            ConfigurationError: If a strategy waits for more clients than the cohort has; it would wait for ever.
-        """
-        self._asked += 1
-        if self._asked > 3:
-            raise ConfigurationError(
-                f"The strategy waits for more clients than take part in the round: {len(self._node_ids)}. Lower its"
-                " min_train_nodes, min_evaluate_nodes and min_available_nodes (Flower's default is 2 each), or raise"
-                " the number of clients."
-            )
-        return list(self._node_ids)
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """The same, as Flower's NodeInfo."""
-        return (NodeInfo(node_id=node_id) for node_id in self.get_node_ids())
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """As the grid below."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """As the grid below."""
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """As the grid below."""
-        return self._grid.pull_messages(message_ids)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """As the grid below."""
-        return self._grid.send_and_receive(messages, timeout=timeout)
-
-    def set_run(self, run: Any) -> None:
-        """As the grid below."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """As the grid below."""
-        return self._grid.run
-
-
-class RollCall:
-    """A roster for a grid that is not ours: every node is asked once which client it is.
-
-    Raises:
-        ConfigurationError: If too few nodes connect in time, or two of them say they are the same client.
-    """
-
-    def __init__(self, grid: Grid, timeout: float, cohorts: CohortOwner) -> None:
-        nodes = self._wait(grid, timeout, cohorts.min_available_clients)
-        asked = [Message(RecordDict(), node_id, MessageType.QUERY) for node_id in nodes]
-        self._client_of: dict[int, int] = {}
-        for reply in grid.send_and_receive(asked, timeout=timeout):
-            if reply.has_error():
-                raise ConfigurationError(f"A client did not say who it is: {reply.error.reason}")
-            client = next(iter(reply.content.config_records.values()))[messages.CLIENT]
-            self._client_of[reply.metadata.src_node_id] = int(cast(int, client))
-        self._node_of = {client: node_id for node_id, client in self._client_of.items()}
-        if sorted(self._node_of) != list(range(len(nodes))):
-            raise ConfigurationError(
-                f"{len(nodes)} nodes say they are clients {sorted(self._client_of.values())}: give them the"
-                f" {messages.CLIENT} 0 to {len(nodes) - 1} in their node config, each once."
-            )
-
-    @staticmethod
-    def _wait(grid: Grid, timeout: float, least: int) -> list[int]:
-        until = time.monotonic() + timeout
-        while len(nodes := list(grid.get_node_ids())) < least:
-            if time.monotonic() > until:
-                raise ConfigurationError(f"{len(nodes)} clients connected within {timeout:g} s; {least} are needed.")
-            time.sleep(0.2)
-        return nodes
-
-    @property
-    def num_clients(self) -> int:
-        """How many clients there are."""
-        return len(self._client_of)
-
-    def node_of(self, client: int) -> int:
-        """Flower's address of a client."""
-        return self._node_of[client]
-
-    def client_of(self, node_id: int) -> int:
-        """The client at one of Flower's addresses."""
-        return self._client_of[node_id]
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class ServerView(BatchTransfer):
     @automatic_optimization.setter
     def automatic_optimization(self, value: bool) -> None:
         # What the user sets in a hook is meant for the clients.
-        user = cast(property, super(ServerView, type(self)).automatic_optimization)
+        user = cast(property, getattr(super(ServerView, type(self)), "automatic_optimization"))  # noqa: B009
         assert user.fset is not None
         user.fset(self, value)
 

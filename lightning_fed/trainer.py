@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from flwr.serverapp import Grid, ServerApp
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -47,7 +48,7 @@ class FederatedTrainer(Trainer):
     """A Lightning Trainer whose epochs are federated rounds: the same LightningModule, trained by many clients.
 
     Callbacks, loggers, checkpoints, ``max_time`` and validation act at the server, per round; gradient clipping,
-    accumulation and ``limit_train_batches`` act in the clients' local fits; accelerator, precision and the like in both.
+    accumulation and ``limit_train_batches`` act in the clients' local fits; accelerator and precision in both.
 
     Args:
         max_rounds: How many rounds to train; -1 for no limit (with ``max_time`` or ``EarlyStopping``).
@@ -90,7 +91,17 @@ class FederatedTrainer(Trainer):
         federated = [callback for callback in own if isinstance(callback, FederatedCallback)]
         dev_run = int(kwargs.get("fast_dev_run") or 0)
         faults = arguments.refusals(kwargs) + arguments.misplaced(own, local) + arguments.double_owners(federated)
-        faults += _own_faults(max_rounds, num_clients, local_epochs, local_steps, engine, client_state, federated, kwargs)
+        numbers = {
+            "max_rounds": max_rounds,
+            "num_clients": num_clients,
+            "local_epochs": local_epochs,
+            "local_steps": local_steps,
+        }
+        faults += arguments.faults(numbers, federated, endless=bool(kwargs.get("max_time") or dev_run))
+        if isinstance(engine, str) and engine not in ENGINES:
+            faults.append(f"engine={engine!r} is unknown: write one of {sorted(ENGINES)}, or pass an Engine.")
+        if client_state not in (states := get_args(ClientState)):
+            faults.append(f"client_state={client_state!r} is unknown: write one of {states}.")
         if faults:
             raise ConfigurationError("FederatedTrainer cannot start:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
@@ -166,7 +177,9 @@ class FederatedTrainer(Trainer):
         server_app = self._server_app(task, ckpt_path, weights_only)
         context = Context(0, 0, {}, RecordDict(), {})
         self.engine.run(
-            lambda grid: server_app(grid, context), build_client_app(task.side), lambda: self.owners.partition.num_clients
+            lambda grid: server_app(grid, context),
+            build_client_app(task.side),
+            lambda: self.owners.partition.num_clients,
         )
 
     def server_app(
@@ -179,7 +192,9 @@ class FederatedTrainer(Trainer):
         weights_only: bool | None = None,
     ) -> ServerApp:
         """The Flower ServerApp that ``fit`` runs, for any of Flower's runtimes; arguments as ``fit``."""
-        return self._server_app(self._task(model, train_dataloaders, val_dataloaders, datamodule), ckpt_path, weights_only)
+        return self._server_app(
+            self._task(model, train_dataloaders, val_dataloaders, datamodule), ckpt_path, weights_only
+        )
 
     def client_app(
         self,
@@ -204,7 +219,7 @@ class FederatedTrainer(Trainer):
             int(self.local_options.trainer.get("reload_dataloaders_every_n_epochs") or 0),
             self.local_options.first_epoch,
         )
-        mods = {
+        mods: dict[str, Sequence[Mod]] = {
             stage: [mod for method in self.owners.callbacks for mod in method.client_mods(stage)]
             for stage in ("train", "evaluate")
         }
@@ -263,43 +278,6 @@ def _as_list(callbacks: list[Callback] | Callback | None) -> list[Callback]:
 def _has_own_loader(module: LightningModule) -> bool:
     user = getattr(type(module), "_user_class", type(module))
     return user.train_dataloader is not LightningModule.train_dataloader
-
-
-def _own_faults(
-    max_rounds: int | None,
-    num_clients: int | None,
-    local_epochs: int | None,
-    local_steps: int | None,
-    engine: str | Engine,
-    client_state: str,
-    federated: Sequence[FederatedCallback],
-    kwargs: dict[str, Any],
-) -> list[str]:
-    faults = []
-    if max_rounds is None and not kwargs.get("max_time") and not kwargs.get("fast_dev_run"):
-        faults.append("Say how long to train: max_rounds=10, or max_rounds=-1 with max_time= or EarlyStopping.")
-    if local_epochs is not None and local_steps is not None:
-        faults.append(f"local_epochs={local_epochs} and local_steps={local_steps} contradict each other: keep one.")
-    numbers = {"max_rounds": max_rounds, "num_clients": num_clients, "local_epochs": local_epochs, "local_steps": local_steps}
-    for name, value in numbers.items():
-        if value is not None and value < 1 and not (name == "max_rounds" and value >= -1):
-            faults.append(f"{name}={value} must be at least 1.")
-    if isinstance(engine, str) and engine not in ENGINES:
-        faults.append(f"engine={engine!r} is unknown: write one of {sorted(ENGINES)}, or pass an Engine.")
-    if client_state not in ("reset", "carry", "global"):
-        faults.append(f"client_state={client_state!r} is unknown: write 'reset', 'carry' or 'global'.")
-    owners = arguments.owners_of("partition", federated)
-    if not owners and num_clients is None:
-        faults.append(
-            "Say who the clients are: num_clients=10 deals the train set out at random, callbacks=[Partition(...)] by any"
-            " flwr-datasets partitioner, callbacks=[ClientData(...)] takes data that is already apart."
-        )
-    if owners and num_clients is not None:
-        faults.append(
-            f"num_clients={num_clients} is short for Partition({num_clients}), and {type(owners[0]).__name__} decides the"
-            " partition already: leave num_clients out."
-        )
-    return faults
 
 
 def _owners(federated: list[FederatedCallback], num_clients: int | None) -> Owners:

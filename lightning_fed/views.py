@@ -56,7 +56,7 @@ def laid_over(instance: Any, view: type[View]) -> Iterator[None]:
     state.update(uncovered)
     names = {name for cls in view.__mro__ if issubclass(cls, View) for name in vars(cls) if not name.startswith("__")}
     hidden = {name: state.pop(name) for name in names if name in state}
-    instance.__class__ = _view_class(view, user_class(instance))
+    instance.__class__ = _view_class(view, user_class(instance))  # type: ignore[arg-type]
     previous = state.get(_HIDDEN)
     state[_HIDDEN] = hidden
     try:

@@ -185,9 +185,7 @@ class Averaging(FederatedCallback):
 
     def __init__(self, weighting: Weighting = "examples") -> None:
         if weighting not in ("examples", "uniform"):
-            raise ConfigurationError(
-                f"{type(self).__name__}(weighting={weighting!r}): write 'examples' or 'uniform'."
-            )
+            raise ConfigurationError(f"{type(self).__name__}(weighting={weighting!r}): write 'examples' or 'uniform'.")
         self.weighting = weighting
 
     @property

@@ -19,8 +19,8 @@ class ClientData(PartitionOwner):
     ``val_dataloader`` serves the client-side evaluation.
 
     Args:
-        clients: ``fn(client_id)`` for clients ``0..n-1`` (with ``num_clients``), or a list with one entry a client; each
-            gives a ``LightningDataModule``, a train loader, or a pair of a train and a val loader.
+        clients: ``fn(client_id)`` for clients ``0..n-1`` (with ``num_clients``), or a list with one entry a client;
+            each gives a ``LightningDataModule``, a train loader, or a pair of a train and a val loader.
         num_clients: How many clients a function serves.
 
     Raises:
@@ -31,16 +31,15 @@ class ClientData(PartitionOwner):
     """
 
     def __init__(self, clients: Callable[[int], Any] | Sequence[Any], num_clients: int | None = None) -> None:
-        is_list = not callable(clients)
-        known = len(clients) if isinstance(clients, Sequence) else num_clients
+        known = num_clients if callable(clients) else len(clients)
         if known is None:
             raise ConfigurationError("ClientData(fn) does not tell how many clients there are: add num_clients=.")
         if known < 1 or (num_clients is not None and num_clients != known):
             raise ConfigurationError(
-                f"ClientData got {known} clients{'' if num_clients is None else f' and num_clients={num_clients}'}: give"
-                " one entry for each client, at least one."
+                f"ClientData got {known} clients{'' if num_clients is None else f' and num_clients={num_clients}'}:"
+                " give one entry for each client, at least one."
             )
-        self._clients = clients.__getitem__ if is_list else clients
+        self._clients = clients if callable(clients) else clients.__getitem__
         self._count = known
 
     @property

@@ -41,9 +41,7 @@ class FedAdagrad(Averaging):
 
     def server_strategy(self, strategy: Strategy | None) -> Strategy:
         """The mean with an Adagrad step."""
-        return AdagradMean(
-            learning_rate=self.learning_rate, beta_1=self.beta_1, tau=self.tau, uniform=self.uniform
-        )
+        return AdagradMean(learning_rate=self.learning_rate, beta_1=self.beta_1, tau=self.tau, uniform=self.uniform)
 
 
 class FedAdam(FedAdagrad):

@@ -108,7 +108,9 @@ class Partition(PartitionOwner):
             )
         hint = ""
         if "attempts" in str(error):
-            hint = " Two ways out: a larger alpha, or a smaller min_partition_size (0 lets clients go without examples)."
+            hint = (
+                " Two ways out: a larger alpha, or a smaller min_partition_size (0 lets clients go without examples)."
+            )
         return f"{name} cannot deal out {examples} examples: {error}{hint}"
 
     def _columns(self, dataset: Any) -> dict[str, np.ndarray[Any, Any]]:
@@ -144,7 +146,9 @@ class Partition(PartitionOwner):
         own = self.indices(client)
         held_out = min(int(self.val_fraction * len(own) + 0.5), max(len(own) - 1, 0))
         chosen = np.zeros(len(own), dtype=bool)
-        chosen[np.random.default_rng(seed_for(self._seed, "val", client=client)).permutation(len(own))[:held_out]] = True
+        chosen[np.random.default_rng(seed_for(self._seed, "val", client=client)).permutation(len(own))[:held_out]] = (
+            True
+        )
         return own[~chosen], own[chosen]
 
     def client(self, client: int, *, round: int) -> ClientLoaders:

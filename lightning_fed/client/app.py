@@ -12,7 +12,8 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_fed import messages
-from lightning_fed.client.local_fit import LocalOptions, LocalResult, LocalTask, local_evaluate, local_fit
+from lightning_fed.client.local_fit import LocalOptions, LocalResult, local_evaluate, local_fit
+from lightning_fed.client.local_trainer import LocalTask
 from lightning_fed.data import ClientLoaders
 from lightning_fed.weights import Weights, split
 

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import copy
-import io
-import logging
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.types import LRSchedulerPLType
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_fed import weights
+from lightning_fed.client import fit_state
+from lightning_fed.client.isolation import attributes_kept, own_state_kept, quiet, restore_handlers, signal_handlers
+from lightning_fed.client.local_trainer import ClientDataView, ClientView, LocalTask, LocalTrainer
 from lightning_fed.data import ClientLoaders, count_examples
 from lightning_fed.errors import ClientError
 from lightning_fed.metrics import MetricState, catch
 from lightning_fed.seeding import seed_for, seeded
-from lightning_fed.views import View, laid_over
+from lightning_fed.views import laid_over
 from lightning_fed.weights import Weights
 
 ClientState = Literal["reset", "carry", "global"]
@@ -59,18 +55,6 @@ class LocalOptions:
 
 
 @dataclass
-class LocalTask:
-    """What one client does in one round."""
-
-    client: int
-    round: int
-    seed: int
-    weights: Weights
-    state: bytes | None = None
-    set_up: bool = True
-
-
-@dataclass
 class LocalResult:
     """What came of it; ``weights`` are the client's own copy."""
 
@@ -81,112 +65,28 @@ class LocalResult:
     state: bytes | None = None
 
 
-class ClientView(View):
-    """A module as a client sees it: all training hooks are the user's, set-up and checkpoints are not the client's."""
-
-    trainer: LocalTrainer
-
-    def prepare_data(self) -> None:
-        if self.trainer.sets_up:
-            super().prepare_data()  # type: ignore[misc]
-
-    def setup(self, stage: str) -> None:
-        # The server has set the same module up; doing it again would build new layers and read the data anew.
-        if self.trainer.sets_up:
-            super().setup(stage)  # type: ignore[misc]
-
-    def teardown(self, stage: str) -> None:
-        pass
-
-    def configure_callbacks(self) -> list[Callback]:
-        # They act at the server: a ModelCheckpoint from here would write checkpoints for every client.
-        return []
-
-    def configure_model(self) -> None:
-        super().configure_model()  # type: ignore[misc]
-        weights.load(self, self.trainer.task.weights)  # type: ignore[arg-type]
-
-    def on_train_epoch_end(self) -> None:
-        super().on_train_epoch_end()  # type: ignore[misc]
-        # The last moment: the module has logged, and Lightning has not reset yet.
-        self.trainer.caught = catch(self.trainer, self, self.trainer.computed)  # type: ignore[arg-type]
-
-    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(value, Tensor) and any(value is metric._computed for metric in self.trainer.module_metrics):
-            self.trainer.computed.add(name)
-        super().log(name, value, *args, **kwargs)  # type: ignore[misc]
-
-
-class ClientDataView(View):
-    """The server's datamodule as a client sees it: set up already, and with the client's loaders."""
-
-    trainer: LocalTrainer
-
-    def prepare_data(self) -> None:
-        pass
-
-    def setup(self, stage: str) -> None:
-        pass
-
-    def teardown(self, stage: str) -> None:
-        pass
-
-    def train_dataloader(self) -> Any:
-        return self.trainer.loaders.train
-
-    def val_dataloader(self) -> Any:
-        return [] if self.trainer.loaders.val is None else self.trainer.loaders.val
-
-
-class LocalTrainer(Trainer):
-    """A client's trainer. On a client ``self.trainer.current_round`` and ``self.trainer.client_id`` exist."""
-
-    def __init__(self, task: LocalTask, loaders: ClientLoaders, module: LightningModule, **kwargs: Any) -> None:
-        self.task, self.loaders = task, loaders
-        self.caught: list[MetricState] = []
-        self.computed: set[str] = set()
-        self.module_metrics = [child for child in module.modules() if isinstance(child, Metric)]
-        with _quiet():
-            super().__init__(**kwargs)
-
-    @property
-    def current_round(self) -> int:
-        """The round, from 1."""
-        return self.task.round
-
-    @property
-    def client_id(self) -> int:
-        """The client's index, from 0."""
-        return self.task.client
-
-    @property
-    def sets_up(self) -> bool:
-        """Whether this fit is the first to see the module, and sets it up."""
-        return self.task.set_up
-
-
 class LocalHooks(Callback):
     """What a local fit does at Lightning's hooks, besides the user's own."""
 
     def __init__(self, options: LocalOptions, first_epoch: int) -> None:
         self.options, self.first_epoch = options, first_epoch
         self.seen = 0
-        self.handlers = _handlers()
+        self.handlers = signal_handlers()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _restore_handlers(self.handlers)
+        restore_handlers(self.handlers)
         assert isinstance(trainer, LocalTrainer)
         if trainer.task.state is not None:
-            _load_fit_state(trainer, trainer.task.state)
+            fit_state.load(trainer, trainer.task.state)
         elif self.options.client_state == "global":
-            _advance_schedulers(trainer, self.first_epoch)
+            fit_state.advance(trainer, self.first_epoch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.current_epoch == self.first_epoch:
             self.seen += _batch_size(batch)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _restore_handlers(self.handlers)
+        restore_handlers(self.handlers)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(trainer, LocalTrainer)
@@ -227,7 +127,7 @@ def local_fit(
             _call(trainer.fit, trainer, module, datamodule, train=True)
         except MisconfigurationException as error:
             raise _explain_monitor(error, trainer) or error from None
-        state = _save_fit_state(trainer) if options.client_state == "carry" else None
+        state = fit_state.save(trainer) if options.client_state == "carry" else None
         _let_go(trainer, module)
         examples = loaders.num_examples
         if examples is None:
@@ -267,7 +167,9 @@ def _build_trainer(
     validates: bool = False,
 ) -> LocalTrainer:
     first = options.first_epoch(task.round)
-    limit = {"max_epochs": -1, "max_steps": options.steps} if options.steps else {"max_epochs": first + options.epochs}  # type: ignore[operator]
+    limit = {"max_epochs": first + (options.epochs or 1)}
+    if options.steps:
+        limit = {"max_epochs": -1, "max_steps": options.steps}
     arguments = {**copy.deepcopy(options.trainer), **limit}
     if not (options.local_validation or validates):
         arguments["limit_val_batches"] = 0
@@ -312,7 +214,7 @@ def _call(
     if not train:
         data["verbose"] = False
     try:
-        with _quiet():
+        with quiet():
             run(module, **data)
     except SystemExit as error:
         # Lightning answers Ctrl-C in a fit with sys.exit(1); to the server it must still be Ctrl-C.
@@ -324,76 +226,16 @@ def _local_run(
     module: LightningModule, datamodule: LightningDataModule | None, task: LocalTask, purpose: str
 ) -> Iterator[None]:
     """Views, seeds, signal handlers and the module's own state, all put back at the end."""
-    handlers = _handlers()
+    handlers = signal_handlers()
     with ExitStack() as stack:
-        stack.callback(_restore_handlers, handlers)
-        stack.enter_context(_own_state_kept(module))
+        stack.callback(restore_handlers, handlers)
+        stack.enter_context(own_state_kept(module))
         if datamodule is not None:
-            stack.enter_context(_attributes_kept(datamodule))
+            stack.enter_context(attributes_kept(datamodule))
             stack.enter_context(laid_over(datamodule, ClientDataView))
         stack.enter_context(laid_over(module, ClientView))
         stack.enter_context(seeded(seed_for(task.seed, purpose, round=task.round, client=task.client)))
         yield
-
-
-@contextmanager
-def _own_state_kept(module: LightningModule) -> Iterator[None]:
-    """Puts back all that is not in the state dict: attributes, modes, frozen flags, buffers that are not saved."""
-    attributes = [(child, dict(child.__dict__)) for child in module.modules()]
-    frozen = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    saved = module.state_dict().keys()
-    unsaved = [(b, b.detach().clone()) for name, b in module.named_buffers() if name not in saved]
-    device = module.device
-    try:
-        yield
-    finally:
-        module.zero_grad(set_to_none=True)
-        for child, state in attributes:
-            child.__dict__.clear()
-            child.__dict__.update(state)
-        for parameter, requires_grad in frozen:
-            parameter.requires_grad_(requires_grad)
-        # Lightning leaves a module on the CPU when a fit ends.
-        if any(parameter.device != device for parameter in module.parameters()):
-            module.to(device)
-        with torch.no_grad():
-            for buffer, value in unsaved:
-                buffer.copy_(value)
-
-
-@contextmanager
-def _attributes_kept(datamodule: LightningDataModule) -> Iterator[None]:
-    state = dict(datamodule.__dict__)
-    try:
-        yield
-    finally:
-        datamodule.__dict__.clear()
-        datamodule.__dict__.update(state)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Lightning from telling the same about every client's trainer."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _handlers() -> dict[int, Any]:
-    """The server's signal handlers: a client must not swallow a SIGTERM, nor leave Ctrl-C ignored."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-
-def _restore_handlers(handlers: dict[int, Any]) -> None:
-    for number, handler in handlers.items():
-        if handler is not None and signal.getsignal(number) is not handler:
-            signal.signal(number, handler)
 
 
 def _batch_size(batch: Any) -> int:
@@ -406,47 +248,12 @@ def _explain_monitor(error: MisconfigurationException, trainer: LocalTrainer) ->
     for config in trainer.lr_scheduler_configs:
         if config.reduce_on_plateau and str(config.monitor) in str(error):
             return ClientError(
-                f"has a {type(config.scheduler).__name__} that monitors {config.monitor!r}, which its local fit does not"
-                f" log: clients do not validate while they train. Write FederatedTrainer(local_validation=True) with"
-                f" Partition(..., val_fraction=...), or monitor what training_step logs: {sorted(trainer.callback_metrics)}."
+                f"has a {type(config.scheduler).__name__} that monitors {config.monitor!r}, which its local fit does"
+                " not log: clients do not validate while they train. Write FederatedTrainer(local_validation=True) with"
+                " Partition(..., val_fraction=...), or monitor what training_step logs:"
+                f" {sorted(trainer.callback_metrics)}."
             )
     return None
-
-
-def _schedulers(trainer: Trainer) -> list[LRSchedulerPLType]:
-    return [config.scheduler for config in trainer.lr_scheduler_configs]
-
-
-def _save_fit_state(trainer: Trainer) -> bytes:
-    state = {
-        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "schedulers": [scheduler.state_dict() for scheduler in _schedulers(trainer)],
-    }
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def _load_fit_state(trainer: Trainer, saved: bytes) -> None:
-    # It never left the client; even so only tensors and plain values are read.
-    state = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
-    for optimizer, own in zip(trainer.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(own)
-    for scheduler, own in zip(_schedulers(trainer), state["schedulers"], strict=True):
-        scheduler.load_state_dict(own)
-
-
-def _advance_schedulers(trainer: Trainer, epochs: int) -> None:
-    """Brings schedules to where the global round is, as if the client had trained in all rounds before."""
-    for config in trainer.lr_scheduler_configs:
-        if config.reduce_on_plateau:
-            raise ClientError(
-                "has a ReduceLROnPlateau, which has no schedule to take from the global round: write"
-                " FederatedTrainer(client_state='carry')."
-            )
-        steps = epochs if config.interval == "epoch" else epochs * int(trainer.num_training_batches)
-        for _ in range(steps // config.frequency):
-            config.scheduler.step()  # type: ignore[call-arg]
 
 
 def _let_go(trainer: Trainer, module: LightningModule) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -85,7 +85,7 @@ class InProcessGrid(Grid):
 
     def _context(self, client: int) -> Context:
         if client not in self._contexts:
-            config = {messages.CLIENT: client, "num-partitions": self.num_clients}
+            config: UserConfig = {messages.CLIENT: client, "num-partitions": self.num_clients}
             self._contexts[client] = Context(self._run.run_id, self.node_of(client), config, RecordDict(), {})
         return self._contexts[client]
 

@@ -1,0 +1,75 @@
+"""What a local run must leave as it was: the module's own state, signal handlers, Lightning's log level."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+
+
+@contextmanager
+def own_state_kept(module: LightningModule) -> Iterator[None]:
+    """Puts back all that is not in the state dict: attributes, modes, frozen flags, buffers that are not saved."""
+    attributes = [(child, dict(child.__dict__)) for child in module.modules()]
+    frozen = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    saved = module.state_dict().keys()
+    unsaved = [(b, b.detach().clone()) for name, b in module.named_buffers() if name not in saved]
+    device = module.device
+    try:
+        yield
+    finally:
+        module.zero_grad(set_to_none=True)
+        for child, state in attributes:
+            child.__dict__.clear()
+            child.__dict__.update(state)
+        for parameter, requires_grad in frozen:
+            parameter.requires_grad_(requires_grad)
+        # Lightning leaves a module on the CPU when a fit ends.
+        if any(parameter.device != device for parameter in module.parameters()):
+            module.to(device)
+        with torch.no_grad():
+            for buffer, value in unsaved:
+                buffer.copy_(value)
+
+
+@contextmanager
+def attributes_kept(datamodule: LightningDataModule) -> Iterator[None]:
+    """Puts back a datamodule's attributes."""
+    state = dict(datamodule.__dict__)
+    try:
+        yield
+    finally:
+        datamodule.__dict__.clear()
+        datamodule.__dict__.update(state)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Lightning from telling the same about every client's trainer."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def signal_handlers() -> dict[int, Any]:
+    """The server's signal handlers: a client must not swallow a SIGTERM, nor leave Ctrl-C ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+def restore_handlers(handlers: dict[int, Any]) -> None:
+    """Takes back what ``signal_handlers`` gave, where it was changed."""
+    for number, handler in handlers.items():
+        if handler is not None and signal.getsignal(number) is not handler:
+            signal.signal(number, handler)

@@ -1,0 +1,113 @@
+"""A client's trainer, and the views under which it sees the module and the datamodule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_fed import weights
+from lightning_fed.client.isolation import quiet
+from lightning_fed.data import ClientLoaders
+from lightning_fed.metrics import MetricState, catch
+from lightning_fed.views import View
+from lightning_fed.weights import Weights
+
+
+@dataclass
+class LocalTask:
+    """What one client does in one round."""
+
+    client: int
+    round: int
+    seed: int
+    weights: Weights
+    state: bytes | None = None
+    set_up: bool = True
+
+
+class ClientView(View):
+    """A module as a client sees it: all training hooks are the user's, set-up and checkpoints are not the client's."""
+
+    trainer: LocalTrainer
+
+    def prepare_data(self) -> None:
+        if self.trainer.sets_up:
+            super().prepare_data()  # type: ignore[misc]
+
+    def setup(self, stage: str) -> None:
+        # The server has set the same module up; doing it again would build new layers and read the data anew.
+        if self.trainer.sets_up:
+            super().setup(stage)  # type: ignore[misc]
+
+    def teardown(self, stage: str) -> None:
+        pass
+
+    def configure_callbacks(self) -> list[Callback]:
+        # They act at the server: a ModelCheckpoint from here would write checkpoints for every client.
+        return []
+
+    def configure_model(self) -> None:
+        super().configure_model()  # type: ignore[misc]
+        weights.load(self, self.trainer.task.weights)  # type: ignore[arg-type]
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()  # type: ignore[misc]
+        # The last moment: the module has logged, and Lightning has not reset yet.
+        self.trainer.caught = catch(self.trainer, self, self.trainer.computed)  # type: ignore[arg-type]
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(value, Tensor) and any(value is metric._computed for metric in self.trainer.module_metrics):
+            self.trainer.computed.add(name)
+        super().log(name, value, *args, **kwargs)  # type: ignore[misc]
+
+
+class ClientDataView(View):
+    """The server's datamodule as a client sees it: set up already, and with the client's loaders."""
+
+    trainer: LocalTrainer
+
+    def prepare_data(self) -> None:
+        pass
+
+    def setup(self, stage: str) -> None:
+        pass
+
+    def teardown(self, stage: str) -> None:
+        pass
+
+    def train_dataloader(self) -> Any:
+        return self.trainer.loaders.train
+
+    def val_dataloader(self) -> Any:
+        return [] if self.trainer.loaders.val is None else self.trainer.loaders.val
+
+
+class LocalTrainer(Trainer):
+    """A client's trainer. On a client ``self.trainer.current_round`` and ``self.trainer.client_id`` exist."""
+
+    def __init__(self, task: LocalTask, loaders: ClientLoaders, module: LightningModule, **kwargs: Any) -> None:
+        self.task, self.loaders = task, loaders
+        self.caught: list[MetricState] = []
+        self.computed: set[str] = set()
+        self.module_metrics = [child for child in module.modules() if isinstance(child, Metric)]
+        with quiet():
+            super().__init__(**kwargs)
+
+    @property
+    def current_round(self) -> int:
+        """The round, from 1."""
+        return self.task.round
+
+    @property
+    def client_id(self) -> int:
+        """The client's index, from 0."""
+        return self.task.client
+
+    @property
+    def sets_up(self) -> bool:
+        """Whether this fit is the first to see the module, and sets it up."""
+        return self.task.set_up
