@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -18,6 +20,7 @@ from torch.utils.data import (
     Sampler,
     SequentialSampler,
     Subset,
+    TensorDataset,
 )
 
 from lightning_fed.errors import ConfigurationError
@@ -60,10 +63,11 @@ def require_sliceable(loader: object) -> DataLoader[Any]:
         raise ConfigurationError(
             f"Partition deals examples out by index, and {type(dataset).__name__} has no length." + instead
         )
-    if type(loader.sampler) not in (RandomSampler, SequentialSampler) or not (
-        loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
-    ):
-        sampler = loader.sampler if type(loader.batch_sampler) is BatchSampler else loader.batch_sampler
+    batches, sampler = loader.batch_sampler, _sampler(loader)
+    if batches is not None and type(batches) is not BatchSampler:
+        sampler = batches
+    counted = isinstance(sampler, RandomSampler) and sampler._num_samples is not None
+    if type(sampler) not in (RandomSampler, SequentialSampler) or counted:
         raise ConfigurationError(
             f"Partition cannot deal out a loader whose {type(sampler).__name__} was made for the whole dataset: a"
             " client has only a part of it. Choose the examples with torch.utils.data.Subset and let the DataLoader"
@@ -72,8 +76,18 @@ def require_sliceable(loader: object) -> DataLoader[Any]:
     return loader
 
 
+def _sampler(loader: DataLoader[Any]) -> Any:
+    """What orders the examples: a loader that came with a batch sampler has another ``sampler``, which nobody reads."""
+    return loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
+
+
 def slice_loader(
-    loader: DataLoader[Any], indices: Sequence[int], *, seed: int, shuffle: bool | None = None
+    loader: DataLoader[Any],
+    indices: Sequence[int],
+    *,
+    seed: int,
+    shuffle: bool | None = None,
+    keep_workers: bool = False,
 ) -> DataLoader[Any]:
     """A loader like ``loader`` (batch size, workers, collate function, subclass, ...) over some of its examples.
 
@@ -82,22 +96,27 @@ def slice_loader(
         indices: The examples, by their index in ``loader.dataset``.
         seed: Seeds the shuffling of a loader that came with a generator of its own; any other draws from torch's.
         shuffle: ``False`` also keeps the last, smaller batch; ``None`` does as ``loader`` does.
+        keep_workers: Keep worker processes from one pass to the next.
     """
     part: Dataset[Any] = Subset(loader.dataset, list(indices))
-    shuffled = isinstance(loader.sampler, RandomSampler) if shuffle is None else shuffle
+    whole: Any = _sampler(loader)
+    batches: Any = loader if loader.batch_sampler is None else loader.batch_sampler
+    shuffled = isinstance(whole, RandomSampler) if shuffle is None else shuffle
     sampler: Sampler[int] = SequentialSampler(part)  # type: ignore[arg-type]
-    if shuffled:
-        own = getattr(loader.sampler, "generator", None)
+    if shuffled and len(indices):  # RandomSampler refuses to shuffle nothing
+        own = getattr(whole, "generator", None)
         generator = None if own is None else torch.Generator().manual_seed(seed)
-        sampler = RandomSampler(part, generator=generator)  # type: ignore[arg-type]
-    drop_last = loader.drop_last and shuffle is not False
+        replacement = getattr(whole, "replacement", False)
+        sampler = RandomSampler(part, replacement, generator=generator)  # type: ignore[arg-type]
+    drop_last = batches.drop_last and shuffle is not False
     # DataLoader refuses to change these attributes, and a subclass may not take them in __init__.
     changed: dict[str, Any] = {"dataset": part, "sampler": sampler, "_iterator": None, "drop_last": drop_last}
+    if keep_workers and loader.num_workers:
+        changed["persistent_workers"] = True
     if loader.generator is not None:
         changed["generator"] = torch.Generator().manual_seed(seed)
     if loader.batch_sampler is not None:
-        assert loader.batch_size is not None
-        changed["batch_sampler"] = BatchSampler(sampler, loader.batch_size, drop_last)
+        changed["batch_sampler"] = BatchSampler(sampler, batches.batch_size, drop_last)
     sliced = copy.copy(loader)
     sliced.__dict__.update(changed)
     return sliced
@@ -111,23 +130,34 @@ def count_examples(loader: object) -> int | None:
     return len(dataset)
 
 
-def labels_of(dataset: object) -> Any:
-    """The labels of a map-style dataset without reading its examples, or ``None`` where none are found.
+def labels_of(dataset: Any) -> np.ndarray[Any, Any] | None:
+    """The labels of a map-style dataset, (n,), without reading its examples, or ``None`` where none are found.
 
     Looked for in ``.targets`` and ``.labels`` (torchvision), through ``Subset`` and ``ConcatDataset``, and in the last
     tensor of a ``TensorDataset`` if it is one-dimensional and of integers.
     """
     if isinstance(dataset, Subset):
         labels = labels_of(dataset.dataset)
-        return None if labels is None else torch.as_tensor(labels)[torch.as_tensor(dataset.indices)]
-    if isinstance(dataset, torch.utils.data.ConcatDataset):
+        return None if labels is None else labels[np.asarray(dataset.indices, dtype=np.int64)]
+    if isinstance(dataset, ConcatDataset):
         parts = [labels_of(part) for part in dataset.datasets]
-        return None if any(part is None for part in parts) else torch.cat([torch.as_tensor(part) for part in parts])
+        return None if any(part is None for part in parts) else np.concatenate(parts)  # type: ignore[arg-type]
     for name in ("targets", "labels"):
-        labels = getattr(dataset, name, None)
-        if labels is not None and not callable(labels):
+        labels = _one_each(getattr(dataset, name, None), dataset)
+        if labels is not None:
             return labels
-    if isinstance(dataset, torch.utils.data.TensorDataset):
+    if isinstance(dataset, TensorDataset):
         last = dataset.tensors[-1]
-        return last if last.dim() == 1 and not last.is_floating_point() else None
+        return None if last.is_floating_point() else _one_each(last, dataset)
     return None
+
+
+def _one_each(labels: Any, dataset: Any) -> np.ndarray[Any, Any] | None:
+    """The labels as an array, unless they are something else: the names of the classes, boxes, ..."""
+    try:
+        array = np.asarray(labels)
+        if array.dtype == object:
+            array = np.asarray(array.tolist())
+    except (TypeError, ValueError):
+        return None
+    return array if array.shape == (len(dataset),) and array.dtype != object else None

@@ -262,14 +262,16 @@ def to_plain(value: Any) -> Any:
     Raises:
         TypeError: For anything else.
     """
+    if isinstance(value, (np.str_, np.bytes_)):
+        value = value.item()
+    if isinstance(value, np.generic):  # first, for np.float64 is a float, too
+        return {"__scalar__": torch.from_numpy(np.asarray(value).copy())}
     if value is None or isinstance(value, (bool, int, float, str, Tensor)):
         return value
     if isinstance(value, bytes):
         return {"__bytes__": torch.frombuffer(bytearray(value or b"\0"), dtype=torch.uint8)[: len(value)].clone()}
-    if isinstance(value, np.generic):
-        return {"__scalar__": torch.from_numpy(np.asarray(value).copy())}
     if isinstance(value, np.ndarray):
-        return {"__ndarray__": torch.from_numpy(value.copy())}
+        return {"__ndarray__": torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))}
     if isinstance(value, Array):
         return {"__array__": _tensor(value).clone()}
     for cls in (ArrayRecord, MetricRecord, ConfigRecord, RecordDict):

@@ -184,8 +184,8 @@ class Rounds:
             self._said.update(new)
             rank_zero_warn(
                 f"The logged {', '.join(map(repr, new))} cannot be merged over clients exactly (a metric that the"
-                " module already computed, or a wrapper such as MinMax or BootStrapper): it is the example-weighted mean"
-                " of the clients' values. Log the torchmetrics object itself for the exact value."
+                " module already computed, or a wrapper such as MinMax or BootStrapper): it is the example-weighted"
+                " mean of the clients' values. Log the torchmetrics object itself for the exact value."
             )
 
 
@@ -255,7 +255,9 @@ class Exchange:
         if self.stage == "train":
             self._check_weights(client, reply, extras.integers, coefficient)
             if extras.integers:
-                self.integers.add(extras.integers, coefficient)
+                # A strategy that weighs all clients alike (ours say so) gets it for these, too.
+                alike = getattr(self.rounds.strategy, "uniform", False)
+                self.integers.add(extras.integers, 1.0 if alike else coefficient)
         if coefficient:
             self.states.append((coefficient, extras.states))
             report = ClientReport(client, coefficient, messages.reply_scalars(reply))

@@ -50,7 +50,13 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds Python, NumPy and torch for the block and puts their states back after it."""
+    """Seeds Python, NumPy and torch for the block and puts their states back after it, however it ends."""
+    raised: BaseException | None = None
     with isolate_rng():
         seed_all(seed)
-        yield
+        try:
+            yield
+        except BaseException as error:  # isolate_rng puts nothing back when it sees one
+            raised = error
+    if raised is not None:
+        raise raised

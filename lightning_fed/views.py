@@ -6,6 +6,7 @@ modules, or of modules that hold a closure over a layer, silently train nothing.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -26,7 +27,18 @@ class View:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced = list(object.__reduce_ex__(self, protocol))
         reduced[1] = tuple(self._user_class if arg is type(self) else arg for arg in reduced[1])
+        if reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            reduced[0] = _new
+        if len(reduced) > 2 and isinstance(reduced[2], dict):  # what the view hides is the instance's own
+            state = {**reduced[2], **reduced[2].get(_HIDDEN, {})}
+            state.pop(_HIDDEN, None)
+            reduced[2] = state
         return tuple(reduced)
+
+
+def _new(cls: Any, *args: Any) -> Any:
+    """As ``copyreg.__newobj__``, which pickle accepts for the instance's present class only."""
+    return cls.__new__(cls, *args)
 
 
 def user_class(instance: object) -> type:

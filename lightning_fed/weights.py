@@ -71,6 +71,8 @@ def _is_finite(tensor: Tensor) -> bool:
         return True
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
+    if tensor.element_size() == 1:  # float8 has no aminmax
+        tensor = tensor.float()
     # aminmax carries NaN and Inf through and needs no scratch memory, which isfinite().all() does.
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) and torch.isfinite(high))
@@ -123,6 +125,7 @@ class RunningMean:
         self.total = 0.0
         self._mean: Weights = {}
         self._dtype: dict[str, torch.dtype] = {}
+        self._origin: Weights = {}
 
     def add(self, weights: Mapping[str, Tensor], coefficient: float) -> None:
         """Takes one client's ``weights`` in with the averaging ``coefficient`` (> 0), such as its ``num_examples``."""
@@ -130,26 +133,30 @@ class RunningMean:
             raise ValueError(f"RunningMean.add(..., {coefficient!r}): an averaging coefficient is greater than zero.")
         self.total += coefficient
         for name, tensor in weights.items():
+            self._dtype.setdefault(name, tensor.dtype)
+            if not is_averaged(tensor):
+                # float64 holds no integer beyond 2**53: what is averaged is the distance from the first client's.
+                whole = tensor.to(torch.int64, copy=True)
+                tensor = whole - self._origin.setdefault(name, whole)
             if name in self._mean:
                 _move(self._mean[name], tensor, coefficient / self.total)
             else:
-                self._dtype[name] = tensor.dtype
                 wide = torch.complex128 if tensor.is_complex() else torch.float64
                 self._mean[name] = tensor.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
 
     def value(self) -> Weights:
-        """The mean, each tensor in the dtype of the first client's; integer and bool tensors rounded."""
-        return {name: _narrow(mean, self._dtype[name]) for name, mean in self._mean.items()}
+        """The mean, each tensor in the dtype of the first client's; integers and bools rounded, halves up."""
+        return {name: _narrow(mean, self._dtype[name], self._origin.get(name)) for name, mean in self._mean.items()}
 
 
 def _move(mean: Tensor, tensor: Tensor, share: float) -> None:
     flat, source = mean.view(-1), tensor.detach().reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
         part = flat[start : start + _CHUNK]
-        part.add_(source[start : start + _CHUNK].to(part.dtype).sub_(part), alpha=share)
+        part.add_(source[start : start + _CHUNK].to(part.dtype, copy=True).sub_(part), alpha=share)
 
 
-def _narrow(mean: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype.is_floating_point or dtype.is_complex:
-        return mean.to(dtype)
-    return mean.round().to(dtype)
+def _narrow(mean: Tensor, dtype: torch.dtype, origin: Tensor | None) -> Tensor:
+    if origin is None:
+        return mean.to(dtype, copy=True)
+    return (origin + (mean + 0.5).floor().to(torch.int64)).to(dtype)

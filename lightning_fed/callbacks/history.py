@@ -39,7 +39,8 @@ class History(FederatedCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A new fit starts a new table; a resumed one goes on with its own."""
-        done = trainer.current_epoch
+        # Not the epoch: with a checkpoint saved at the end of validation it still is the round that was done.
+        done = trainer.global_step
         self.rows = [row for row in self.rows if row["round"] <= done]
         self.clients = [row for row in self.clients if row["round"] <= done]
 
@@ -117,6 +118,7 @@ class History(FederatedCallback):
                 label = f"{name} (mean over clients)" if name.startswith("clients/") else name
                 axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
             axes.set(xlabel="round", ylabel=quantity)
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
             axes.legend()
         if path is not None:

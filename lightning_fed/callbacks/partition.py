@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed.callbacks.base import PartitionOwner
 from lightning_fed.data import ClientLoaders, labels_of, require_sliceable, slice_loader
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _INDEX = "lightning-fed-index"
+# With fewer examples a client, starting worker processes takes longer than reading.
+_WORTH_WORKERS = 5000
 _LABEL_NAMES = ("label", "labels", "target", "targets")
 
 
@@ -80,6 +83,12 @@ class Partition(PartitionOwner):
         """
         self._loader, self._seed, self._cache = require_sliceable(loader), seed, {}
         self._deal(self._loader.dataset)
+        each = len(self._loader.dataset) / self.num_clients
+        if self._loader.num_workers and each < _WORTH_WORKERS:
+            rank_zero_warn(
+                f"DataLoader(num_workers={self._loader.num_workers}) starts that many processes for every client and"
+                f" round, to read about {each:.0f} examples each time: num_workers=0 is likely faster."
+            )
 
     def _deal(self, dataset: Any) -> None:
         if self.partitioner.is_dataset_assigned():
@@ -93,6 +102,8 @@ class Partition(PartitionOwner):
         self._dealt = dealt
         try:
             self.indices(0)
+            if self.num_clients > len(dataset):
+                raise ValueError(f"{self.num_clients} clients are too many, some would have none.")
         except (KeyError, ValueError, AttributeError, AssertionError) as error:
             self._dealt = None
             raise ConfigurationError(self._explain(error, len(dataset), list(columns))) from error
@@ -156,7 +167,8 @@ class Partition(PartitionOwner):
         train, val = self.split(client)
         seed = seed_for(self._seed, "loader", round=round, client=client)
         return ClientLoaders(
-            train=slice_loader(self._loader, train.tolist(), seed=seed),
+            # After round 1 Lightning starts a fit with two passes; in round 1 the draws are those of a plain Trainer.
+            train=slice_loader(self._loader, train.tolist(), seed=seed, keep_workers=round > 1),
             val=slice_loader(self._loader, val.tolist(), seed=seed, shuffle=False) if len(val) else None,
             num_examples=len(train),
         )
@@ -187,7 +199,7 @@ class Partition(PartitionOwner):
         label = next((n for n in (getattr(self.partitioner, "_partition_by", ""), *_LABEL_NAMES) if n in columns), None)
         if label is None:
             raise ConfigurationError("Partition.plot() found no labels: pass them, Partition(..., labels=...).")
-        figure, axes, _ = plot_label_distributions(self._dealt, label, **{"legend": True, **kwargs})
+        figure, axes, _ = plot_label_distributions(self._dealt, label, **{"legend": True, "verbose_labels": False, **kwargs})
         axes.set_title(kwargs.get("title", "Training examples of each client, by label"))
         axes.set_xlabel("client")
         if path is not None:

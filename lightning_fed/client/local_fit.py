@@ -208,7 +208,8 @@ def _call(
     elif datamodule is not None:
         data = {"datamodule": datamodule}
     elif train:
-        data = {"train_dataloaders": loaders.train, "val_dataloaders": loaders.val}
+        # Not None: that would mean the module's own val_dataloader, which is the server's.
+        data = {"train_dataloaders": loaders.train, "val_dataloaders": [] if loaders.val is None else loaders.val}
     else:
         data = {"dataloaders": loaders.val}
     if not train:

@@ -1,0 +1,56 @@
+"""On a CUDA device: `pytest -m gpu tests/gpu`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_fed import FederatedTrainer
+from lightning_fed.callbacks import FedAdam, Partition
+from lightning_fed.testing import ToyModule, toy_data
+
+pytestmark = pytest.mark.gpu
+
+
+def fit(accelerator: str, **kwargs: Any) -> tuple[FederatedTrainer, ToyModule]:
+    torch.manual_seed(0)
+    module = ToyModule()
+    trainer = FederatedTrainer(
+        max_rounds=3,
+        callbacks=[Partition(3, val_fraction=0.2), FedAdam(learning_rate=0.01)],
+        accelerator=accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **kwargs,
+    )
+    trainer.fit(module, DataLoader(toy_data(), batch_size=8, shuffle=True), DataLoader(toy_data(seed=1), batch_size=32))
+    return trainer, module.cpu()
+
+
+def test_cuda_gives_what_the_cpu_gives() -> None:
+    cpu, cpu_module = fit("cpu")
+    cuda, cuda_module = fit("cuda")
+    torch.testing.assert_close(dict(cuda_module.state_dict()), dict(cpu_module.state_dict()), rtol=1e-3, atol=1e-5)
+    for name in ("train_loss", "val_loss", "clients/val_loss"):
+        assert cuda.callback_metrics[name].item() == pytest.approx(cpu.callback_metrics[name].item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_trains(precision: str) -> None:
+    trainer, module = fit("cuda", precision=precision)
+    assert trainer.global_step == 3
+    assert {value.dtype for value in module.state_dict().values()} == {torch.float32}
+    assert all(torch.isfinite(value).all() for value in module.state_dict().values())
+
+
+def test_memory_is_returned() -> None:
+    fit("cuda")
+    before = torch.cuda.memory_allocated()
+    fit("cuda")
+    assert torch.cuda.memory_allocated() <= before

@@ -1,0 +1,109 @@
+"""What several test files share."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_fed import messages
+from lightning_fed.engines import InProcess
+from lightning_fed.weights import Weights
+
+T = TypeVar("T")
+
+# Arguments of a Trainer that writes nothing, shows nothing and runs on the CPU.
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "accelerator": "cpu",
+}
+
+
+def in_flower(main: Callable[[], T]) -> T:
+    """Runs ``main`` where Flower's ``Message(...)`` knows who sends."""
+    return InProcess().run(lambda grid: main(), ClientApp(), lambda: 1)
+
+
+def class_sorted(sizes: Sequence[int] = (7, 53, 196), classes: int = 3, seed: int = 0) -> list[TensorDataset]:
+    """Unequal clients' data (x: (n, 8), y: (n,)) of which each has mostly one class: far from IID."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, classes, (sum(sizes),), generator=generator).sort().values
+    x = torch.randn(sum(sizes), 8, generator=generator) + 0.5 * y[:, None]
+    return [TensorDataset(a, b) for a, b in zip(x.split(list(sizes)), y.split(list(sizes)), strict=True)]
+
+
+def pooled(parts: Sequence[TensorDataset]) -> TensorDataset:
+    """All clients' data as one dataset, in client order."""
+    return TensorDataset(*(torch.cat(columns) for columns in zip(*(part.tensors for part in parts), strict=True)))
+
+
+def loaders(parts: Sequence[TensorDataset], batch_size: int = 32) -> list[DataLoader]:
+    return [DataLoader(part, batch_size=batch_size) for part in parts]
+
+
+def reply_to(message: Message, weights: Weights, num_examples: int, **scalars: float) -> Message:
+    """A client's train reply, with a sender, as a grid delivers it."""
+    return messages.train_reply(message, weights, num_examples, scalars)
+
+
+class SuperLinkLike(Grid):
+    """A grid that is not ours: random addresses, no roster, and replies as a list in an order of their own.
+
+    Args:
+        client_app: What every node runs.
+        nodes: Address -> node config.
+        order: Reorders (or drops) the replies.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        nodes: dict[int, dict[str, Any]],
+        order: Callable[[list[Message]], list[Message]] = lambda replies: replies[::-1],
+    ) -> None:
+        self.app, self.order = client_app, order
+        self.contexts = {node: Context(1, node, config, RecordDict(), {}) for node, config in nodes.items()}
+        self.sent: list[Message] = []
+        self.timeouts: list[float | None] = []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        messages = list(messages)
+        self.sent += messages
+        self.timeouts.append(timeout)
+        return self.order([self._call(message) for message in messages])
+
+    def _call(self, message: Message) -> Message:
+        message.metadata.__dict__["_message_id"] = f"m{len(self.sent)}"
+        try:
+            return self.app(message, self.contexts[message.metadata.dst_node_id])
+        except Exception as exception:
+            return messages.error_reply(message, exception, f"{type(exception).__name__}: {exception}")
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.contexts)
+
+    def get_nodes(self) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        raise NotImplementedError
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError

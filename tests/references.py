@@ -1,0 +1,170 @@
+"""Independent references, a few lines each, from the papers' equations.
+
+Nothing here comes from lightning_fed. Weights are dicts of tensors by name. All sums are in float64; a result has the
+dtype of the global weights.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]
+State = dict[str, dict[str, Tensor]]
+# (global weights, the clients' mean, the moments of the round before) -> (new weights, new moments)
+ServerStep = Callable[[Weights, Weights, State], tuple[Weights, State]]
+
+
+def weighted_mean(clients: Sequence[Weights], coefficients: Sequence[float]) -> Weights:
+    """``sum_k n_k w_k / sum_k n_k`` (McMahan et al. 2017, Algorithm 1); integers and bools rounded, halves up."""
+    total = float(sum(coefficients))
+    mean = {}
+    for name, like in clients[0].items():
+        value = sum(n / total * client[name].double() for client, n in zip(clients, coefficients, strict=True))
+        mean[name] = (value if like.is_floating_point() else (value + 0.5).floor()).to(like.dtype)
+    return mean
+
+
+def _wide(x: Weights, mean: Weights) -> tuple[Weights, Weights]:
+    return {k: v.double() for k, v in x.items()}, {k: mean[k].double() - v.double() for k, v in x.items()}
+
+
+def fedavgm(lr: float, momentum: float) -> ServerStep:
+    """Hsu et al. 2019, section 3: ``v <- beta v + dw``, ``w <- w - lr v`` with ``dw = w - mean``; ``v_0 = 0``."""
+
+    def step(x: Weights, mean: Weights, state: State) -> tuple[Weights, State]:
+        wide, delta = _wide(x, mean)
+        v = {k: momentum * state["v"][k] - delta[k] if state else -delta[k] for k in x}
+        return {k: (wide[k] - lr * v[k]).to(x[k].dtype) for k in x}, {"v": v}
+
+    return step
+
+
+def _adaptive(
+    lr: float, beta_1: float, tau: float, second_moment: Callable[[Tensor, Tensor], Tensor]
+) -> ServerStep:
+    """Reddi et al. 2021, Algorithm 2, with ``m_{-1} = 0``, ``v_{-1} = tau^2`` and no bias correction.
+
+    Lines 10 to 13: ``m_t = beta_1 m_{t-1} + (1 - beta_1) D_t``, ``v_t`` by method,
+    ``x_{t+1} = x_t + eta m_t / (sqrt(v_t) + tau)``.
+    """
+
+    def step(x: Weights, mean: Weights, state: State) -> tuple[Weights, State]:
+        wide, delta = _wide(x, mean)
+        if not state:
+            state = {
+                "m": {k: torch.zeros_like(d) for k, d in delta.items()},
+                "v": {k: torch.full_like(d, tau**2) for k, d in delta.items()},
+            }
+        m = {k: beta_1 * state["m"][k] + (1 - beta_1) * d for k, d in delta.items()}
+        v = {k: second_moment(state["v"][k], d) for k, d in delta.items()}
+        return {k: (wide[k] + lr * m[k] / (v[k] ** 0.5 + tau)).to(x[k].dtype) for k in x}, {"m": m, "v": v}
+
+    return step
+
+
+def fedadagrad(lr: float, beta_1: float, tau: float) -> ServerStep:
+    """``v_t = v_{t-1} + D_t^2``."""
+    return _adaptive(lr, beta_1, tau, lambda v, d: v + d**2)
+
+
+def fedadam(lr: float, beta_1: float, beta_2: float, tau: float) -> ServerStep:
+    """``v_t = beta_2 v_{t-1} + (1 - beta_2) D_t^2``."""
+    return _adaptive(lr, beta_1, tau, lambda v, d: beta_2 * v + (1 - beta_2) * d**2)
+
+
+def fedyogi(lr: float, beta_1: float, beta_2: float, tau: float) -> ServerStep:
+    """``v_t = v_{t-1} - (1 - beta_2) D_t^2 sign(v_{t-1} - D_t^2)``."""
+    return _adaptive(lr, beta_1, tau, lambda v, d: v - (1 - beta_2) * d**2 * torch.sign(v - d**2))
+
+
+def run_rounds(
+    x: Weights, clients: Callable[[int, Weights], Sequence[tuple[float, Weights]]], step: ServerStep, rounds: int
+) -> list[Weights]:
+    """The global weights after each of several rounds.
+
+    Args:
+        x: The weights at the start.
+        clients: ``clients(round, x)`` gives ``(n_k, w_k)`` of each client; rounds count from 1.
+        step: The server's step.
+        rounds: How many.
+    """
+    state: State = {}
+    after = []
+    for round in range(1, rounds + 1):
+        sizes, updates = zip(*clients(round, x), strict=True)
+        x, state = step(x, weighted_mean(updates, sizes), state)
+        after.append(x)
+    return after
+
+
+def fedprox_gradient(gradient: Weights, w: Weights, w_t: Weights, mu: float) -> Weights:
+    """The gradient of ``F_k(w) + mu/2 ||w - w_t||^2`` (Li et al. 2020, equation 2): ``grad F_k + mu (w - w_t)``."""
+    return {k: g + mu * (w[k] - w_t[k]) for k, g in gradient.items()}
+
+
+def plain_federated_sgd(
+    module: nn.Module,
+    batches: Sequence[Sequence[Sequence[Any] | None]],
+    sizes: Sequence[float],
+    loss: Callable[[nn.Module, Any], Tensor],
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    mu: float = 0.0,
+    server_step: ServerStep | None = None,
+) -> list[Weights]:
+    """Federated SGD in plain torch; the state dict after each round.
+
+    Each round, every client of the cohort starts from the global weights with a fresh momentum buffer, makes one SGD
+    step a batch (``v = momentum v + g``, ``w = w - lr v``, as torch's SGD) in train mode, and the server takes the mean
+    weighted by ``sizes`` over the cohort. Buffers (BatchNorm's statistics) always take the mean.
+
+    Args:
+        module: The model; it is trained in place and ends with the last global weights.
+        batches: ``batches[round][client]`` is the list of batches in the order in which the client sees them (a second
+            local epoch is simply appended), or ``None`` where the client is not in the round's cohort.
+        sizes: Each client's number of training examples, whatever its batches.
+        loss: ``loss(module, batch)`` gives the scalar to differentiate.
+        lr: The clients' learning rate.
+        momentum: The clients' momentum.
+        mu: Strength of FedProx's term ``mu/2 ||w - w_t||^2``.
+        server_step: What the server does with the parameters' mean, such as ``fedadam(...)``; by default it takes it.
+    """
+    x = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    parameters = {k for k, _ in module.named_parameters(remove_duplicate=False)}
+    state: State = {}
+    after = []
+    for round in batches:
+        cohort = [(own, size) for own, size in zip(round, sizes, strict=True) if own is not None]
+        updates = [_local_sgd(module, x, own, loss, lr, momentum, mu) for own, _ in cohort]
+        new = weighted_mean(updates, [size for _, size in cohort])
+        if server_step is not None:
+            stepped, state = server_step({k: x[k] for k in parameters}, {k: new[k] for k in parameters}, state)
+            new = {**new, **stepped}
+        x = {k: new[k] for k in x}
+        after.append(x)
+    module.load_state_dict(x)
+    return after
+
+
+def _local_sgd(
+    module: nn.Module, x: Weights, batches: Sequence[Any], loss: Any, lr: float, momentum: float, mu: float
+) -> Weights:
+    module.load_state_dict(x)
+    module.train()
+    parameters = dict(module.named_parameters())
+    start = {k: p.detach().clone() for k, p in parameters.items()}
+    velocity: Weights = {}
+    for batch in batches:
+        trained = {k: p for k, p in parameters.items() if p.requires_grad}
+        gradients = torch.autograd.grad(loss(module, batch), list(trained.values()), allow_unused=True)
+        with torch.no_grad():
+            for (k, p), g in zip(trained.items(), gradients, strict=True):
+                if g is None:
+                    continue
+                g = g + mu * (p - start[k])
+                velocity[k] = momentum * velocity[k] + g if k in velocity else g
+                p -= lr * velocity[k]
+    return {k: v.detach().clone() for k, v in module.state_dict().items()}

@@ -1,0 +1,258 @@
+"""Weights: every dtype is kept, every fault names its tensor, one mean whatever the number of clients."""
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_fed import weights
+from lightning_fed.errors import ConfigurationError, InvalidUpdateError
+from lightning_fed.weights import RunningMean, check_update
+from tests.references import weighted_mean
+
+
+class Net(LightningModule):
+    """Tied weights, a frozen parameter, BatchNorm, a buffer that is not saved, and state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.out.weight = self.embed.weight
+        self.norm = nn.BatchNorm1d(3)
+        self.frozen = nn.Parameter(torch.ones(2, dtype=torch.bfloat16), requires_grad=False)
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+        self.extra = {"text": "kept"}
+
+    def get_extra_state(self) -> dict[str, str]:
+        return self.extra
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        self.extra = state
+
+
+# ------------------------------------------------------------------------------------------------- reading and loading
+
+
+def test_read_gives_tensors_only_with_their_dtypes():
+    read = weights.read(Net())
+    assert set(read) == {
+        *("embed.weight", "out.weight", "frozen", "mask"),
+        *(f"norm.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+    }
+    assert read["frozen"].dtype == torch.bfloat16
+    assert read["norm.num_batches_tracked"].dtype == torch.int64
+    assert not any(tensor.requires_grad for tensor in read.values())
+
+
+def test_read_copies_unless_told_not_to():
+    module = Net()
+    copied, shared = weights.read(module), weights.read(module, copy=False)
+    with torch.no_grad():
+        module.norm.weight.fill_(9)
+    assert torch.equal(copied["norm.weight"], torch.ones(3))
+    assert torch.equal(shared["norm.weight"], torch.full((3,), 9.0))
+
+
+def test_load_casts_to_the_modules_dtype_and_keeps_state_that_is_no_tensor():
+    source, target = Net(), Net()
+    with torch.no_grad():
+        source.frozen.copy_(torch.tensor([0.1, 1e-3]))
+    sent = {k: v.float() if v.is_floating_point() else v for k, v in weights.read(source).items()}
+    target.extra = {"text": "its own"}
+    weights.load(target, sent)
+    assert target.frozen.dtype == torch.bfloat16
+    assert torch.equal(target.frozen, source.frozen)
+    assert target.out.weight is target.embed.weight
+    assert target.extra == {"text": "its own"}
+
+
+def test_load_refuses_a_missing_tensor():
+    module = Net()
+    sent = weights.read(module)
+    del sent["norm.bias"]
+    with pytest.raises(RuntimeError, match=r"norm\.bias"):
+        weights.load(module, sent)
+
+
+def test_parameters_are_told_from_buffers_under_all_their_names():
+    assert weights.parameter_names(Net()) == {"embed.weight", "out.weight", "norm.weight", "norm.bias", "frozen"}
+
+
+def test_integer_and_bool_tensors_are_parted_from_what_strategies_average():
+    averaged, integers = weights.split({**weights.read(Net()), "wave": torch.zeros(1, dtype=torch.complex64)})
+    assert set(integers) == {"mask", "norm.num_batches_tracked"}
+    assert {"wave", "frozen", "norm.running_mean"} <= set(averaged)
+
+
+def test_lazy_layer_is_refused_by_name():
+    class Lazy(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.LazyLinear(2)
+
+    with pytest.raises(ConfigurationError, match=r"Lazy\.head\.weight is lazy.*Run one batch") as caught:
+        weights.refuse_lazy(Lazy())
+    assert caught.value.tensor == "head.weight"
+    module = Lazy()
+    module.head(torch.zeros(1, 3))
+    weights.refuse_lazy(module)
+
+
+# ------------------------------------------------------------------------------------------------- checking an update
+
+
+def reference() -> weights.Weights:
+    return {"a.weight": torch.zeros(2, 3), "a.count": torch.tensor(4), "b": torch.zeros(0)}
+
+
+def test_good_update_passes_whatever_its_dtype_and_order():
+    check_update({"b": torch.zeros(0), "a.count": torch.tensor(7), "a.weight": torch.ones(2, 3).bfloat16()}, reference())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("a.weight"), r"sent no 'a\.weight'\. Every client must build the same module"),
+        (lambda w: w.update(c=torch.zeros(1)), r"sent 'c', which the global model does not have"),
+        (
+            lambda w: w.update({"a.weight": torch.zeros(3, 2)}),
+            r"sent 'a\.weight' of shape \(3, 2\), the global model has \(2, 3\)",
+        ),
+        (lambda w: w.update({"a.count": torch.zeros(1)}), r"sent 'a\.count' of shape \(1,\), .* \(\)"),
+    ],
+)
+def test_wrong_names_and_shapes_are_named(change, message):
+    update = reference()
+    change(update)
+    with pytest.raises(InvalidUpdateError, match=message) as caught:
+        check_update(update, reference())
+    assert caught.value.tensor in ("a.weight", "a.count", "c")
+
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_are_refused_in_every_dtype(dtype, bad):
+    update = reference()
+    update["a.weight"] = torch.zeros(2, 3, dtype=dtype)
+    check_update(update, reference())
+    update["a.weight"][1, 2] = bad
+    with pytest.raises(InvalidUpdateError, match=r"sent 'a\.weight' with NaN or Inf"):
+        check_update(update, reference())
+
+
+def test_nan_in_the_imaginary_part_is_refused():
+    update = reference()
+    update["a.weight"] = torch.complex(torch.zeros(2, 3), torch.full((2, 3), float("nan")))
+    with pytest.raises(InvalidUpdateError, match="NaN or Inf"):
+        check_update(update, reference())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_weights_are_checked_too(dtype):
+    update = reference()
+    update["a.weight"] = torch.ones(2, 3).to(dtype)
+    check_update(update, reference())
+    update["a.weight"] = torch.full((2, 3), float("nan")).to(dtype)
+    with pytest.raises(InvalidUpdateError, match="NaN or Inf"):
+        check_update(update, reference())
+
+
+# ------------------------------------------------------------------------------------------------- the running mean
+
+
+def mean_of(clients, coefficients):
+    mean = RunningMean()
+    for client, n in zip(clients, coefficients, strict=True):
+        mean.add(client, n)
+    return mean.value()
+
+
+def test_mean_of_unequal_clients_is_the_papers():
+    generator = torch.Generator().manual_seed(0)
+    clients = [{"w": torch.randn(50, generator=generator), "s": torch.randn((), generator=generator)} for _ in range(7)]
+    sizes = [1, 1000, 3, 17, 2, 1, 250]
+    expected = weighted_mean(clients, sizes)
+    for name, value in mean_of(clients, sizes).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-8)
+
+
+def test_mean_is_summed_in_float64():
+    # In float32 the small one is lost altogether: 2**24 + 1 == 2**24.
+    clients = [{"w": torch.tensor([2.0**24])}, {"w": torch.tensor([1.0])}, {"w": torch.tensor([-(2.0**24)])}]
+    assert mean_of(clients, [1, 1, 1])["w"].item() == pytest.approx(1 / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor([0.1, -0.0, 1e-45, 3e38]),
+        torch.tensor([0.1, 6e-8, -65504.0], dtype=torch.float16),
+        torch.tensor([0.1, 3e38], dtype=torch.bfloat16),
+        torch.tensor([0.1, 5e-324, -1e308], dtype=torch.float64),
+        torch.tensor([1 + 2j, -0.1j]),
+        torch.tensor([True, False]),
+        torch.tensor([0, 255], dtype=torch.uint8),
+        torch.tensor([2**53 + 1, -(2**62) - 1, 0]),
+        torch.zeros(0, 3),
+        torch.tensor(0.3),
+        torch.arange(6.0).reshape(2, 3).t(),
+    ],
+    ids=lambda t: f"{t.dtype}-{tuple(t.shape)}".removeprefix("torch."),
+)
+def test_mean_of_one_client_or_of_equal_clients_is_that_client_bit_for_bit(tensor):
+    for coefficients in ([7], [7, 3, 0.1]):
+        value = mean_of([{"w": tensor}] * len(coefficients), coefficients)["w"]
+        assert value.dtype == tensor.dtype
+        assert value.shape == tensor.shape
+        assert torch.equal(value, tensor)
+
+
+def test_integers_are_averaged_and_rounded_with_their_dtype():
+    clients = [{"n": torch.tensor([10, 2**40, -3]), "on": torch.tensor([True, False])}] * 2 + [
+        {"n": torch.tensor([40, 2**40 + 8, -4]), "on": torch.tensor([False, True])}
+    ]
+    value = mean_of(clients, [1, 1, 1])
+    assert value["n"].tolist() == [20, 2**40 + 3, -3]
+    assert value["n"].dtype == torch.int64
+    assert value["on"].tolist() == [True, False]
+    assert value["on"].dtype == torch.bool
+
+
+def test_half_is_rounded_up_whichever_client_comes_first():
+    clients = [{"n": torch.tensor([11, -4, 10])}, {"n": torch.tensor([12, -5, 13])}]
+    assert mean_of(clients, [1, 1])["n"].tolist() == [12, -4, 12]
+    assert mean_of(clients[::-1], [1, 1])["n"].tolist() == [12, -4, 12]
+
+
+def test_mean_of_a_tensor_larger_than_a_chunk_is_whole():
+    size = weights._CHUNK + 5
+    a, b = torch.arange(size, dtype=torch.float32), torch.zeros(size)
+    torch.testing.assert_close(mean_of([{"w": a}, {"w": b}], [1, 3])["w"], a / 4)
+
+
+def test_mean_neither_changes_nor_keeps_what_a_client_sent():
+    client = {"w": torch.ones(3, dtype=torch.float64)}
+    mean = RunningMean()
+    mean.add(client, 1)
+    client["w"].fill_(5)
+    mean.add({"w": torch.full((3,), 3.0, dtype=torch.float64)}, 1)
+    assert mean.value()["w"].tolist() == [2, 2, 2]
+    assert client["w"].tolist() == [5, 5, 5]
+
+
+def test_value_given_out_is_not_changed_by_later_clients():
+    mean = RunningMean()
+    mean.add({"w": torch.zeros(2, dtype=torch.float64)}, 1)
+    first = mean.value()["w"]
+    mean.add({"w": torch.ones(2, dtype=torch.float64)}, 1)
+    assert first.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("coefficient", [0, -1, float("nan")])
+def test_coefficient_that_is_not_positive_is_refused(coefficient):
+    with pytest.raises(ValueError, match="greater than zero"):
+        RunningMean().add({"w": torch.zeros(1)}, coefficient)
