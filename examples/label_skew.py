@@ -1,4 +1,4 @@
-"""From nearly IID clients to clients of one or two classes: Dirichlet label skew with alpha from 1e5 down to 0.1.
+"""From nearly IID clients to clients with few classes: Dirichlet label skew with alpha from 1e5 down to 0.1.
 
 A thousand points of ten Gaussian blobs are dealt out among five clients, and a small classifier is trained federated on
 them. The picture shows, for each alpha, which points each client has and how many of each class::
@@ -66,19 +66,20 @@ def main():
     train, test = blobs(1000, centers, 0), blobs(1000, centers, 1)
     figure = plt.figure(figsize=(4.5 * len(args.alpha), 9), layout="constrained")
     columns = np.atleast_1d(figure.subfigures(1, len(args.alpha)))
-    print("alpha     smallest and largest client   test accuracy")
+    table = ["alpha     smallest and largest client   test accuracy"]
     for alpha, column in zip(args.alpha, columns, strict=True):
         L.seed_everything(0, verbose=False)
         partition = Partition(DirichletPartitioner(CLIENTS, partition_by="label", alpha=alpha))
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        trainer = FederatedTrainer(max_rounds=2 if args.fast else args.rounds, callbacks=partition, **quiet)
+        quiet = {f"enable_{name}": False for name in ("checkpointing", "progress_bar", "model_summary")}
+        trainer = FederatedTrainer(max_rounds=2 if args.fast else args.rounds, callbacks=partition, logger=False, **quiet)
         model = Classifier()
         trainer.fit(model, DataLoader(train, batch_size=20, shuffle=True))
         accuracy = trainer.test(model, DataLoader(test, batch_size=1000), verbose=False)[0]["test_acc"]
         sizes = partition.sizes()
-        print(f"{alpha:<8g}  {min(sizes):>4} and {max(sizes):>4} points          {accuracy:.3f}")
+        table.append(f"{alpha:<8g}  {min(sizes):>4} and {max(sizes):>4} points          {accuracy:.3f}")
         column.suptitle(f"alpha = {alpha:g}   test accuracy {accuracy:.2f}")
         draw(column, partition, *(tensor.numpy() for tensor in train.tensors))
+    print("", *table, sep="\n")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output_dir / "label_skew.png", dpi=100)
     print(f"wrote {args.output_dir / 'label_skew.png'}")

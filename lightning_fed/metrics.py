@@ -81,6 +81,9 @@ def _name(meta: Any) -> str:
 
 def _scalar_states(name: str, result: Any) -> list[MetricState]:
     meta, value = result.meta, result.value.detach()
+    if meta.is_mean_reduction and "epoch" in meta.fx:
+        # A value of the whole epoch (an F1 computed by hand, MinMaxMetric.compute()), from who knows how many examples.
+        return [MetricState(name, COMPUTED, {"value": result.compute().detach().clone()})]
     if not meta.on_epoch:
         return [MetricState(name, LAST, {"value": value.clone()})]
     if meta.is_mean_reduction:

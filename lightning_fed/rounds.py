@@ -129,7 +129,7 @@ class Rounds:
                 return None
             self._tell("on_round_start", round, stage, exchange.cohort)
             replies = exchange.replies(self.grid.send_and_receive(sent, timeout=self.timeout))
-            averaged, extra = self._aggregate(stage, round, replies)
+            averaged, extra = self._aggregate(exchange, replies)
         for _ in replies:  # a strategy that stopped reading must not hide a failure
             pass
         exchange.require_enough()
@@ -141,8 +141,9 @@ class Rounds:
         return RoundResult(self._new_weights(round, weights, averaged, exchange.integers.value()), logged)
 
     def _aggregate(
-        self, stage: Stage, round: int, replies: Iterator[Message]
+        self, exchange: Exchange, replies: Iterator[Message]
     ) -> tuple[ArrayRecord | None, dict[str, float]]:
+        stage, round = exchange.stage, exchange.round
         try:
             if stage == "evaluate":
                 return None, messages.scalars(self.strategy.aggregate_evaluate(round, replies))
@@ -150,6 +151,8 @@ class Rounds:
         except FederationError:
             raise
         except Exception as error:
+            if error is exchange.raised:
+                raise
             raise RoundError(
                 f"Round {round}: {_name(self.strategy)} could not aggregate the {stage} replies:"
                 f" {type(error).__name__}: {error}",
@@ -198,6 +201,7 @@ class Exchange:
         self.integers = RunningMean()
         self.states: list[tuple[float, list[metrics.MetricState]]] = []
         self.good = self.failed = 0
+        self.raised: Exception | None = None  # by a callback or the engine while the strategy read the replies
 
     def messages(self) -> list[Message]:
         """What the strategy sends, in client order. (Flower shuffles, with the global random state.)"""
@@ -213,6 +217,13 @@ class Exchange:
 
     def replies(self, replies: Iterable[Message]) -> Iterator[Message]:
         """The good replies in client order, as a strategy sees them; failures go to their owner."""
+        try:
+            yield from self._replies(replies)
+        except Exception as error:
+            self.raised = error
+            raise
+
+    def _replies(self, replies: Iterable[Message]) -> Iterator[Message]:
         client_of = self.rounds.roster.client_of
         if isinstance(replies, Sequence):
             replies = sorted(replies, key=lambda reply: client_of(reply.metadata.src_node_id))

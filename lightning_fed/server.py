@@ -19,13 +19,15 @@ from lightning_fed.views import View
 class RoundRunner(Protocol):
     """What the views ask of the server's trainer."""
 
-    training: bool
-
     def run_round(self) -> None: ...
     def take_over_weights(self) -> None: ...
 
     @property
     def round_metrics(self) -> dict[str, float]: ...
+
+
+class RoundItem:
+    """What the server's train loader yields: it stands for one round."""
 
 
 class RoundLoader:
@@ -34,12 +36,12 @@ class RoundLoader:
     def __len__(self) -> int:
         return 1
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[RoundItem]:
         # The round's number is the epoch's: a counter here would start anew when a run is resumed.
-        yield 0
+        yield RoundItem()
 
 
-class ServerOptimizer(torch.optim.Optimizer):
+class TakeOver(torch.optim.Optimizer):
     """Its step takes over the round's weights. It has an ``lr``, for ``LearningRateMonitor``, that nobody reads."""
 
     def __init__(self, take_over: Callable[[], None]) -> None:
@@ -53,32 +55,17 @@ class ServerOptimizer(torch.optim.Optimizer):
         self._take_over()
 
 
-class BatchTransfer(View):
-    """Keeps the user's batch hooks away from the round's item while training."""
-
-    trainer: RoundRunner
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch if self.trainer.training else super().on_before_batch_transfer(batch, dataloader_idx)  # type: ignore[misc]
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        if self.trainer.training:
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)  # type: ignore[misc]
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch if self.trainer.training else super().on_after_batch_transfer(batch, dataloader_idx)  # type: ignore[misc]
+class ServerDataView(View):
+    """A datamodule as the server sees it: its train loader has been dealt out."""
 
     def train_dataloader(self) -> RoundLoader:
         return RoundLoader()
 
 
-class ServerDataView(BatchTransfer):
-    """A datamodule as the server sees it: its train loader has been dealt out."""
-
-
-class ServerView(BatchTransfer):
+class ServerView(View):
     """A module as the server sees it."""
+
+    trainer: RoundRunner
 
     @property
     def automatic_optimization(self) -> bool:
@@ -91,8 +78,18 @@ class ServerView(BatchTransfer):
         assert user.fset is not None
         user.fset(self, value)
 
-    def configure_optimizers(self) -> ServerOptimizer:
-        return ServerOptimizer(self.trainer.take_over_weights)
+    def configure_optimizers(self) -> TakeOver:
+        return TakeOver(self.trainer.take_over_weights)
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        # Where Lightning calls the batch hooks of module and datamodule: the round's item is not for them.
+        return batch if isinstance(batch, RoundItem) else super()._on_before_batch_transfer(batch, dataloader_idx)  # type: ignore[misc]
+
+    def _apply_batch_transfer_handler(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return batch if isinstance(batch, RoundItem) else super()._apply_batch_transfer_handler(batch, *args, **kwargs)  # type: ignore[misc]
+
+    def train_dataloader(self) -> RoundLoader:
+        return RoundLoader()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Here and not in training_step, where the server's autocast would reach clients and aggregation.

@@ -36,6 +36,7 @@ class History(FederatedCallback):
         self.per_client = per_client
         self.rows: list[Row] = []
         self.clients: list[dict[str, Any]] = []
+        self._from_clients: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A new fit starts a new table; a resumed one goes on with its own."""
@@ -53,12 +54,14 @@ class History(FederatedCallback):
     def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
         """Starts the round's row."""
         self.rows.append({"round": round, **metrics})
+        self._from_clients.update(metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds the server's validation to the round's row."""
         if self.rows and not trainer.sanity_checking and trainer.state.fn == "fit":
-            known = {name: float(v) for name, v in trainer.callback_metrics.items() if v.numel() == 1}
-            self.rows[-1] = {**known, **self.rows[-1]}
+            # Lightning keeps what the clients of an earlier round logged; that is not of this round.
+            own = {k: float(v) for k, v in trainer.callback_metrics.items() if k not in self._from_clients}
+            self.rows[-1] = {**self.rows[-1], **own}
 
     def state_dict(self) -> dict[str, Any]:
         """The table."""

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torchmetrics import Metric
 
 
 @contextmanager
 def own_state_kept(module: LightningModule) -> Iterator[None]:
     """Puts back all that is not in the state dict: attributes, modes, frozen flags, buffers that are not saved."""
-    attributes = [(child, dict(child.__dict__)) for child in module.modules()]
+    attributes = [(child, _attributes_of(child)) for child in module.modules()]
     frozen = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     saved = module.state_dict().keys()
     unsaved = [(b, b.detach().clone()) for name, b in module.named_buffers() if name not in saved]
@@ -36,6 +38,15 @@ def own_state_kept(module: LightningModule) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in unsaved:
                 buffer.copy_(value)
+
+
+def _attributes_of(child: nn.Module) -> dict[str, Any]:
+    """A module's attributes. A metric's states are copied: updates write into them, and reset puts new ones there."""
+    kept = dict(child.__dict__)
+    if isinstance(child, Metric):
+        states = {name: kept[name] for name in child._defaults}
+        kept |= {name: s.clone() if isinstance(s, Tensor) else list(s) for name, s in states.items()}
+    return kept
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_fed import weights
@@ -132,8 +133,7 @@ def local_fit(
         examples = loaders.num_examples
         if examples is None:
             examples = count_examples(trainer.train_dataloader) or hooks.seen
-        scalars = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-        return LocalResult(weights.read(module), examples, scalars, trainer.caught, state)
+        return LocalResult(weights.read(module), examples, _scalars(trainer), trainer.caught, state)
 
 
 def local_evaluate(
@@ -154,8 +154,13 @@ def local_evaluate(
         _call(trainer.validate, trainer, module, datamodule, train=False)
         loader = trainer.val_dataloaders
         examples = sum(count_examples(one) or 0 for one in (loader if isinstance(loader, list) else [loader]))
-        scalars = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-        return LocalResult({}, examples, scalars, trainer.caught)
+        return LocalResult({}, examples, _scalars(trainer), trainer.caught)
+
+
+def _scalars(trainer: LocalTrainer) -> dict[str, float]:
+    """The client's own values of what it logged in the run's last epoch; not of its local validation."""
+    names = {state.name for state in trainer.caught}
+    return {name: float(v) for name, v in trainer.callback_metrics.items() if name in names and v.numel() == 1}
 
 
 def _build_trainer(
@@ -208,8 +213,9 @@ def _call(
     elif datamodule is not None:
         data = {"datamodule": datamodule}
     elif train:
-        # Not None: that would mean the module's own val_dataloader, which is the server's.
-        data = {"train_dataloaders": loaders.train, "val_dataloaders": [] if loaders.val is None else loaders.val}
+        # None would mean the module's own val_dataloader, which is the server's.
+        none = [] if is_overridden("validation_step", module, LightningModule) else None
+        data = {"train_dataloaders": loaders.train, "val_dataloaders": none if loaders.val is None else loaders.val}
     else:
         data = {"dataloaders": loaders.val}
     if not train:

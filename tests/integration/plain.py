@@ -245,7 +245,7 @@ def flower_loop(
     return {name: torch.from_numpy(arrays[name].numpy()) for name in names}, metrics
 
 
-def _array(tensor: Tensor):  # noqa: ANN202
+def _array(tensor: Tensor):
     from flwr.app import Array
 
     return Array(tensor.detach().numpy().copy())

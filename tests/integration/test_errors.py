@@ -23,7 +23,7 @@ from lightning_fed import (
     ClientError,
     ConfigurationError,
     FederatedTrainer,
-        InvalidUpdateError,
+    InvalidUpdateError,
     RoundError,
 )
 from lightning_fed.callbacks import (
@@ -37,15 +37,7 @@ from lightning_fed.callbacks import (
     Partition,
 )
 from lightning_fed.testing import ToyModule, toy_data
-
-QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-    "accelerator": "cpu",
-}
+from tests.helpers import QUIET
 
 
 def loader(examples: int = 48) -> DataLoader[Any]:
@@ -391,9 +383,7 @@ def test_a_scheduler_that_monitors_what_clients_do_not_log() -> None:
         match=r"client 0 has a ReduceLROnPlateau that monitors 'val_loss'.*local_validation=True.*\['train_loss'\]",
     ):
         trainer.fit(Plateau(), loader(), loader())
-    trainer = FederatedTrainer(
-        max_rounds=1, local_validation=True, callbacks=[Partition(2, val_fraction=0.2)], **QUIET
-    )
+    trainer = FederatedTrainer(max_rounds=1, local_validation=True, callbacks=[Partition(2, val_fraction=0.2)], **QUIET)
     trainer.fit(Plateau(), loader(), loader())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 
 import lightning as L
@@ -16,10 +17,20 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fed import ConfigurationError, FederatedTrainer, FederationError, RoundError
-from lightning_fed.callbacks import ClientData, FederatedCallback, FlowerStrategy, PartialParticipation
+from lightning_fed.callbacks import ClientData, FedAvg, FederatedCallback, FlowerStrategy, PartialParticipation
 from lightning_fed.seeding import seed_for, seeded
 from tests.integration import plain
 from tests.integration.plain import QUIET, one_thread  # noqa: F401
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cheap_collections():
+    """Flower's QFedAvg and Bulyan collect garbage once an array: what is old by then need not be looked through."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 SIZES = (4, 9, 6, 14, 5, 11, 8)  # 7 clients: as many as Bulyan needs for one malicious node
 ROUNDS = 3
@@ -47,21 +58,21 @@ def module_of(**arguments):
     return Classifier(**arguments)
 
 
-def client_data(sizes=SIZES):
+def client_data(sizes=SIZES, drop_last=False):
     generator = torch.Generator().manual_seed(2)
     made = []
     for client, size in enumerate(sizes):
         x = torch.randn(size, 4, generator=generator) + 0.3 * client
         y = torch.randint(0, 3, (size,), generator=generator)
-        made.append(DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True, drop_last=size > 4))
+        made.append(DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True, drop_last=drop_last))
     return ClientData(made)
 
 
-def federated(method, *callbacks, module=None, rounds=ROUNDS, sizes=SIZES, **arguments):
+def federated(method, *callbacks, module=None, rounds=ROUNDS, sizes=SIZES, drop_last=False, **arguments):
     module = module_of() if module is None else module
-    arguments = {**QUIET, **arguments}
+    data = client_data(sizes, drop_last)
     trainer = FederatedTrainer(
-        max_rounds=rounds, seed=0, callbacks=[client_data(sizes), method, *callbacks], **arguments
+        max_rounds=rounds, seed=0, callbacks=[data, method, *callbacks], **{**QUIET, **arguments}
     )
     trainer.fit(module)
     return module
@@ -171,10 +182,10 @@ def norm_of(a, b):
 # ---------------------------------------------------------------------------------------------------------- batchnorm
 
 
-@pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FedMedian", "Krum", "QFedAvg", "DP client fixed"])
+@pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FedMedian", "Krum", "DP client fixed"])
 def test_integers_stay_int64_under_a_flower_strategy(name):
     make, mods = STRATEGIES[name]
-    state = federated(FlowerStrategy(make(), mods=mods), module=module_of(batch_norm=True)).state_dict()
+    state = federated(FlowerStrategy(make(), mods=mods), module=module_of(batch_norm=True), drop_last=True).state_dict()
     counter = state["net.1.num_batches_tracked"]
     # Batches of 4, the last one dropped: 1, 2, 1, 3, 1, 2, 2 steps a round; weighted by examples 1.98.
     assert counter.dtype == torch.int64
@@ -193,7 +204,7 @@ def test_a_clip_norm_does_not_count_integers(name):
             self.net[1].num_batches_tracked += 5000
 
     torch.manual_seed(1)
-    module = federated(FlowerStrategy(make(), mods=mods), module=Far(batch_norm=True), rounds=1)
+    module = federated(FlowerStrategy(make(), mods=mods), module=Far(batch_norm=True), rounds=1, drop_last=True)
     torch.manual_seed(1)
     before = Far(batch_norm=True).state_dict()
     moved = norm_of(module.state_dict(), before)
@@ -205,15 +216,13 @@ def test_a_clip_norm_does_not_count_integers(name):
 # ------------------------------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("name", ["FedAdam", "FedAvgM", "FedYogi", "QFedAvg", "DP server adaptive, noisy"])
+@pytest.mark.parametrize("name", ["FedAdam", "FedAvgM", "FedYogi", "DP server adaptive, noisy"])
 def test_a_resumed_run_of_a_flower_strategy_is_bitwise_one_never_interrupted(name, tmp_path):
     make, mods = STRATEGIES[name]
     whole = federated(FlowerStrategy(make(), mods=mods), rounds=4)
 
     saving = {"enable_checkpointing": True, "default_root_dir": tmp_path}
-    federated(
-        FlowerStrategy(make(), mods=mods), ModelCheckpoint(tmp_path, save_last=True), rounds=2, **saving
-    )
+    federated(FlowerStrategy(make(), mods=mods), ModelCheckpoint(tmp_path, save_last=True), rounds=2, **saving)
     resumed = module_of()
     trainer = FederatedTrainer(
         max_rounds=4,
@@ -284,7 +293,9 @@ def test_a_second_fit_does_not_start_with_the_moments_of_the_first():
 
 @pytest.mark.timeout(60)
 def test_fewer_clients_than_a_strategy_waits_for_is_an_error_and_no_hang():
-    with pytest.raises(ConfigurationError, match=r"waits for more clients than take part in the round: 1\..*min_train_nodes"):
+    with pytest.raises(
+        ConfigurationError, match=r"waits for more clients than take part in the round: 1\..*min_train_nodes"
+    ):
         federated(FlowerStrategy(flower.FedAvg()), sizes=(4,))
 
 
@@ -304,7 +315,10 @@ def test_one_client_runs_with_a_strategy_that_is_content_with_one():
     ("make", "sizes"),
     [
         (lambda: flower.Bulyan(num_malicious_nodes=2), SIZES),
-        (lambda: flower.DifferentialPrivacyServerSideFixedClipping(flower.Bulyan(num_malicious_nodes=2), 0, 1, 7), SIZES),
+        (
+            lambda: flower.DifferentialPrivacyServerSideFixedClipping(flower.Bulyan(num_malicious_nodes=2), 0, 1, 7),
+            SIZES,
+        ),
     ],
     ids=["Bulyan", "wrapped Bulyan"],
 )
@@ -359,8 +373,6 @@ def test_a_cohort_of_partial_participation_is_all_that_a_flower_strategy_sees():
             return super().configure_train(server_round, arrays, config, grid)
 
     ours = federated(FlowerStrategy(Counting()), PartialParticipation(0.5), cohorts)
-    from lightning_fed.callbacks import FedAvg
-
     theirs = federated(FedAvg(), PartialParticipation(0.5), reference)
     assert cohorts.train == reference.train
     assert seen == [4, 4, 4]
@@ -388,9 +400,9 @@ def test_a_flower_strategy_aggregates_the_clients_own_evaluation():
     watcher = Watcher()
     torch.manual_seed(1)
     module = Evaluating()
-    FederatedTrainer(
-        max_rounds=2, seed=0, callbacks=[pairs, FlowerStrategy(flower.FedAvgM()), watcher], **QUIET
-    ).fit(module)
+    FederatedTrainer(max_rounds=2, seed=0, callbacks=[pairs, FlowerStrategy(flower.FedAvgM()), watcher], **QUIET).fit(
+        module
+    )
     x, y = (torch.cat([loader.dataset.tensors[i] for loader in loaders]) for i in (0, 1))
     with torch.no_grad():
         expected = float(nn.functional.cross_entropy(module.net(x), y))

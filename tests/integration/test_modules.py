@@ -19,18 +19,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData, FedAdam, History, Partition
 from lightning_fed.testing import ToyModule, toy_data
-
-QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-    "accelerator": "cpu",
-}
+from tests.helpers import QUIET
 
 
-def federated(module: Any, *, data: Any = None, rounds: int = 2, callbacks: Any = (), **kwargs: Any) -> FederatedTrainer:
+def federated(
+    module: Any, *, data: Any = None, rounds: int = 2, callbacks: Any = (), **kwargs: Any
+) -> FederatedTrainer:
     """Three unequal clients with a held-out part each, and server-side validation."""
     train = toy_data(50) if data is None else data
     parts = [range(0, 8), range(8, 24), range(24, 48)]
@@ -345,6 +339,28 @@ class Checkpointing(ToyModule):
         return [L.pytorch.callbacks.ModelCheckpoint(self.folder, filename="{epoch}", save_top_k=-1)]
 
 
+class PlainData(L.LightningDataModule):
+    """Overrides no batch hook: the module's are in force."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(toy_data(48), batch_size=8)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(toy_data(48), batch_size=16)
+
+
+def test_a_modules_batch_transfer_hooks_act_beside_a_datamodule() -> None:
+    torch.manual_seed(0)
+    module, plain = Transfers(), Doubled()
+    plain.load_state_dict(module.state_dict())
+    losses = []
+    for one in (module, plain):
+        trainer = FederatedTrainer(max_rounds=2, num_clients=3, **QUIET)
+        trainer.fit(one, datamodule=PlainData())
+        losses.append(trainer.callback_metrics["val_loss"].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_configure_callbacks_act_at_the_server_alone(tmp_path: Path) -> None:
     federated(Checkpointing(tmp_path), enable_checkpointing=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["epoch=0.ckpt", "epoch=1.ckpt"]
@@ -379,9 +395,9 @@ def test_metrics_logged_as_objects_in_both_steps() -> None:
 def data_folder() -> Path:
     folder = Path(os.environ.get("LIGHTNING_FED_DATA", Path(__file__).parents[3] / "shared" / "data"))
     if not folder.is_dir():
-        pytest.fail(f"The real data is not at {folder}; set LIGHTNING_FED_DATA.") if os.environ.get("CI") else pytest.skip(
-            "no data"
-        )
+        pytest.fail(f"The real data is not at {folder}; set LIGHTNING_FED_DATA.") if os.environ.get(
+            "CI"
+        ) else pytest.skip("no data")
     return folder
 
 

@@ -144,9 +144,7 @@ def test_one_client_one_round_logs_what_a_plain_trainer_logs():
     with isolate_rng():
         seed_all(seed_for(0, "train", round=1, client=0))
         plain.fit(theirs, **own_loader())
-    trainer = FederatedTrainer(
-        max_rounds=1, num_clients=1, local_epochs=EPOCHS, seed=0, callbacks=[history], **QUIET
-    )
+    trainer = FederatedTrainer(max_rounds=1, num_clients=1, local_epochs=EPOCHS, seed=0, callbacks=[history], **QUIET)
     trainer.fit(ours, **own_loader())
     expected = float(plain.callback_metrics["train_loss"])
     assert history["train_loss"] == [pytest.approx(expected, rel=1e-6)]
