@@ -8,19 +8,10 @@ Each client has 6,000 images: 4,800 to train on, 1,200 to evaluate the global mo
 import lightning as L
 import matplotlib.pyplot as plt
 from fashion import FashionMLP, command_line
+from quickstart import Curve
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import Partition
-
-
-class Curve(L.Callback):
-    """Keeps the server's accuracy after each epoch, which in a federation is a round."""
-
-    def __init__(self):
-        self.accuracy = []
-
-    def on_validation_end(self, trainer, pl_module):
-        self.accuracy.append(float(trainer.callback_metrics["val_acc"]))
 
 
 def main():
@@ -50,6 +41,7 @@ def main():
     for label, curve in {"central": central, "FedAvg, 10 of 10 clients": federated}.items():
         axes.plot(range(1, args.rounds + 1), curve.accuracy, marker=".", label=label)
     axes.set(title="Fashion-MNIST", xlabel="epoch or round", ylabel="test accuracy")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     path = args.output_dir / "fashion_mnist.png"

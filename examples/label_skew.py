@@ -70,8 +70,8 @@ def main():
     for alpha, column in zip(args.alpha, columns, strict=True):
         L.seed_everything(0, verbose=False)
         partition = Partition(DirichletPartitioner(CLIENTS, partition_by="label", alpha=alpha))
-        quiet = {f"enable_{name}": False for name in ("checkpointing", "progress_bar", "model_summary")}
-        trainer = FederatedTrainer(max_rounds=2 if args.fast else args.rounds, callbacks=partition, logger=False, **quiet)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        trainer = FederatedTrainer(max_rounds=2 if args.fast else args.rounds, callbacks=partition, **quiet)
         model = Classifier()
         trainer.fit(model, DataLoader(train, batch_size=20, shuffle=True))
         accuracy = trainer.test(model, DataLoader(test, batch_size=1000), verbose=False)[0]["test_acc"]

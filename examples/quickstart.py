@@ -37,6 +37,14 @@ class Digits(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.2)
 
 
+def digits():
+    """The bundled images as train and test loaders."""
+    bunch = load_digits()
+    images, labels = torch.tensor(bunch.data / 16, dtype=torch.float32), torch.tensor(bunch.target)
+    train, test = random_split(TensorDataset(images, labels), [1437, 360])
+    return DataLoader(train, batch_size=16, shuffle=True), DataLoader(test, batch_size=360)
+
+
 class Curve(L.Callback):
     """An ordinary callback: keeps the accuracy after each epoch, which in a federation is a round."""
 
@@ -56,25 +64,25 @@ def main():
     rounds = 2 if args.fast else args.rounds
 
     L.seed_everything(0)
-    digits = load_digits()
-    images, labels = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
-    train, test = random_split(TensorDataset(images, labels), [1437, 360])
-    train_loader, test_loader = DataLoader(train, batch_size=16, shuffle=True), DataLoader(test, batch_size=360)
+    train_loader, test_loader = digits()
     central, federated = Curve(), Curve()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
 
     trainer = L.Trainer(max_epochs=rounds, callbacks=central, **quiet)
     trainer.fit(Digits(), train_loader, test_loader)
 
+    # The two changed lines: this one, and its import.
     trainer = FederatedTrainer(max_rounds=rounds, num_clients=10, callbacks=federated, **quiet)
     trainer.fit(Digits(), train_loader, test_loader)
 
+    print()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for label, curve in {"central": central, "federated, 10 clients": federated}.items():
         axes.plot(range(1, rounds + 1), curve.accuracy, marker=".", label=label)
         print(f"{label:<22} test accuracy {curve.accuracy[-1]:.3f}")
     axes.set(title="Handwritten digits", xlabel="epoch or round", ylabel="test accuracy")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(args.output_dir / "quickstart.png", dpi=120)

@@ -7,12 +7,12 @@ learns that. Each client gives its own loader through ``ClientData``::
 """
 
 import argparse
-import logging
 from pathlib import Path
 
 import lightning as L
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import ScalarFormatter
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -57,8 +57,9 @@ def train(clients, rounds):
         max_rounds=rounds,
         local_epochs=5,
         callbacks=[ClientData([DataLoader(own, batch_size=100) for own in data]), history],
-        **{f"enable_{name}": False for name in ("checkpointing", "progress_bar", "model_summary")},
         logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
     )
     trainer.fit(model)
     return model, data, history["train_loss"]
@@ -70,13 +71,13 @@ def main():
     parser.add_argument("--fast", action="store_true", help="20 rounds only")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
     args = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
+    lines = []
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     x = torch.linspace(-2, 2, 200)[:, None]
     for row, (name, clients) in zip(axes, {"three functions": DIFFERENT, "one function": SAME}.items(), strict=True):
         model, data, losses = train(clients, 20 if args.fast else args.rounds)
-        print(f"{name:<16} mean squared error on the clients' data {losses[0]:.2f} -> {losses[-1]:.2f}")
+        lines.append(f"{name:<16} mean squared error on the clients' data {losses[0]:.2f} -> {losses[-1]:.2f}")
         for i, ((_, formula, _), own) in enumerate(zip(clients, data, strict=True)):
             row[0].scatter(*(tensor.numpy() for tensor in own.tensors), s=8, alpha=0.6, label=f"client {i}: {formula}")
         row[0].plot(x, model.net(x).detach(), color="black", label="global model")
@@ -84,7 +85,10 @@ def main():
         row[0].legend(fontsize="small")
         row[1].plot(range(1, len(losses) + 1), losses)
         row[1].set(title="Training loss, mean over clients", xlabel="round", ylabel="mean squared error", yscale="log")
+        for set_formatter in (row[1].yaxis.set_major_formatter, row[1].yaxis.set_minor_formatter):
+            set_formatter(ScalarFormatter())
         row[1].grid(alpha=0.3, which="both")
+    print("", *lines, sep="\n")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output_dir / "regression.png", dpi=120)
     print(f"wrote {args.output_dir / 'regression.png'}")

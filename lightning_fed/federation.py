@@ -16,10 +16,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed import messages, weights
 from lightning_fed.callbacks.base import CohortOwner, FailureOwner, FederatedCallback, PartitionOwner
+from lightning_fed.callbacks.flower_strategy import load_strategy_state, strategy_state
 from lightning_fed.data import ClientLoaders
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.rounds import Rounds
-from lightning_fed.seeding import seed_all, seed_for
+from lightning_fed.seeding import seed_all, seed_for, seeded
 from lightning_fed.strategies import ServerOptimizer
 
 # Beyond so many clients the summary does not look at each one's data.
@@ -71,8 +72,9 @@ class Deal:
     def __call__(self, client: int, round: int) -> ClientLoaders:
         """One client's loaders in a round."""
         if self._opened is None and self._datamodule is not None:
-            self._datamodule.prepare_data()
-            self._datamodule.setup("fit")
+            with seeded(seed_for(self._seed, "setup")):  # as at the server: a split at random must be the same one
+                self._datamodule.prepare_data()
+                self._datamodule.setup("fit")
         self.open(round)
         return self.owner.client(client, round=round)
 
@@ -166,8 +168,7 @@ class Federation(Callback):
         if self._strategy is None:
             return {}
         state: dict[str, Any] = {"seed": self.seed}
-        if hasattr(self._strategy, "state_dict"):
-            state["strategy"] = self._strategy.state_dict()
+        state["strategy"] = strategy_state(self._strategy)
         if self._is_ours:
             kept = self._grid.client_states()  # type: ignore[union-attr]
             state["clients"] = {client: messages.to_plain(record) for client, record in kept.items()}
@@ -191,8 +192,8 @@ class Federation(Callback):
                 f"The checkpoint is of a run with seed {state['seed']}, this one has seed {self.seed}: data and cohorts"
                 f" will not be those of that run. Write FederatedTrainer(seed={state['seed']}) to go on with it."
             )
-        if "strategy" in state and (load := getattr(self._strategy, "load_state_dict", None)):
-            load(state["strategy"])
+        if "strategy" in state and self._strategy is not None:
+            load_strategy_state(self._strategy, state["strategy"])
         if self._is_ours:
             records: dict[int, RecordDict] = {
                 int(client): messages.from_plain(record) for client, record in state.get("clients", {}).items()
@@ -204,10 +205,11 @@ class Federation(Callback):
         callbacks = sorted(self.owners.callbacks, key=lambda callback: "aggregation" not in callback.decides)
         for callback in callbacks:
             strategy = callback.server_strategy(strategy)
+            if strategy is None:
+                raise ConfigurationError(f"{type(callback).__name__}.server_strategy() gave no strategy.")
             if isinstance(strategy, ServerOptimizer) and strategy.parameters is None:
                 strategy.parameters = weights.parameter_names(module)
-        if strategy is None:
-            raise ConfigurationError(f"{type(callbacks[0]).__name__}.server_strategy() gave no strategy.")
+        assert strategy is not None  # some callback always decides the aggregation
         return strategy
 
     def _check_cohort(self, clients: int) -> None:

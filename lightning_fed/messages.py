@@ -220,23 +220,23 @@ def detach_extras(reply: Message) -> Extras:
     return extras
 
 
-def num_examples(reply: Message) -> float:
+def num_examples(reply: Message, key: str = NUM_EXAMPLES) -> float:
     """The averaging coefficient that a reply carries; 0 if it carries none."""
     for record in reply.content.metric_records.values():
-        value = record.get(NUM_EXAMPLES, 0)
+        value = record.get(key, 0)
         return float(value) if not isinstance(value, list) else 0.0
     return 0.0
 
 
-def scalars(record: MetricRecord | None) -> dict[str, float]:
+def scalars(record: MetricRecord | None, key: str = NUM_EXAMPLES) -> dict[str, float]:
     """The single numbers of a MetricRecord without the averaging coefficient."""
     items = {} if record is None else record
-    return {k: float(v) for k, v in items.items() if k != NUM_EXAMPLES and not isinstance(v, list)}
+    return {k: float(v) for k, v in items.items() if k != key and not isinstance(v, list)}
 
 
-def reply_scalars(reply: Message) -> dict[str, float]:
+def reply_scalars(reply: Message, key: str = NUM_EXAMPLES) -> dict[str, float]:
     """The single numbers that a client reports."""
-    return scalars(next(iter(reply.content.metric_records.values()), None))
+    return scalars(next(iter(reply.content.metric_records.values()), None), key)
 
 
 # ---------------------------------------------------------------------------------------------- a client's own state

@@ -66,6 +66,8 @@ def catch(trainer: Trainer, module: LightningModule, computed: Iterable[str] = (
         states.extend(caught)
         if not result.is_tensor and result.meta.forked:
             states.append(MetricState(f"{name}_epoch", caught[0].kind, caught[0].tensors, *_where(caught[0])))
+            if isinstance(result._forward_cache, Tensor):
+                states.append(MetricState(f"{name}_step", LAST, {"value": result._forward_cache.detach().clone()}))
     return states
 
 

@@ -42,10 +42,10 @@ class RoundLoader:
 
 
 class TakeOver(torch.optim.Optimizer):
-    """Its step takes over the round's weights. It has an ``lr``, for ``LearningRateMonitor``, that nobody reads."""
+    """Its step takes over the round's weights. Nobody reads its ``lr`` but ``LearningRateMonitor``."""
 
     def __init__(self, take_over: Callable[[], None]) -> None:
-        super().__init__([nn.Parameter(torch.zeros(1))], {"lr": 1.0})
+        super().__init__([nn.Parameter(torch.zeros(1))], {"lr": 1.0, "weight_decay": 0.0})
         self._take_over = take_over
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -98,9 +98,9 @@ class ServerView(View):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         self.optimizers().step()  # type: ignore[attr-defined]
         # Only what is logged on_step is there to monitor in every hook of its own round.
-        self.log_dict(  # type: ignore[attr-defined]
-            self.trainer.round_metrics, on_step=True, on_epoch=False, prog_bar=True, batch_size=1
-        )
+        # Names of clients with several validation loaders carry dataloader_idx, which Lightning would add itself.
+        when = {"on_step": True, "on_epoch": False, "prog_bar": True, "batch_size": 1, "add_dataloader_idx": False}
+        self.log_dict(self.trainer.round_metrics, **when)  # type: ignore[attr-defined]
 
 
 def _rest(self: Any, *args: Any, **kwargs: Any) -> None:

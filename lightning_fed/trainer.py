@@ -26,7 +26,7 @@ from lightning_fed.client.local_fit import ClientState, LocalOptions
 from lightning_fed.engines import Engine, InProcess
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.federation import Deal, Federation, Owners
-from lightning_fed.seeding import run_seed
+from lightning_fed.seeding import run_seed, seed_for, seeded
 from lightning_fed.server import RoundLoader, ServerDataView, ServerView, user_train_dataloader
 from lightning_fed.views import laid_over
 
@@ -219,6 +219,7 @@ class FederatedTrainer(Trainer):
             int(self.local_options.trainer.get("reload_dataloaders_every_n_epochs") or 0),
             self.local_options.first_epoch,
         )
+        self.local_options.rounds = -1 if self.max_epochs is None else self.max_epochs
         mods: dict[str, Sequence[Mod]] = {
             stage: [mod for method in self.owners.callbacks for mod in method.client_mods(stage)]
             for stage in ("train", "evaluate")
@@ -257,6 +258,8 @@ class FederatedTrainer(Trainer):
         if weights_only is not None:  # an argument since Lightning 2.6
             loaders["weights_only"] = weights_only
         with ExitStack() as stack:
+            # What setup draws (a random split, layers) is the run's, too, and the same in every process.
+            stack.enter_context(seeded(seed_for(self.seed, "setup")))
             stack.enter_context(warnings.catch_warnings())
             # Said of the server's one-item loader and of every client's, these are noise.
             for message in ("The 'train_dataloader' does not have many workers", "Found .* in eval mode at the start"):

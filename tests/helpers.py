@@ -4,14 +4,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fed import messages
 from lightning_fed.engines import InProcess
-from lightning_fed.weights import Weights
 
 T = TypeVar("T")
 
@@ -48,9 +46,14 @@ def loaders(parts: Sequence[TensorDataset], batch_size: int = 32) -> list[DataLo
     return [DataLoader(part, batch_size=batch_size) for part in parts]
 
 
-def reply_to(message: Message, weights: Weights, num_examples: int, **scalars: float) -> Message:
-    """A client's train reply, with a sender, as a grid delivers it."""
-    return messages.train_reply(message, weights, num_examples, scalars)
+def over_the_wire(content: RecordDict) -> RecordDict:
+    """What comes out on the other side of a connection: every array is its bytes."""
+    received = RecordDict()
+    for key, record in content.items():
+        if isinstance(record, ArrayRecord):
+            record = ArrayRecord({name: Array(a.dtype, a.shape, a.stype, a.data) for name, a in record.items()})
+        received[key] = type(record)(dict(record))
+    return received
 
 
 class SuperLinkLike(Grid):
@@ -80,11 +83,15 @@ class SuperLinkLike(Grid):
         return self.order([self._call(message) for message in messages])
 
     def _call(self, message: Message) -> Message:
-        message.metadata.__dict__["_message_id"] = f"m{len(self.sent)}"
+        delivered = Message(over_the_wire(message.content), message.metadata.dst_node_id, message.metadata.message_type)
+        delivered.metadata.__dict__["_message_id"] = f"m{len(self.sent)}"
         try:
-            return self.app(message, self.contexts[message.metadata.dst_node_id])
+            reply = self.app(delivered, self.contexts[message.metadata.dst_node_id])
         except Exception as exception:
-            return messages.error_reply(message, exception, f"{type(exception).__name__}: {exception}")
+            return Message(Error(2, f"{type(exception).__name__}: {exception}"), reply_to=delivered)
+        if not reply.has_error():
+            reply.content = over_the_wire(reply.content)
+        return reply
 
     def get_node_ids(self) -> list[int]:
         return list(self.contexts)

@@ -41,9 +41,7 @@ def fedavgm(lr: float, momentum: float) -> ServerStep:
     return step
 
 
-def _adaptive(
-    lr: float, beta_1: float, tau: float, second_moment: Callable[[Tensor, Tensor], Tensor]
-) -> ServerStep:
+def _adaptive(lr: float, beta_1: float, tau: float, second_moment: Callable[[Tensor, Tensor], Tensor]) -> ServerStep:
     """Reddi et al. 2021, Algorithm 2, with ``m_{-1} = 0``, ``v_{-1} = tau^2`` and no bias correction.
 
     Lines 10 to 13: ``m_t = beta_1 m_{t-1} + (1 - beta_1) D_t``, ``v_t`` by method,

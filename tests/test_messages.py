@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg, strategy_utils
 from lightning_fed import messages
 from lightning_fed.messages import from_plain, pack, to_plain, unpack
 from lightning_fed.metrics import MEAN, METRIC, MetricState
-from tests.helpers import in_flower
+from tests.helpers import in_flower, over_the_wire
 
 TENSORS = {
     "float32": torch.tensor([[0.1, -0.0], [1e-45, 3e38]]),
@@ -35,11 +35,6 @@ def message(content: RecordDict | None = None, kind: str = MessageType.TRAIN) ->
     return Message(content or RecordDict(), 1, kind)
 
 
-def over_the_wire(record: ArrayRecord) -> ArrayRecord:
-    """As Flower sends it: every array is its bytes on the other side."""
-    return ArrayRecord({name: Array(a.dtype, a.shape, a.stype, a.data) for name, a in record.items()})
-
-
 # ------------------------------------------------------------------------------------------------- arrays
 
 
@@ -54,7 +49,7 @@ def test_tensor_is_the_same_within_a_process(name):
 @pytest.mark.parametrize("name", TENSORS)
 def test_tensor_has_the_same_values_over_the_wire(name):
     tensor = TENSORS[name]
-    got = unpack(over_the_wire(pack({name: tensor})))[name]
+    got = unpack(over_the_wire(RecordDict({"arrays": pack({name: tensor})}))["arrays"])[name]
     assert got.shape == tensor.shape
     if name in ("bfloat16", "float8"):  # NumPy lacks them; float32 holds them exactly
         assert got.dtype == torch.float32
@@ -113,14 +108,14 @@ def test_flowers_state_dict_conversion_reads_our_arrays():
 
 @pytest.mark.parametrize("wired", [False, True])
 def test_writing_into_what_was_delivered_changes_nobody_else(wired):
-    arrays = pack({"w": torch.zeros(2)})
     sent = RecordDict(
         {
-            "arrays": over_the_wire(arrays) if wired else arrays,
+            "arrays": pack({"w": torch.zeros(2)}),
             "config": ConfigRecord({"lr": 0.1, "layers": [1, 2]}),
             "metrics": MetricRecord({"m": 1.0, "l": [1.0]}),
         }
     )
+    sent = over_the_wire(sent) if wired else sent
     delivered = messages.copy_for_delivery(sent)
     delivered["arrays"]["w"].data = pack({"w": torch.ones(2)})["w"].data
     delivered["arrays"]["new"] = delivered["arrays"].pop("w")
@@ -239,8 +234,7 @@ def test_metric_states_and_integers_travel_and_are_gone_before_a_strategy_sees_t
         before = set(reply.content)
         messages.attach_extras(reply, messages.Extras({"n": torch.tensor(5)}, STATES))
         if wired:
-            for name, record in list(reply.content.array_records.items()):
-                reply.content[name] = over_the_wire(record)
+            reply.content = over_the_wire(reply.content)
         return before, messages.detach_extras(reply), set(reply.content)
 
     before, extras, after = in_flower(main)

@@ -242,7 +242,7 @@ def test_values_of_several_validation_loaders_stay_apart():
     assert values["own_1"] == pytest.approx(float(pooled(parts).tensors[0].mean()), abs=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------- what cannot be merged
+# ------------------------------------------------------------------------------------------------ what cannot be merged
 
 
 class Unmergeable(LightningModule):

@@ -107,7 +107,9 @@ def reference() -> weights.Weights:
 
 
 def test_good_update_passes_whatever_its_dtype_and_order():
-    check_update({"b": torch.zeros(0), "a.count": torch.tensor(7), "a.weight": torch.ones(2, 3).bfloat16()}, reference())
+    check_update(
+        {"b": torch.zeros(0), "a.count": torch.tensor(7), "a.weight": torch.ones(2, 3).bfloat16()}, reference()
+    )
 
 
 @pytest.mark.parametrize(

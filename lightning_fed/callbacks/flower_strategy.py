@@ -96,17 +96,11 @@ class Adaptor(Strategy):
 
     def state_dict(self) -> dict[str, Any]:
         """What the strategy holds: arrays, numbers and records, also of strategies that it wraps."""
-        state, unknown = _state_of(self.inner)
-        if unknown:
-            rank_zero_warn(
-                f"{self.name} holds {', '.join(sorted(unknown))}, which cannot go into a checkpoint: a resumed run"
-                " starts with it new."
-            )
-        return state
+        return strategy_state(self.inner)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what ``state_dict`` gave."""
-        _load_state(self.inner, state)
+        load_strategy_state(self.inner, state)
 
 
 def _with_common_metrics(replies: Iterable[Message]) -> list[Message]:
@@ -119,12 +113,34 @@ def _with_common_metrics(replies: Iterable[Message]) -> list[Message]:
     return kept
 
 
+def strategy_state(strategy: Strategy) -> dict[str, Any]:
+    """A strategy's state for a checkpoint: by its own ``state_dict``, else its arrays, numbers and records."""
+    if hasattr(strategy, "state_dict"):
+        return strategy.state_dict()
+    state, unknown = _state_of(strategy)
+    if unknown:
+        rank_zero_warn(
+            f"{type(strategy).__name__} holds {', '.join(sorted(unknown))}, which cannot go into a checkpoint: a"
+            " resumed run starts with it new."
+        )
+    return state
+
+
+def load_strategy_state(strategy: Strategy, state: dict[str, Any]) -> None:
+    """Takes back what ``strategy_state`` gave."""
+    if hasattr(strategy, "load_state_dict"):
+        strategy.load_state_dict(state)
+    else:
+        _load_state(strategy, state)
+
+
 def _state_of(strategy: Strategy) -> tuple[dict[str, Any], set[str]]:
     state: dict[str, Any] = {}
     unknown: set[str] = set()
     for name, value in vars(strategy).items():
         if isinstance(value, Strategy):
-            inner, more = _state_of(value)
+            own = getattr(value, "state_dict", None)
+            inner, more = _state_of(value) if own is None else (own(), set())
             state[name] = {"__strategy__": inner}
             unknown |= more
         elif not callable(value):
@@ -138,6 +154,6 @@ def _state_of(strategy: Strategy) -> tuple[dict[str, Any], set[str]]:
 def _load_state(strategy: Strategy, state: dict[str, Any]) -> None:
     for name, value in state.items():
         if isinstance(value, dict) and "__strategy__" in value:
-            _load_state(getattr(strategy, name), value["__strategy__"])
+            load_strategy_state(getattr(strategy, name), value["__strategy__"])
         else:
             setattr(strategy, name, messages.from_plain(value))

@@ -37,6 +37,11 @@ class History(FederatedCallback):
         self.rows: list[Row] = []
         self.clients: list[dict[str, Any]] = []
         self._from_clients: set[str] = set()
+        self._evaluates = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Notes whether this is a fit: ``test(ckpt_path="best")`` restores callbacks, too."""
+        self._evaluates = stage != "fit"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A new fit starts a new table; a resumed one goes on with its own."""
@@ -56,6 +61,12 @@ class History(FederatedCallback):
         self.rows.append({"round": round, **metrics})
         self._from_clients.update(metrics)
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Completes the round's row with what callbacks after this one added to the metrics."""
+        added: dict[str, float] = trainer.round_metrics  # type: ignore[attr-defined]
+        self.rows[-1].update(added)
+        self._from_clients.update(added)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds the server's validation to the round's row."""
         if self.rows and not trainer.sanity_checking and trainer.state.fn == "fit":
@@ -68,7 +79,9 @@ class History(FederatedCallback):
         return {"rows": [dict(row) for row in self.rows], "clients": [dict(row) for row in self.clients]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the table back."""
+        """Takes the table back in a fit; testing a checkpoint leaves that of the run alone."""
+        if self._evaluates:
+            return
         self.rows, self.clients = list(state_dict["rows"]), list(state_dict["clients"])
 
     @property

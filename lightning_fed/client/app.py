@@ -12,7 +12,7 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_fed import messages
-from lightning_fed.client.local_fit import LocalOptions, LocalResult, local_evaluate, local_fit
+from lightning_fed.client.local_fit import LocalOptions, LocalResult, local_evaluate, local_fit, set_up
 from lightning_fed.client.local_trainer import LocalTask
 from lightning_fed.data import ClientLoaders
 from lightning_fed.weights import Weights, split
@@ -100,11 +100,13 @@ def _run(side: ClientSide, stage: str, message: Message, context: Context, integ
         seed=instruction.seed,
         weights={**instruction.weights, **integers},
         state=messages.get_fit_state(context) if stage == "train" else None,
-        set_up=not side.is_set_up,
+        set_up=False,
     )
-    run = local_fit if stage == "train" else local_evaluate
-    result = run(side.module, side.datamodule, side.data(client, task.round), task, side.options)
-    side.is_set_up = True
+    work = (side.module, side.datamodule, side.data(client, task.round), task, side.options)
+    if not side.is_set_up:
+        set_up(*work)
+        side.is_set_up = True
+    result = local_fit(*work) if stage == "train" else local_evaluate(*work)
     if stage == "train":
         messages.set_fit_state(context, result.state)
     return result

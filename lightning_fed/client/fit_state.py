@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import torch
 from lightning.pytorch import Trainer
@@ -36,8 +37,13 @@ def load(trainer: Trainer, saved: bytes) -> None:
         scheduler.load_state_dict(own)
 
 
-def advance(trainer: Trainer, epochs: int) -> None:
+def advance(trainer: Trainer, epochs: int, rounds: int) -> None:
     """Brings schedules to where the global round is, as if the client had trained in all rounds before.
+
+    Args:
+        trainer: The client's trainer, about to train.
+        epochs: The local epochs of all rounds before.
+        rounds: The rounds before.
 
     Raises:
         ClientError: If a scheduler has no schedule but reacts to a metric.
@@ -48,6 +54,19 @@ def advance(trainer: Trainer, epochs: int) -> None:
                 "has a ReduceLROnPlateau, which has no schedule to take from the global round: write"
                 " FederatedTrainer(client_state='carry')."
             )
-        steps = epochs if config.interval == "epoch" else epochs * int(trainer.num_training_batches)
-        for _ in range(steps // config.frequency):
-            config.scheduler.step()  # type: ignore[call-arg]
+        if config.interval == "epoch":
+            steps = epochs // config.frequency
+        elif trainer.max_steps != -1:
+            steps = rounds * trainer.max_steps // config.frequency
+        else:
+            steps = epochs * _steps_in_an_epoch(trainer, config.frequency)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # the optimizer has not stepped
+            for _ in range(steps):
+                config.scheduler.step()  # type: ignore[call-arg]
+
+
+def _steps_in_an_epoch(trainer: Trainer, frequency: int) -> int:
+    """How often Lightning steps a schedule by step in an epoch."""
+    batches, every = int(trainer.num_training_batches), trainer.accumulate_grad_batches
+    return sum(i % frequency == 0 and (i % every == 0 or i == batches) for i in range(1, batches + 1))

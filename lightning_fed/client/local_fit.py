@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -40,6 +40,7 @@ class LocalOptions:
         method_callbacks: Builds the callbacks that federated methods bring, outermost first.
         client_state: What becomes of optimizers and schedulers from round to round.
         local_validation: Whether a fit validates on the client's held-out part.
+        rounds: The rounds of the run, or -1 for no limit.
     """
 
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class LocalOptions:
     method_callbacks: Callable[[], Sequence[Callback]] = list
     client_state: ClientState = "reset"
     local_validation: bool = False
+    rounds: int = -1
 
     def first_epoch(self, round: int) -> int:
         """The number of the first epoch of a round: a client's epochs count on from round to round."""
@@ -72,27 +74,47 @@ class LocalHooks(Callback):
     def __init__(self, options: LocalOptions, first_epoch: int) -> None:
         self.options, self.first_epoch = options, first_epoch
         self.seen = 0
-        self.handlers = signal_handlers()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        restore_handlers(self.handlers)
         assert isinstance(trainer, LocalTrainer)
         if trainer.task.state is not None:
             fit_state.load(trainer, trainer.task.state)
         elif self.options.client_state == "global":
-            fit_state.advance(trainer, self.first_epoch)
+            fit_state.advance(trainer, self.first_epoch, trainer.task.round - 1)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.current_epoch == self.first_epoch:
             self.seen += _batch_size(batch)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        restore_handlers(self.handlers)
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(trainer, LocalTrainer)
         if trainer.validating and trainer.state.fn == "validate":
             trainer.caught = catch(trainer, pl_module, trainer.computed)
+
+
+def set_up(
+    module: LightningModule,
+    datamodule: LightningDataModule | None,
+    loaders: ClientLoaders,
+    task: LocalTask,
+    options: LocalOptions,
+) -> None:
+    """Sets the module up in a process that has no server, in a fit of no epochs; takes the arguments of ``local_fit``.
+
+    Apart from local fits: what building draws must not shift a fit's draws, and what is built must stay.
+    """
+    with ExitStack() as stack:
+        if datamodule is not None:
+            stack.enter_context(attributes_kept(datamodule))
+            stack.enter_context(laid_over(datamodule, ClientDataView))
+        stack.enter_context(laid_over(module, ClientView))
+        stack.enter_context(seeded(seed_for(task.seed, "setup")))
+        bare = replace(options, callbacks=())
+        trainer = _build_trainer(replace(task, set_up=True), loaders, module, bare, [])
+        trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = 0, -1
+        _call(trainer.fit, trainer, module, datamodule, train=True)
+        _let_go(trainer, module)
+    module.trainer = None
 
 
 def local_fit(
@@ -151,6 +173,7 @@ def local_evaluate(
         return LocalResult({}, 0, {}, [])
     with _local_run(module, datamodule, task, "evaluate"):
         trainer = _build_trainer(task, loaders, module, options, [LocalHooks(options, 0)], validates=True)
+        _start_at_epoch(trainer, options.first_epoch(task.round + 1) - 1)
         _call(trainer.validate, trainer, module, datamodule, train=False)
         loader = trainer.val_dataloaders
         examples = sum(count_examples(one) or 0 for one in (loader if isinstance(loader, list) else [loader]))
@@ -178,10 +201,13 @@ def _build_trainer(
     arguments = {**copy.deepcopy(options.trainer), **limit}
     if not (options.local_validation or validates):
         arguments["limit_val_batches"] = 0
+    scheduled = 1 if options.client_state == "reset" else options.rounds
     return LocalTrainer(
         task,
         loaders,
         module,
+        run_epochs=_times(options.epochs, options.rounds),
+        schedule=(_times(options.epochs, scheduled), _times(options.steps, scheduled)),
         callbacks=[*callbacks, *copy.deepcopy(list(options.callbacks))],
         # Modules that write to self.logger.experiment go on working; what they write goes nowhere.
         logger=DummyLogger(),
@@ -192,6 +218,10 @@ def _build_trainer(
         num_sanity_val_steps=0,
         **arguments,
     )
+
+
+def _times(count: int | None, rounds: int) -> int:
+    return -1 if count is None or rounds == -1 else count * rounds
 
 
 def _start_at_epoch(trainer: Trainer, epoch: int) -> None:
@@ -225,7 +255,9 @@ def _call(
             run(module, **data)
     except SystemExit as error:
         # Lightning answers Ctrl-C in a fit with sys.exit(1); to the server it must still be Ctrl-C.
-        raise KeyboardInterrupt from error
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from lightning_fed import messages
@@ -27,24 +27,33 @@ class WeightedMean(FedAvg):
         minimums = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
         super().__init__(**{**minimums, **kwargs})
         self.uniform = uniform
+        self._own = {stage: kwargs.get(f"{stage}_metrics_aggr_fn") for stage in ("train", "evaluate")}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The weighted mean of the replies' arrays, and of their metrics; ``(None, None)`` without a good reply."""
-        mean, metrics = RunningMean(), RunningScalars()
+        mean, metrics = RunningMean(), RunningMetrics(self.weighted_by_key, self._own["train"])
         for reply in replies:
             if reply.has_error():
                 continue
-            coefficient = messages.num_examples(reply)
+            coefficient = messages.num_examples(reply, self.weighted_by_key)
             arrays = next(iter(reply.content.array_records.values()))
             mean.add(messages.unpack(arrays), 1.0 if self.uniform else coefficient)
-            metrics.add(messages.reply_scalars(reply), coefficient)
+            metrics.add(reply, coefficient)
             # The next client trains while the iterator moves on: keep nothing of this one meanwhile.
             del reply, arrays
         if not mean.total:
             return None, None
         return messages.pack(self.take_over(mean.value())), metrics.value()
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The mean of the replies' metrics, each over the clients that report it; ``None`` without a good reply."""
+        metrics = RunningMetrics(self.weighted_by_key, self._own["evaluate"])
+        for reply in replies:
+            if not reply.has_error():
+                metrics.add(reply, messages.num_examples(reply, self.weighted_by_key))
+        return metrics.value() if metrics.total else None
 
     def take_over(self, mean: Weights) -> Weights:
         """What becomes of the clients' mean; the mean itself here."""
@@ -58,18 +67,32 @@ class WeightedMean(FedAvg):
         """Takes back what ``state_dict`` gave."""
 
 
-class RunningScalars:
-    """Example-weighted means of numbers by name, each over those clients that report it."""
+class RunningMetrics:
+    """Example-weighted means of numbers by name, each over those clients that report it.
 
-    def __init__(self) -> None:
+    Args:
+        key: The name of the coefficient among the numbers.
+        own: The user's function of all replies' metrics and the key, in place of the means.
+    """
+
+    def __init__(self, key: str, own: Callable[[list[RecordDict], str], MetricRecord] | None) -> None:
+        self.total = 0.0
+        self._key, self._own = key, own
+        self._kept: list[RecordDict] = []
         self._sums: dict[str, tuple[float, float]] = {}
 
-    def add(self, scalars: dict[str, float], coefficient: float) -> None:
+    def add(self, reply: Message, coefficient: float) -> None:
         """Takes one client's numbers in."""
-        for name, value in scalars.items():
+        self.total += coefficient
+        if self._own is not None:
+            self._kept.append(RecordDict(dict(reply.content.metric_records)))
+            return
+        for name, value in messages.reply_scalars(reply, self._key).items():
             total, weight = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = total + value * coefficient, weight + coefficient
 
     def value(self) -> MetricRecord:
         """The means."""
+        if self._own is not None:
+            return self._own(self._kept, self._key)
         return MetricRecord({name: total / weight for name, (total, weight) in self._sums.items() if weight})

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
@@ -221,7 +221,7 @@ def flower_loop(
     Returns the weights and each round's aggregated training metrics. ``seed_round`` is called before each round.
     """
     names = list(weights)
-    arrays = ArrayRecord({name: _array(tensor) for name, tensor in weights.items()})
+    arrays = ArrayRecord({name: array(tensor.numpy().copy()) for name, tensor in weights.items()})
     metrics = []
     for server_round in range(1, rounds + 1):
         seed_round(server_round)
@@ -245,7 +245,6 @@ def flower_loop(
     return {name: torch.from_numpy(arrays[name].numpy()) for name in names}, metrics
 
 
-def _array(tensor: Tensor):
-    from flwr.app import Array
-
-    return Array(tensor.detach().numpy().copy())
+def array(values: np.ndarray) -> Array:
+    """Flower's own kind of array."""
+    return Array(values)

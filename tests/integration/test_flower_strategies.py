@@ -213,6 +213,30 @@ def test_a_clip_norm_does_not_count_integers(name):
     assert module.state_dict()["net.1.num_batches_tracked"] == 5002
 
 
+@pytest.mark.parametrize("make", [flower.FedAvg, flower.FedMedian, flower.FedAdam])
+def test_bfloat16_weights_stay_bfloat16_under_a_flower_strategy(make):
+    """NumPy has no bfloat16: a strategy sees float32, which holds it exactly."""
+    dtypes = []
+
+    class Looking(make):
+        def aggregate_train(self, server_round, replies):
+            replies = list(replies)
+            dtypes.extend(a.dtype for reply in replies for a in reply.content["arrays"].values())
+            return super().aggregate_train(server_round, replies)
+
+    class Narrow(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch[0].bfloat16(), batch[1]), batch_idx)
+
+    torch.manual_seed(1)
+    module = Narrow().bfloat16()
+    before = copy.deepcopy(module.state_dict())
+    federated(FlowerStrategy(Looking()), module=module, rounds=1)
+    assert {value.dtype for value in module.state_dict().values()} == {torch.bfloat16}
+    assert set(dtypes) == {"float32"}
+    assert not torch.equal(module.state_dict()["net.0.weight"], before["net.0.weight"])
+
+
 # ------------------------------------------------------------------------------------------------------------- resume
 
 
@@ -303,6 +327,16 @@ def test_fewer_clients_than_a_strategy_waits_for_is_an_error_and_no_hang():
 def test_a_cohort_smaller_than_a_strategy_waits_for_is_an_error_and_no_hang():
     with pytest.raises(ConfigurationError, match="waits for more clients than take part in the round: 1"):
         federated(FlowerStrategy(flower.FedAvg()), PartialParticipation(fraction_train=0.01))
+
+
+def test_a_strategy_may_ask_for_the_nodes_as_often_as_it_likes():
+    class Curious(flower.FedAvg):
+        def configure_train(self, server_round, arrays, config, grid):
+            assert {len(list(grid.get_node_ids())) for _ in range(20)} == {len(SIZES)}
+            return super().configure_train(server_round, arrays, config, grid)
+
+    ours, theirs = (federated(FlowerStrategy(make()), rounds=1) for make in (Curious, flower.FedAvg))
+    assert torch.equal(ours.net[0].weight, theirs.net[0].weight)
 
 
 def test_one_client_runs_with_a_strategy_that_is_content_with_one():

@@ -219,6 +219,38 @@ def test_the_global_random_state_outside_does_not_change_a_run(first):
     assert_same_run(first, run(outside=456))
 
 
+def test_what_setup_draws_is_the_run_s_too():
+    class Split(Data):
+        def setup(self, stage):
+            self.dataset, self.rest = torch.utils.data.random_split(examples(30), [24, 6])
+
+    class Building(Automatic):
+        def configure_model(self):
+            self.extra = nn.Linear(3, 3)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.extra.weight.square().sum()
+
+    states = []
+    for outside in (123, 456):
+        module = module_of(Building)
+        with isolate_rng():
+            seed_all(outside)
+            FederatedTrainer(max_rounds=1, num_clients=2, seed=0, **QUIET).fit(module, datamodule=Split())
+        states.append(module.state_dict())
+    assert "extra.weight" in states[0]
+    assert differing(*states) == []
+
+
+def test_a_run_leaves_the_global_random_state_as_it_was():
+    module = module_of(Automatic)
+    with isolate_rng():
+        seed_all(7)
+        before = torch.get_rng_state()
+        FederatedTrainer(max_rounds=1, num_clients=2, seed=0, **QUIET).fit(module, **own_loader())
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_seed_changes_partition_cohort_and_result(first):
     second = run(seed=4)
     assert "net.0.weight" in differing(first["weights"], second["weights"])

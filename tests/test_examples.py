@@ -1,0 +1,53 @@
+"""Every example runs to its end in ``--fast`` mode, prints its result and draws what it promises."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[1]
+DATA = Path(os.environ.get("LIGHTNING_FED_DATA", REPO.parent / "shared" / "data"))
+
+# Script -> (whether it needs Fashion-MNIST, what it prints, what it draws).
+EXAMPLES = {
+    "quickstart": (False, r"federated, 10 clients +test accuracy 0\.\d{3}\n", ["quickstart.png"]),
+    "fashion_mnist": (True, r"FedAvg, 10 of 10 clients +test accuracy 0\.\d{4}\n", ["fashion_mnist.png"]),
+    "partial_participation": (
+        True,
+        r"FedAvg, 5 of 10 clients +test accuracy 0\.\d{4}\n",
+        ["partial_participation.png"],
+    ),
+    "label_shards": (True, r"test accuracy 0\.\d{4}\n", ["label_shards.png", "label_shards_partition.png"]),
+    "label_skew": (False, r"\n0\.1 .* points +0\.\d{3}\n", ["label_skew.png"]),
+    "regression": (False, r"one function .* \d+\.\d\d -> \d+\.\d\d\n", ["regression.png"]),
+    "bring_your_own_strategy": (False, r"Krum, attacked +test accuracy 0\.\d{3}\n", ["bring_your_own_strategy.png"]),
+}
+
+
+def test_every_example_is_tested():
+    scripts = {path.stem for path in (REPO / "examples").glob("*.py") if "__main__" in path.read_text()}
+    assert scripts == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name, tmp_path):
+    needs_data, printed, pictures = EXAMPLES[name]
+    command = [sys.executable, str(REPO / "examples" / f"{name}.py"), "--fast", "--output-dir", str(tmp_path / "out")]
+    if needs_data:
+        if not (DATA / "FashionMNIST").is_dir():
+            missing = f"No FashionMNIST in {DATA}: set LIGHTNING_FED_DATA."
+            pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+        command += ["--data-dir", str(DATA)]
+    # One thread: the models are tiny, and the tests may share the machine.
+    environment = {**os.environ, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.search(printed, done.stdout), done.stdout[-2000:]
+    for picture in pictures:
+        path = tmp_path / "out" / picture
+        assert path.read_bytes()[:4] == b"\x89PNG"
+        assert path.stat().st_size > 10_000, f"{picture} looks empty"
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}, "it left more than its pictures behind"
