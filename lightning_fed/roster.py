@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, cast
 
 from flwr.app import Message, MessageType, RecordDict
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from lightning_fed import messages
@@ -46,10 +45,6 @@ class CohortGrid(Grid):
                 " the number of clients."
             )
         return list(self._node_ids)
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """The same, as Flower's NodeInfo."""
-        return (NodeInfo(node_id=node_id) for node_id in self.get_node_ids())
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None

@@ -15,7 +15,6 @@ from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -117,10 +116,6 @@ class InProcessGrid(Grid):
     def get_node_ids(self) -> Iterable[int]:
         """The addresses of all clients."""
         return range(1, self.num_clients + 1)
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """The same, as Flower's NodeInfo."""
-        return (NodeInfo(node_id=node_id) for node_id in self.get_node_ids())
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
