@@ -140,9 +140,7 @@ class Rounds:
             return RoundResult({}, logged)
         return RoundResult(self._new_weights(round, weights, averaged, exchange.integers.value()), logged)
 
-    def _aggregate(
-        self, exchange: Exchange, replies: Iterator[Message]
-    ) -> tuple[ArrayRecord | None, dict[str, float]]:
+    def _aggregate(self, exchange: Exchange, replies: Iterator[Message]) -> tuple[ArrayRecord | None, dict[str, float]]:
         stage, round = exchange.stage, exchange.round
         try:
             if stage == "evaluate":

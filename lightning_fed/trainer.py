@@ -124,8 +124,9 @@ class FederatedTrainer(Trainer):
         )
         if kwargs.get("log_every_n_steps") is None:
             kwargs["log_every_n_steps"] = 1
-        limit = -1 if max_rounds is None else max_rounds
-        super().__init__(max_epochs=limit, callbacks=[self.federation, *own], **kwargs)
+        # In kwargs, so that LightningCLI knows max_epochs, too, and refusals() can say what to write instead.
+        kwargs["max_epochs"] = -1 if max_rounds is None else max_rounds
+        super().__init__(callbacks=[self.federation, *own], **kwargs)
         if dev_run:  # Lightning's own makes n batches of it; here they are n rounds
             self.fit_loop.max_epochs, self.fit_loop.epoch_loop.max_steps = dev_run, -1
         if getattr(self.precision_plugin, "scaler", None) is not None:

@@ -22,6 +22,10 @@ class ClientMetrics(FederatedCallback):
         self.spread, self.per_client = spread, per_client
         self._values: dict[str, dict[int, float]] = {}
 
+    def on_federation_start(self, trainer: Trainer) -> None:
+        """Forgets a round that broke off."""
+        self._values = {}
+
     def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
         """Collects a client's values."""
         prefix = CLIENT_METRICS if stage == "evaluate" else ""

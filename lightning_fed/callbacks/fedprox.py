@@ -53,8 +53,11 @@ class ProximalTerm(Callback):
         """Adds the gradient of the term to this optimizer's parameters; those that are not trained have none."""
         for group in optimizer.param_groups:
             for p in group["params"]:
-                if p.grad is not None and p in self._anchor:
-                    p.grad.add_(p - self._anchor[p], alpha=self.mu)
+                if p.grad is None or p not in self._anchor:
+                    continue
+                if p.grad.is_sparse:  # the term is not: rows without a gradient are pulled back, too
+                    p.grad = p.grad.to_dense()
+                p.grad.add_(p - self._anchor[p], alpha=self.mu)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the remembered weights go."""

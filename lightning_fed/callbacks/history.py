@@ -119,6 +119,9 @@ class History(FederatedCallback):
         Args:
             path: Where to save the picture, if anywhere.
             names: The metrics to draw; by default all whose name speaks of a loss or an accuracy, else all.
+
+        Raises:
+            KeyError: If no round has one of ``names``.
         """
         from matplotlib.figure import Figure
 
@@ -130,9 +133,9 @@ class History(FederatedCallback):
         for i, (quantity, members) in enumerate(sorted(panels.items()), 1):
             axes = figure.add_subplot(1, len(panels), i)
             for name in members:
-                points = [(row["round"], row[name]) for row in self.rows if name in row]
+                rounds = [row["round"] for row in self.rows if name in row]
                 label = f"{name} (mean over clients)" if name.startswith("clients/") else name
-                axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
+                axes.plot(rounds, self[name], label=label, marker="." if len(rounds) < 50 else None)
             axes.set(xlabel="round", ylabel=quantity)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
@@ -143,7 +146,7 @@ class History(FederatedCallback):
 
 
 def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:g}" if value == int(value) else f"{value:.4f}"
+    return "" if value is None else f"{value:g}" if float(value).is_integer() else f"{value:.4f}"
 
 
 def _curves(names: list[str]) -> list[str]:

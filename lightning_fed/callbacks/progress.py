@@ -15,13 +15,14 @@ from lightning_fed.errors import ClientError
 class RoundProgress(FederatedCallback):
     """What both bars share: a bar's length is the cohort, and a client's reply moves it."""
 
-    _done = 0
+    _done = _total = 0
     _what = ""
 
     def on_round_start(self, trainer: Trainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
         """Starts a bar for the cohort."""
-        self._done = 0
-        self._what = f"Round {round}/{trainer.max_epochs} {'training' if stage == 'train' else 'evaluating'}"
+        self._done, self._total = 0, len(cohort)
+        of = f"/{trainer.max_epochs}" if trainer.max_epochs != -1 else ""
+        self._what = f"Round {round}{of} {'training' if stage == 'train' else 'evaluating'}"
         self.show(self._what, 0, len(cohort))
 
     def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
@@ -33,6 +34,11 @@ class RoundProgress(FederatedCallback):
         """A client failed, and is done, too."""
         self._done += 1
         self.show(self._what, self._done)
+
+    def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
+        """All are done, those who had nothing to evaluate on, too."""
+        if self._done < self._total:
+            self.show(self._what, self._total)
 
     def show(self, what: str, done: int, total: int | None = None) -> None:
         """Draws ``done`` clients of ``total`` (unchanged if ``None``)."""
@@ -46,8 +52,8 @@ class TQDMRoundBar(RoundProgress, TQDMProgressBar):
         """See ``RoundProgress``."""
         bar = self.train_progress_bar
         if total is not None:
+            bar.set_description(what, refresh=False)
             bar.reset(total)
-            bar.set_description(what)
         bar.n = done
         bar.refresh()
 

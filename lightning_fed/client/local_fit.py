@@ -86,6 +86,10 @@ class LocalHooks(Callback):
         if trainer.current_epoch == self.first_epoch:
             self.seen += _batch_size(batch)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.options.epochs and trainer.current_epoch + 1 == self.first_epoch + self.options.epochs:
+            trainer.should_stop = True
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(trainer, LocalTrainer)
         if trainer.validating and trainer.state.fn == "validate":
@@ -194,10 +198,8 @@ def _build_trainer(
     callbacks: Sequence[Callback],
     validates: bool = False,
 ) -> LocalTrainer:
-    first = options.first_epoch(task.round)
-    limit = {"max_epochs": first + (options.epochs or 1)}
-    if options.steps:
-        limit = {"max_epochs": -1, "max_steps": options.steps}
+    # The epochs of the whole run, as current_epoch counts them; LocalHooks end the fit after the round's.
+    limit = {"max_epochs": _times(options.epochs, options.rounds), "max_steps": options.steps or -1}
     arguments = {**copy.deepcopy(options.trainer), **limit}
     if not (options.local_validation or validates):
         arguments["limit_val_batches"] = 0
@@ -206,7 +208,6 @@ def _build_trainer(
         task,
         loaders,
         module,
-        run_epochs=_times(options.epochs, options.rounds),
         schedule=(_times(options.epochs, scheduled), _times(options.steps, scheduled)),
         callbacks=[*callbacks, *copy.deepcopy(list(options.callbacks))],
         # Modules that write to self.logger.experiment go on working; what they write goes nowhere.

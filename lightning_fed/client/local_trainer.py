@@ -97,7 +97,6 @@ class LocalTrainer(Trainer):
         task: What the client does.
         loaders: Its data.
         module: The module that it trains.
-        run_epochs: The epochs of all rounds, as ``current_epoch`` counts them; -1 for no limit.
         schedule: The epochs and the optimizer steps that a schedule runs over, -1 for what does not limit it: those of
             one round where schedules begin anew each round, else those of the whole run.
         **kwargs: As ``Trainer``.
@@ -108,12 +107,11 @@ class LocalTrainer(Trainer):
         task: LocalTask,
         loaders: ClientLoaders,
         module: LightningModule,
-        run_epochs: int,
         schedule: tuple[int, int],
         **kwargs: Any,
     ) -> None:
         self.task, self.loaders = task, loaders
-        self._epochs, self._schedule = run_epochs, schedule
+        self._schedule = schedule
         self.caught: list[MetricState] = []
         self.computed: set[str] = set()
         self.module_metrics = [child for child in module.modules() if isinstance(child, Metric)]
@@ -123,21 +121,16 @@ class LocalTrainer(Trainer):
         self._signal_connector.register_signal_handlers = _leave_signals  # type: ignore[method-assign]
 
     @property
-    def max_epochs(self) -> int:
-        """The epochs of the whole run; this fit ends by ``fit_loop.max_epochs``."""
-        return self._epochs
-
-    @property
     def estimated_stepping_batches(self) -> int | float:
         """The optimizer steps that a schedule runs over, which may be those of many rounds."""
         epochs, steps = self._schedule
         if epochs == -1:
             return steps if steps != -1 else float("inf")
-        shown, self._epochs = self._epochs, epochs
+        run, self.fit_loop.max_epochs = self.fit_loop.max_epochs, epochs
         try:
             return super().estimated_stepping_batches
         finally:
-            self._epochs = shown
+            self.fit_loop.max_epochs = run
 
     @property
     def current_round(self) -> int:

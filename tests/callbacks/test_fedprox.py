@@ -71,7 +71,7 @@ def trained(optimizer, augmented, manual=False, **trainer):
     module = Net(OPTIMIZERS[optimizer], augmented, manual)
     callbacks = [] if augmented else FedProx(MU).local_callbacks()
     trainer = Trainer(max_epochs=3, callbacks=callbacks, **QUIET, **trainer)
-    trainer.fit(module, DataLoader(toy_data(40), batch_size=8))
+    trainer.fit(module, DataLoader(toy_data(48), batch_size=8))
     return module
 
 
@@ -89,7 +89,7 @@ def test_training_is_that_of_the_augmented_loss_by_autograd(optimizer, trainer):
     for (name, a), b in zip(ours.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
     without = Net(OPTIMIZERS[optimizer], augmented=False)
-    Trainer(max_epochs=3, **QUIET, **TRAINERS[trainer]).fit(without, DataLoader(toy_data(40), batch_size=8))
+    Trainer(max_epochs=3, **QUIET, **TRAINERS[trainer]).fit(without, DataLoader(toy_data(48), batch_size=8))
     assert not torch.allclose(ours.net[0].weight, without.net[0].weight, rtol=1e-2)
 
 

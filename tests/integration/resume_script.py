@@ -88,9 +88,10 @@ def run(
     rounds: int = ROUNDS,
     **options: Any,
 ) -> tuple[StatefulToy, History, FederatedTrainer]:
-    """FedAdam over half of 4 clients, which keep their Adam from round to round; saves in ``directory``."""
+    """FedAdam over 3 of 4 clients a round, which keep their Adam from round to round; saves in ``directory``."""
     torch.manual_seed(7)
     module, history = StatefulToy(), History(per_client=True)
+    saving = {"monitor": "val_loss", "save_top_k": -1, "save_last": True, **(checkpoint or {})}
     trainer = FederatedTrainer(
         max_rounds=rounds,
         client_state="carry",
@@ -100,7 +101,7 @@ def run(
             FedAdam(learning_rate=0.05),
             history,
             *callbacks,
-            ModelCheckpoint(directory, **{"monitor": "val_loss", "save_top_k": -1, "save_last": True, **(checkpoint or {})}),
+            ModelCheckpoint(directory, **saving),
         ],
         **{
             "seed": 3,

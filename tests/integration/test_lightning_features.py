@@ -44,14 +44,6 @@ from tests.helpers import QUIET
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # toys are too small for more
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def _in_a_directory_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -72,9 +64,8 @@ def toy(cls: type[ToyModule] = ToyModule, **hparams: Any) -> Any:
 
 def federated(*callbacks: Callback, rounds: int | None = 3, held_out: bool = False, **options: Any) -> FederatedTrainer:
     """Two clients, no output."""
-    clients = [] if any("partition" in getattr(c, "decides", ()) for c in callbacks) else [
-        Partition(2, val_fraction=0.25 if held_out else 0.0)
-    ]  # fmt: skip
+    dealt = any("partition" in getattr(callback, "decides", ()) for callback in callbacks)
+    clients = [] if dealt else [Partition(2, val_fraction=0.25 if held_out else 0.0)]
     return FederatedTrainer(max_rounds=rounds, callbacks=[*clients, *callbacks], **{**QUIET, **options})
 
 
@@ -443,7 +434,9 @@ def test_sanity_validation_runs_before_the_first_round_at_the_server_only():
     batches = Each("on_validation_batch_start", lambda trainer, module: trainer.sanity_checking)
     on_clients = Each("on_validation_batch_start", lambda trainer, module: trainer.sanity_checking)
     history = History()
-    trainer = federated(batches, history, num_sanity_val_steps=1, held_out=True, client_callbacks=[on_clients], rounds=1)
+    trainer = federated(
+        batches, history, num_sanity_val_steps=1, held_out=True, client_callbacks=[on_clients], rounds=1
+    )
     trainer.fit(toy(), train(), val())
     assert batches.seen == [True, False, False]
     assert set(on_clients.seen) == {False}
@@ -514,7 +507,12 @@ def test_fast_dev_run_runs_n_rounds_of_at_most_two_clients_with_n_batches_each(t
         fast_dev_run=dev_run,
         accelerator="cpu",
         default_root_dir=tmp_path,
-        callbacks=[Partition(4, val_fraction=0.5), validated, ModelCheckpoint(monitor="nobody"), EarlyStopping("nobody")],
+        callbacks=[
+            Partition(4, val_fraction=0.5),
+            validated,
+            ModelCheckpoint(monitor="nobody"),
+            EarlyStopping("nobody"),
+        ],
         client_callbacks=[trained, evaluated],
         enable_progress_bar=False,
         local_epochs=3,

@@ -73,9 +73,7 @@ def federated(*callbacks, rounds=3, **arguments):
 
 def by_hand(server, lr=0.1):
     data = [list(loader) for loader in client_loaders()]
-    return plain.federate(
-        network(), data, rounds=3, server=server, epochs=1, optimizer=partial(torch.optim.SGD, lr=lr)
-    )
+    return plain.federate(network(), data, rounds=3, server=server, epochs=1, optimizer=partial(torch.optim.SGD, lr=lr))
 
 
 def assert_close(ours, theirs):
@@ -501,9 +499,7 @@ def test_a_client_that_raises_on_a_foreign_grid_is_named_with_its_traceback():
                 raise LookupError("no such thing")
             return super().training_step(batch, batch_idx)
 
-    server, clients = (
-        FederatedTrainer(max_rounds=1, seed=0, callbacks=[Partition(3)], **QUIET) for _ in range(2)
-    )
+    server, clients = (FederatedTrainer(max_rounds=1, seed=0, callbacks=[Partition(3)], **QUIET) for _ in range(2))
     grid = plain.ForeignGrid(clients.client_app(Failing(), everything_loader()), 3)
     with plain.flower_identity(), pytest.raises(ClientError, match=r"client 1 raised LookupError: no such") as caught:
         server.server_app(Everything())(grid, Context(7, 1, {}, RecordDict(), {}))

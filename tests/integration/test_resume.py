@@ -69,14 +69,6 @@ def stays(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in checkpoint.items() if name != "loops"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # toys are too small for more
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """What a run that is never interrupted leaves behind, by how it saves; each is run once."""
@@ -129,7 +121,10 @@ def test_a_run_killed_in_the_middle_of_a_round_goes_on_as_if_never_interrupted(t
 CASES = [
     *[(saving, "client trained") for saving in SAVING],
     *[("at the end of a round", moment) for moment in StopAt.MOMENTS if moment != "client trained"],
-    *[("at the end of validation", moment) for moment in ("client evaluated", "validation batch", "round done, not saved")],
+    *[
+        ("at the end of validation", moment)
+        for moment in ("client evaluated", "validation batch", "round done, not saved")
+    ],
     ("validation every 2 rounds", "round done, not saved"),
 ]
 
