@@ -124,6 +124,7 @@ class History(FederatedCallback):
             KeyError: If no round has one of ``names``.
         """
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         chosen = list(names) if names is not None else _curves(self.names)
         panels: dict[str, list[str]] = {}
@@ -137,7 +138,7 @@ class History(FederatedCallback):
                 label = f"{name} (mean over clients)" if name.startswith("clients/") else name
                 axes.plot(rounds, self[name], label=label, marker="." if len(rounds) < 50 else None)
             axes.set(xlabel="round", ylabel=quantity)
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.3)
             axes.legend()
         if path is not None:

@@ -245,8 +245,10 @@ def _call(
         data = {"datamodule": datamodule}
     elif train:
         # None would mean the module's own val_dataloader, which is the server's.
-        none = [] if is_overridden("validation_step", module, LightningModule) else None
-        data = {"train_dataloaders": loaders.train, "val_dataloaders": none if loaders.val is None else loaders.val}
+        val = loaders.val
+        if val is None and is_overridden("validation_step", module, LightningModule):
+            val = []
+        data = {"train_dataloaders": loaders.train, "val_dataloaders": val}
     else:
         data = {"dataloaders": loaders.val}
     if not train:

@@ -126,7 +126,7 @@ def federate(
     uniform: bool = False,
     **local: object,
 ) -> State:
-    """Algorithm 1 of McMahan et al. 2017 with full participation; the server steps parameters, buffers take the mean."""
+    """Algorithm 1 of McMahan et al. 2017 with full participation; the server steps parameters, not buffers."""
     net = copy.deepcopy(net)
     parameters = {name for name, _ in net.named_parameters()}
     coefficients = [1 if uniform else sum(len(y) for _, y in batches) for batches in clients]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import lightning as L
 import pytest
@@ -296,4 +297,4 @@ def test_a_loader_with_a_generator_of_its_own_is_reproducible_and_shuffles_anew_
     assert seen[0] == seen[1]
     rounds = [[x for r, client, x in seen[0] if (r, client) == (round, 0)] for round in (1, 2)]
     assert rounds[0] != rounds[1]
-    assert sorted(sum(rounds[0], [])) == sorted(sum(rounds[1], []))
+    assert sorted(itertools.chain(*rounds[0])) == sorted(itertools.chain(*rounds[1]))
