@@ -27,7 +27,7 @@ class PartialParticipation(CohortOwner):
     >>> PartialParticipation(fraction_train=0.29).size("train", 100)
     29
     >>> PartialParticipation(fraction_train=0.5).sample("train", round=1, num_clients=10, seed=0)
-    [0, 1, 4, 6, 7]
+    [2, 6, 7, 8, 9]
     """
 
     def __init__(

@@ -198,12 +198,14 @@ def _build_trainer(
     callbacks: Sequence[Callback],
     validates: bool = False,
 ) -> LocalTrainer:
-    # The epochs of the whole run, as current_epoch counts them; LocalHooks end the fit after the round's.
-    limit = {"max_epochs": _times(options.epochs, options.rounds), "max_steps": options.steps or -1}
+    # The epochs of the whole run, as current_epoch counts them; LocalHooks end the fit after the round's. A server
+    # that runs more rounds than this side was told of must not find that there is nothing left to train.
+    rounds = options.rounds if options.rounds == -1 else max(options.rounds, task.round)
+    limit = {"max_epochs": _times(options.epochs, rounds), "max_steps": options.steps or -1}
     arguments = {**copy.deepcopy(options.trainer), **limit}
     if not (options.local_validation or validates):
         arguments["limit_val_batches"] = 0
-    scheduled = 1 if options.client_state == "reset" else options.rounds
+    scheduled = 1 if options.client_state == "reset" else rounds
     return LocalTrainer(
         task,
         loaders,

@@ -19,6 +19,13 @@ from lightning_fed.callbacks import History, PartialParticipation, Partition
 from lightning_fed.engines import InProcess
 from lightning_fed.testing import ToyModule, toy_data
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended"),
+    pytest.mark.filterwarnings("ignore:.*will be overridden by `LightningCLI.configure_optimizers`"),
+    pytest.mark.filterwarnings("ignore:(?s).*deprecated in v4.49.0"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
 CONFIG = """
 seed_everything: 7
 trainer:

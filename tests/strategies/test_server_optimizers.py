@@ -6,9 +6,13 @@ import io
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_fed import messages
+from lightning_fed import FederatedTrainer, messages
+from lightning_fed.callbacks import ClientData, FedAdagrad, FedAdam, FedAvgM, FedYogi
 from lightning_fed.strategies import AdagradMean, AdamMean, MomentumMean, YogiMean
+from lightning_fed.testing import ToyModule, toy_data
 from tests import references
 from tests.helpers import in_flower
 from tests.strategies.plain_flower import clients, start
@@ -193,3 +197,46 @@ def test_round_without_a_good_reply_changes_no_moments(name):
     before = strategy.state_dict()
     assert in_flower(lambda: strategy.aggregate_train(2, [])) == (None, None)
     assert_same(strategy.state_dict(), before)
+
+
+# ------------------------------------------------------------------------------------------------- in a federated run
+
+
+class Normed(ToyModule):
+    """With BatchNorm's buffers, and momentum on the clients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+METHODS = {
+    "momentum": FedAvgM(0.7, 0.9),
+    "adagrad": FedAdagrad(0.1, 0.3, 1e-2),
+    "adam": FedAdam(0.1, 0.9, 0.8, 1e-2),
+    "yogi": FedYogi(0.1, 0.9, 0.8, 1e-2),
+}
+
+
+@each
+def test_federated_run_with_batchnorm_is_plain_torch_with_the_papers_step(name, quiet):
+    sizes, rounds = (8, 40, 16), 3
+    loaders = [DataLoader(toy_data(size, seed=i), batch_size=8) for i, size in enumerate(sizes)]
+    module, plain = Normed(), Normed().net
+    expected = references.plain_federated_sgd(
+        plain,
+        [[list(loader) for loader in loaders]] * rounds,
+        sizes,
+        lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1]),
+        lr=0.1,
+        momentum=0.9,
+        server_step=CASES[name][1],
+    )
+    trainer = FederatedTrainer(max_rounds=rounds, callbacks=[ClientData(loaders), METHODS[name]], **quiet)
+    trainer.fit(module)
+    torch.testing.assert_close(dict(module.net.state_dict()), expected[-1], rtol=1e-4, atol=1e-5)
+    assert module.net[1].num_batches_tracked.item() == expected[-1]["1.num_batches_tracked"].item() > 0
