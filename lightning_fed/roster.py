@@ -27,7 +27,7 @@ class CohortGrid(Grid):
 
     def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
         self._grid, self._node_ids = grid, node_ids
-        self._asked, self._waits = 0.0, 0
+        self._asked, self._since = 0, 0.0
 
     def get_node_ids(self) -> Iterable[int]:
         """The cohort's addresses.
@@ -35,10 +35,10 @@ class CohortGrid(Grid):
         Raises:
             ConfigurationError: If a strategy waits for more clients than the cohort has; it would wait for ever.
         """
-        # Flower's way to wait: asking again and again, with a second's sleep between.
-        before, self._asked = self._asked, time.monotonic()
-        self._waits += bool(before) and self._asked - before > 0.9
-        if self._waits > 1:
+        # Flower's way to wait is to ask again and again, with a second's sleep between.
+        self._asked += 1
+        self._since = self._since or time.monotonic()
+        if self._asked > 3 and time.monotonic() - self._since > 1.9:
             raise ConfigurationError(
                 f"The strategy waits for more clients than take part in the round: {len(self._node_ids)}. Lower its"
                 " min_train_nodes, min_evaluate_nodes and min_available_nodes (Flower's default is 2 each), or raise"

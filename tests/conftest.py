@@ -1,6 +1,7 @@
 """Switches for the whole suite; what tests share by name is in helpers.py."""
 
 import os
+import signal
 
 for _name, _value in {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -12,6 +13,9 @@ for _name, _value in {
     "MPLBACKEND": "Agg",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# A job in the background inherits Ctrl-C ignored, and tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -222,7 +222,7 @@ def test_metrics_logged_in_training_are_merged_too():
     truth = float(MulticlassF1Score(3, average="macro")(logits, y))
     assert float(trainer.callback_metrics["f1"]) == pytest.approx(truth, abs=1e-6)
     assert float(trainer.callback_metrics["f1_forked_epoch"]) == pytest.approx(truth, abs=1e-6)
-    expected = float(nn.functional.cross_entropy(logits, y))
+    expected = nn.functional.cross_entropy(logits, y).item()
     assert float(trainer.callback_metrics["loss"]) == pytest.approx(expected, abs=1e-6)
     # Logged on_step only: each client's last batch (7, 53 % 32, 196 % 32), weighted by its examples.
     last = sum(n * size for n, size in zip(SIZES, (7, 21, 4), strict=True)) / sum(SIZES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 import warnings
 
 import lightning as L
@@ -327,6 +328,17 @@ def test_fewer_clients_than_a_strategy_waits_for_is_an_error_and_no_hang():
 def test_a_cohort_smaller_than_a_strategy_waits_for_is_an_error_and_no_hang():
     with pytest.raises(ConfigurationError, match="waits for more clients than take part in the round: 1"):
         federated(FlowerStrategy(flower.FedAvg()), PartialParticipation(fraction_train=0.01))
+
+
+@pytest.mark.timeout(60)
+def test_a_strategy_that_waits_in_a_way_of_its_own_is_an_error_and_no_hang():
+    class Impatient(flower.FedAvg):
+        def configure_train(self, server_round, arrays, config, grid):
+            while len(list(grid.get_node_ids())) < 100:
+                time.sleep(0.05)
+
+    with pytest.raises(ConfigurationError, match=f"waits for more clients than take part in the round: {len(SIZES)}"):
+        federated(FlowerStrategy(Impatient()))
 
 
 def test_a_strategy_may_ask_for_the_nodes_as_often_as_it_likes():

@@ -7,11 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_a_round_of_200_clients_needs_no_more_memory_than_one_of_20() -> None:
+
+# Twenty clients against two hundred take minutes; the same holds, and is seen, with fewer.
+@pytest.mark.parametrize("cohorts", [(5, 25), pytest.param((20, 200), marks=pytest.mark.slow)])
+@pytest.mark.timeout(900)
+def test_a_larger_cohort_needs_no_more_memory(cohorts: tuple[int, int]) -> None:
     script = Path(__file__).with_name("memory_script.py")
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=True)
-    peaks = json.loads(run.stdout.splitlines()[-1])
-    assert peaks["20"] < 6
-    assert peaks["200"] < 6
-    assert abs(peaks["200"] - peaks["20"]) < 0.5, peaks
+    command = [sys.executable, str(script), *map(str, cohorts)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=850, check=True)
+    small, large = json.loads(run.stdout.splitlines()[-1])
+    assert small < 6
+    assert large < 6
+    assert abs(large - small) < 0.5
