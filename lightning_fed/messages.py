@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from torch import Tensor
 
 from lightning_fed.metrics import MetricState
 from lightning_fed.weights import Weights
+
+Kind = TypeVar("Kind", ArrayRecord, MetricRecord, ConfigRecord)
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NUM_EXAMPLES, ROUND, SEED = "num-examples", "server-round", "run-seed"
@@ -103,6 +105,15 @@ def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(array.numpy()) if tensor is None else tensor
 
 
+def first(content: RecordDict, kind: type[Kind]) -> Kind | None:
+    """The first record of a kind, or ``None``.
+
+    Flower's own ``content.array_records`` makes a reference cycle, which keeps a reply's weights in memory until the
+    next garbage collection.
+    """
+    return next((record for record in content.values() if isinstance(record, kind)), None)
+
+
 def copy_for_delivery(content: RecordDict) -> RecordDict:
     """The same records in containers of their own: a receiver that writes into its copy changes nobody else's."""
     delivered = RecordDict()
@@ -156,8 +167,9 @@ class Instruction:
 
 def read_instruction(message: Message) -> Instruction:
     """Reads a train or evaluate message as the client's mods left it."""
-    config = next(iter(message.content.config_records.values()), ConfigRecord())
-    arrays = next(iter(message.content.array_records.values()))
+    config = first(message.content, ConfigRecord) or ConfigRecord()
+    arrays = first(message.content, ArrayRecord)
+    assert arrays is not None
     return Instruction(_int(config.get(ROUND, 1)), _int(config.get(SEED, 0)), unpack(arrays))
 
 
@@ -222,10 +234,9 @@ def detach_extras(reply: Message) -> Extras:
 
 def num_examples(reply: Message, key: str = NUM_EXAMPLES) -> float:
     """The averaging coefficient that a reply carries; 0 if it carries none."""
-    for record in reply.content.metric_records.values():
-        value = record.get(key, 0)
-        return float(value) if not isinstance(value, list) else 0.0
-    return 0.0
+    record = first(reply.content, MetricRecord)
+    value = 0 if record is None else record.get(key, 0)
+    return 0.0 if isinstance(value, list) else float(value)
 
 
 def scalars(record: MetricRecord | None, key: str = NUM_EXAMPLES) -> dict[str, float]:
@@ -236,7 +247,7 @@ def scalars(record: MetricRecord | None, key: str = NUM_EXAMPLES) -> dict[str, f
 
 def reply_scalars(reply: Message, key: str = NUM_EXAMPLES) -> dict[str, float]:
     """The single numbers that a client reports."""
-    return scalars(next(iter(reply.content.metric_records.values()), None), key)
+    return scalars(first(reply.content, MetricRecord), key)
 
 
 # ---------------------------------------------------------------------------------------------- a client's own state

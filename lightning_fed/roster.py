@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, cast
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from lightning_fed import messages
@@ -88,8 +88,8 @@ class RollCall:
         for reply in grid.send_and_receive(asked, timeout=timeout):
             if reply.has_error():
                 raise ConfigurationError(f"A client did not say who it is: {reply.error.reason}")
-            client = next(iter(reply.content.config_records.values()))[messages.CLIENT]
-            self._client_of[reply.metadata.src_node_id] = int(cast(int, client))
+            config = messages.first(reply.content, ConfigRecord) or ConfigRecord()
+            self._client_of[reply.metadata.src_node_id] = int(cast(int, config[messages.CLIENT]))
         self._node_of = {client: node_id for node_id, client in self._client_of.items()}
         if sorted(self._node_of) != list(range(len(nodes))):
             raise ConfigurationError(

@@ -274,7 +274,7 @@ class Exchange:
         return coefficient
 
     def _check_weights(self, client: int, reply: Message, integers: Weights, coefficient: float) -> None:
-        arrays = next(iter(reply.content.array_records.values()), None)
+        arrays = messages.first(reply.content, ArrayRecord)
         if arrays is None:
             raise self._error(client, "sent no weights.")
         if not coefficient > 0:

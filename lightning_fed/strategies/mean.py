@@ -38,7 +38,8 @@ class WeightedMean(FedAvg):
             if reply.has_error():
                 continue
             coefficient = messages.num_examples(reply, self.weighted_by_key)
-            arrays = next(iter(reply.content.array_records.values()))
+            arrays = messages.first(reply.content, ArrayRecord)
+            assert arrays is not None
             mean.add(messages.unpack(arrays), 1.0 if self.uniform else coefficient)
             metrics.add(reply, coefficient)
             # The next client trains while the iterator moves on: keep nothing of this one meanwhile.
@@ -85,7 +86,7 @@ class RunningMetrics:
         """Takes one client's numbers in."""
         self.total += coefficient
         if self._own is not None:
-            self._kept.append(RecordDict(dict(reply.content.metric_records)))
+            self._kept.append(RecordDict({k: r for k, r in reply.content.items() if isinstance(r, MetricRecord)}))
             return
         for name, value in messages.reply_scalars(reply, self._key).items():
             total, weight = self._sums.get(name, (0.0, 0.0))

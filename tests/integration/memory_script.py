@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
-import re
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +45,26 @@ def fit(module: Wide, clients: int, width: int) -> None:
     trainer.fit(module, DataLoader(TensorDataset(torch.randn(clients, width)), batch_size=1))
 
 
-def status(name: str) -> int:
-    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak(clients: int) -> float:
     module = Wide(WIDTH)
     size = sum(p.numel() * p.element_size() for p in module.parameters())
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    idle = status("VmRSS")
+    gc.collect()
+    idle, samples, done = resident(), [], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            samples.append(resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     fit(module, clients, WIDTH)
-    return (status("VmHWM") - idle) / size
+    done.set()
+    watcher.join()
+    return (max(samples) - idle) / size
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,15 @@ from pathlib import Path
 import pytest
 
 
-# Twenty clients against two hundred take minutes; the same holds, and is seen, with fewer.
-@pytest.mark.parametrize("cohorts", [(5, 25), pytest.param((20, 200), marks=pytest.mark.slow)])
 @pytest.mark.timeout(900)
-def test_a_larger_cohort_needs_no_more_memory(cohorts: tuple[int, int]) -> None:
+def test_two_hundred_clients_need_no_more_memory_than_twenty() -> None:
     script = Path(__file__).with_name("memory_script.py")
-    command = [sys.executable, str(script), *map(str, cohorts)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=850, check=True)
+    command = [sys.executable, str(script), "20", "200"]
+    # Each tensor in pages of its own, which go back at once: what is measured is what is held, not how malloc keeps it.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=850, env=env)
+    assert run.returncode == 0, run.stderr
     small, large = json.loads(run.stdout.splitlines()[-1])
     assert small < 6
     assert large < 6
-    assert abs(large - small) < 0.5
+    assert abs(large - small) < 0.2

@@ -165,10 +165,9 @@ def test_one_reply_is_held_at_a_time():
     def replies():
         nonlocal most
         for _ in range(5):
-            weights = {"w": torch.zeros(10)}
-            alive.append(weakref.ref(weights["w"]))
-            reply = messages.train_reply(Message(RecordDict(), 1, MessageType.TRAIN), weights, 1, {})
-            del weights
+            message = Message(RecordDict(), 1, MessageType.TRAIN)
+            reply = messages.train_reply(message, {"w": torch.zeros(10)}, 1, {})
+            alive.append(weakref.ref(messages.unpack(reply.content["arrays"])["w"]))
             yield reply
             del reply
             most = max(most, sum(ref() is not None for ref in alive))
