@@ -17,7 +17,8 @@ from torchmetrics.classification import (
 )
 from torchmetrics.wrappers import BootStrapper, MinMaxMetric
 
-from lightning_fed import metrics
+from lightning_fed import FederatedTrainer, metrics
+from lightning_fed.callbacks import ClientData
 from lightning_fed.metrics import METRIC, MetricState, catch, is_mergeable
 from tests.helpers import QUIET, class_sorted, loaders, pooled
 
@@ -210,9 +211,6 @@ class Training(LightningModule):
 
 
 def test_metrics_logged_in_training_are_merged_too():
-    from lightning_fed import FederatedTrainer
-    from lightning_fed.callbacks import ClientData
-
     torch.manual_seed(0)
     module, parts = Training(), class_sorted(SIZES)
     trainer = FederatedTrainer(max_rounds=1, callbacks=[ClientData(loaders(parts))], **QUIET)
@@ -227,6 +225,22 @@ def test_metrics_logged_in_training_are_merged_too():
     # Logged on_step only: each client's last batch (7, 53 % 32, 196 % 32), weighted by its examples.
     last = sum(n * size for n, size in zip(SIZES, (7, 21, 4), strict=True)) / sum(SIZES)
     assert float(trainer.callback_metrics["size"]) == pytest.approx(last, abs=1e-5)
+
+
+def test_name_that_was_logged_in_an_earlier_local_epoch_only_is_not_of_the_last():
+    class Early(Training):
+        def training_step(self, batch, batch_idx):
+            if self.current_epoch == 0:
+                self.log("early", batch[0].mean(), on_step=False, on_epoch=True)
+                self.f1.update(self.net(batch[0]), batch[1])
+                self.log("early_f1", self.f1, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    clients = ClientData(loaders(class_sorted((20, 30))))
+    trainer = FederatedTrainer(max_rounds=1, local_epochs=2, callbacks=[clients], **QUIET)
+    trainer.fit(Early())
+    assert {"f1", "loss"} <= set(trainer.round_metrics)
+    assert not {"early", "early_f1"} & set(trainer.round_metrics)
 
 
 def test_values_of_several_validation_loaders_stay_apart():

@@ -127,7 +127,7 @@ def clock(monkeypatch) -> list[float]:
 @pytest.mark.parametrize("ours", [True, False])
 def test_round_gives_the_weighted_mean_in_every_dtype(ours):
     # Client k adds k + 1 and counts k + 1 examples: the mean of 1, 2, 3, 4 weighted by themselves is 3.
-    weights = {**toy_weights(), "steps": torch.tensor(10), "on": torch.tensor([True, False])}
+    weights = {"steps": torch.tensor(10), **toy_weights(), "on": torch.tensor([True, False])}
     before = {name: tensor.clone() for name, tensor in weights.items()}
 
     def train(k, message):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -105,7 +107,7 @@ class Adaptor(Strategy):
 
 def _with_common_metrics(replies: Iterable[Message]) -> list[Message]:
     kept = list(replies)
-    records = [record for reply in kept for record in reply.content.metric_records.values()]
+    records = [record for reply in kept if (record := messages.first(reply.content, MetricRecord)) is not None]
     common = set.intersection(*(set(record) for record in records)) if records else set()
     for record in records:
         for name in set(record) - common:
@@ -143,7 +145,7 @@ def _state_of(strategy: Strategy) -> tuple[dict[str, Any], set[str]]:
             inner, more = _state_of(value) if own is None else (own(), set())
             state[name] = {"__strategy__": inner}
             unknown |= more
-        elif not callable(value):
+        elif not (inspect.isroutine(value) or isinstance(value, (type, functools.partial))):
             try:
                 state[name] = messages.to_plain(value)
             except TypeError:

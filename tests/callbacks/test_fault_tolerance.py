@@ -21,7 +21,7 @@ ERROR = ClientError("Round 3, train: client 2 raised ValueError: no\nThe client'
         (1, 10, 1),
         (4, 10, 4),
         (0.5, 5, 3),
-        (0.3, 10, 3),  # 0.3 * 10 is a little more than 3
+        (0.07, 100, 7),  # 0.07 * 100 is 7.000000000000001
         (0.7, 10, 7),
         (0.01, 10, 1),
         (1.0, 7, 7),

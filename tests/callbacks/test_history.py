@@ -73,6 +73,19 @@ def test_round_without_validation_has_no_validation_values(quiet):
     assert len(history["val_loss"]) == 2
 
 
+def test_name_that_clients_logged_in_an_earlier_round_is_not_repeated(quiet):
+    class Early(ToyModule):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.current_round == 1:
+                self.log("early", 1.0, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    history = History()
+    fit(quiet, history, module=Early())
+    assert [row["round"] for row in history.rows if "early" in row] == [1]
+    assert len(history["val_loss"]) == 3
+
+
 def test_sanity_check_and_validation_outside_a_fit_add_nothing(quiet):
     history = History()
     trainer = fit(quiet, history, num_sanity_val_steps=2, rounds=2)
@@ -134,6 +147,7 @@ def test_resumed_run_has_the_whole_table(quiet, tmp_path):
     module = ToyModule()
     fit(quiet, whole, checkpoint(), module=module, rounds=4, enable_checkpointing=True)
     resumed = History(per_client=True)
+    quiet["num_sanity_val_steps"] = 2  # it comes after the state is restored, and is of no round
     trainer = FederatedTrainer(max_rounds=4, callbacks=[Partition(2, val_fraction=0.25), resumed], **quiet)
     trainer.fit(ToyModule(), train(), val(), ckpt_path=tmp_path / "epoch=1.ckpt")
     assert resumed.rows == whole.rows

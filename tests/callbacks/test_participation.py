@@ -20,7 +20,7 @@ from lightning_fed.errors import ConfigurationError
         (1.0, 7, 7),
         (0.3, 1, 1),
         (0.07, 100, 7),
-        (0.35, 10, 4),  # 10 * 0.35 is 3.4999999999999996
+        (0.29, 50, 15),  # 0.29 * 50 is 14.499999999999998
     ],
 )
 def test_size_is_the_fraction_rounded_to_the_nearest_and_at_least_one(fraction, clients, size):

@@ -262,6 +262,15 @@ def test_held_out_part_is_the_same_in_every_round_and_chosen_by_the_seed():
     assert val[0] == val[1] == first.split(0)[1].tolist()
 
 
+def test_held_out_part_is_another_with_another_seed_or_client_even_of_the_same_examples():
+    def held_out(seed, client):
+        partition = dealt(Partition(NaturalIdPartitioner("label"), 0.5), Unreadable(targets=SORTED), seed=seed)
+        own = partition.indices(client)
+        return (partition.split(client)[1] - own[0]).tolist()
+
+    assert len({tuple(held_out(seed, client)) for seed in (0, 1) for client in (0, 1)}) == 4
+
+
 def test_held_out_part_is_read_whole_and_in_order():
     class Numbers(Unreadable):
         def __getitem__(self, index):
@@ -348,6 +357,7 @@ class Stream(IterableDataset):
     ],
     ids=["labels", "used", "no-labels", "no-column", "dirichlet", "too-many", "stream"],
 )
+@pytest.mark.filterwarnings("ignore:The specified min_partition_size")
 def test_what_does_not_fit_the_data_is_refused_with_the_way_out(partition, dataset, message):
     with pytest.raises(ConfigurationError, match=message):
         dealt(partition(), dataset)

@@ -197,6 +197,14 @@ def test_what_clients_keep_is_given_out_and_taken_back():
     assert InProcess().run(resumed, counting_client(), lambda: 2) == [2, 1]
 
 
+def test_client_that_keeps_nothing_has_no_state():
+    def main(grid):
+        send(grid, MessageType.EVALUATE)
+        return grid.client_states()
+
+    assert InProcess().run(main, counting_client(), lambda: 3) == {}
+
+
 def test_tensors_are_not_copied_on_the_way():
     weights, pointers = toy_weights(), []
     app = ClientApp()
@@ -216,14 +224,14 @@ def test_grid_keeps_no_reply():
 
     @app.train()
     def train(message, context):
-        tensor = torch.zeros(10)
-        alive.append(weakref.ref(tensor))
-        return messages.train_reply(message, {"w": tensor}, 1, {})
+        reply = messages.train_reply(message, {"w": torch.zeros(10)}, 1, {})
+        alive.append(weakref.ref(messages.unpack(reply.content["arrays"])["w"]))
+        return reply
 
     def main(grid):
         for reply in grid.send_and_receive(train_messages(grid)):
+            assert [ref() is not None for ref in alive] == [False] * (len(alive) - 1) + [True]
             del reply
-            assert sum(ref() is not None for ref in alive) <= 1
         assert all(ref() is None for ref in alive)
 
     InProcess().run(main, app, lambda: 4)

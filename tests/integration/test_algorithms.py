@@ -22,7 +22,7 @@ from lightning_fed.callbacks import (
     FedYogi,
 )
 from tests.integration import plain
-from tests.integration.plain import QUIET, one_thread  # noqa: F401
+from tests.integration.plain import QUIET
 
 SIZES = (6, 12, 22)
 ROUNDS, EPOCHS = 3, 2

@@ -21,7 +21,7 @@ from lightning_fed import ConfigurationError, FederatedTrainer, FederationError,
 from lightning_fed.callbacks import ClientData, FedAvg, FederatedCallback, FlowerStrategy, PartialParticipation
 from lightning_fed.seeding import seed_for, seeded
 from tests.integration import plain
-from tests.integration.plain import QUIET, one_thread  # noqa: F401
+from tests.integration.plain import QUIET
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -274,6 +274,7 @@ def test_state_that_cannot_be_saved_is_named_in_a_warning(tmp_path):
         def __init__(self, **arguments):
             super().__init__(**arguments)
             self.generator = np.random.default_rng(0)
+            self.teacher = nn.Linear(2, 2)  # can be called, and is no function
             self.seen_rounds = {1, 2}
             self.count = 0
 
@@ -281,7 +282,7 @@ def test_state_that_cannot_be_saved_is_named_in_a_warning(tmp_path):
             self.count += 1
             return super().aggregate_train(server_round, replies)
 
-    with pytest.warns(UserWarning, match=r"Remembering holds generator, seen_rounds, which cannot go into a check"):
+    with pytest.warns(UserWarning, match="Remembering holds generator, seen_rounds, teacher, which cannot go into a"):
         federated(
             FlowerStrategy(Remembering()),
             ModelCheckpoint(tmp_path, save_last=True),

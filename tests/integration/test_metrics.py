@@ -24,7 +24,7 @@ from torchmetrics.classification import (
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData, ClientMetrics, History
-from tests.integration.plain import QUIET, one_thread  # noqa: F401
+from tests.integration.plain import QUIET
 
 SIZES = (7, 53, 130)
 BATCH = 16
@@ -181,7 +181,7 @@ def close(expected):
 
 
 @pytest.fixture(scope="module")
-def evaluated(one_thread):  # noqa: F811
+def evaluated():
     """The last round's row of a run whose clients evaluate on data sorted by class, and the pooled values."""
     parts = class_sorted()
     module = module_of(Validating)
@@ -190,7 +190,7 @@ def evaluated(one_thread):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def trained(one_thread):  # noqa: F811
+def trained():
     """The row of a round with frozen weights, and what a plain fit logs on the pooled data and on each client's."""
     parts = class_sorted()
     history = fit(module_of(Training, lr=0.0), [loader(part) for part in parts], rounds=1)
@@ -415,7 +415,7 @@ def said_in(caught):
 
 
 @pytest.fixture(scope="module")
-def computed(one_thread):  # noqa: F811
+def computed():
     parts = class_sorted()
     module = module_of(Computed)
     with warnings.catch_warnings(record=True) as caught:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import FederatedCallback, History, PartialParticipation, Partition
 from lightning_fed.seeding import seed_all, seed_for
-from tests.integration.plain import QUIET, one_thread  # noqa: F401
+from tests.integration.plain import QUIET
 
 EPOCHS = 3
 
@@ -200,7 +200,7 @@ def run(seed=3, outside=0):
 
 
 @pytest.fixture(scope="module")
-def first(one_thread):  # noqa: F811
+def first():
     return run()
 
 

@@ -31,7 +31,7 @@ from lightning_fed.callbacks import (
 )
 from lightning_fed.engines import Engine, InProcess
 from tests.integration import plain
-from tests.integration.plain import QUIET, one_thread  # noqa: F401
+from tests.integration.plain import QUIET
 
 SIZES = (6, 12, 22)
 
