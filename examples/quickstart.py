@@ -62,7 +62,6 @@ def main():
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
     args = parser.parse_args()
     rounds = 2 if args.fast else args.rounds
-
     L.seed_everything(0)
     train_loader, test_loader = digits()
     central, federated = Curve(), Curve()
@@ -75,17 +74,13 @@ def main():
     trainer = FederatedTrainer(max_rounds=rounds, num_clients=10, callbacks=federated, **quiet)
     trainer.fit(Digits(), train_loader, test_loader)
 
-    print()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for label, curve in {"central": central, "federated, 10 clients": federated}.items():
-        axes.plot(range(1, rounds + 1), curve.accuracy, marker=".", label=label)
+    for label, curve in {"\ncentral": central, "federated, 10 clients": federated}.items():
+        plt.plot(range(1, rounds + 1), curve.accuracy, marker=".", label=label.strip())
         print(f"{label:<22} test accuracy {curve.accuracy[-1]:.3f}")
-    axes.set(title="Handwritten digits", xlabel="epoch or round", ylabel="test accuracy")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(args.output_dir / "quickstart.png", dpi=120)
+    plt.gca().set(title="Handwritten digits", xlabel="epoch or round", ylabel="test accuracy")
+    plt.legend()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    plt.savefig(args.output_dir / "quickstart.png", dpi=120)
     print(f"wrote {args.output_dir / 'quickstart.png'}")
 
 

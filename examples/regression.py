@@ -12,7 +12,6 @@ from pathlib import Path
 import lightning as L
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.ticker import ScalarFormatter
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -53,15 +52,9 @@ def train(clients, rounds):
     L.seed_everything(0, verbose=False)
     data = [sample(function, noise) for function, _, noise in clients]
     model, history = Regressor(), History()
-    trainer = FederatedTrainer(
-        max_rounds=rounds,
-        local_epochs=5,
-        callbacks=[ClientData([DataLoader(own, batch_size=100) for own in data]), history],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model)
+    clients = ClientData([DataLoader(own, batch_size=100) for own in data])
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    FederatedTrainer(max_rounds=rounds, local_epochs=5, callbacks=[clients, history], **quiet).fit(model)
     return model, data, history["train_loss"]
 
 
@@ -85,8 +78,6 @@ def main():
         row[0].legend(fontsize="small")
         row[1].plot(range(1, len(losses) + 1), losses)
         row[1].set(title="Training loss, mean over clients", xlabel="round", ylabel="mean squared error", yscale="log")
-        for set_formatter in (row[1].yaxis.set_major_formatter, row[1].yaxis.set_minor_formatter):
-            set_formatter(ScalarFormatter())
         row[1].grid(alpha=0.3, which="both")
     print("", *lines, sep="\n")
     args.output_dir.mkdir(parents=True, exist_ok=True)

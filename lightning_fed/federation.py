@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed import messages, weights
 from lightning_fed.callbacks.base import CohortOwner, FailureOwner, FederatedCallback, PartitionOwner
-from lightning_fed.callbacks.flower_strategy import load_strategy_state, strategy_state
+from lightning_fed.callbacks.flower_strategy import FlowerStrategy, load_strategy_state, strategy_state
 from lightning_fed.data import ClientLoaders
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.rounds import Rounds
@@ -101,6 +102,7 @@ class Federation(Callback):
         self._strategy: Strategy | None = None
         self._restored: dict[str, Any] | None = None
         self._new: weights.Weights | None = None
+        self._before: tuple[weights.Weights, dict[str, Any]] | None = None
 
     @property
     def state_key(self) -> str:
@@ -110,7 +112,7 @@ class Federation(Callback):
     def begin(self, grid: Grid, deal: Deal, module: LightningModule) -> None:
         """Takes up a grid; Lightning's fit follows."""
         self._grid, self._deal, self._module = grid, deal, module
-        self._restored, self._rounds, self._strategy = None, None, None
+        self._restored = self._rounds = self._strategy = self._before = None
 
     def end(self) -> None:
         """Lets the grid and all data go; what a checkpoint saved after the fit needs is kept."""
@@ -146,7 +148,11 @@ class Federation(Callback):
         """One round; if it fails the module has the weights of before."""
         assert self._rounds is not None
         assert self._module is not None
+        assert self._strategy is not None
         round, before = trainer.current_epoch + 1, weights.read(self._module)
+        self._before = before, strategy_state(self._strategy)
+        if self._is_ours:
+            self._grid.begin_round()  # type: ignore[union-attr]
         try:
             result = self._rounds.run(round, before, self._evaluates(trainer, round))
         except BaseException:
@@ -161,16 +167,32 @@ class Federation(Callback):
         assert self._module is not None
         assert self._new is not None
         weights.load(self._module, self._new)
-        self._new = None
+        self._new = self._before = None
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """While a checkpoint is saved, also in the middle of a round, the module has the global weights."""
+        if self._before is None or self._module is None:
+            yield
+            return
+        present = weights.read(self._module)
+        weights.load(self._module, self._before[0])
+        try:
+            yield
+        finally:
+            weights.load(self._module, present)
 
     def state_dict(self) -> dict[str, Any]:
-        """The seed, the strategy's state and what clients keep; tensors and plain values only."""
+        """The seed, the strategy's state and what clients keep; tensors and plain values only.
+
+        In the middle of a round, or after one that failed: what stood when it began, for it will be run again.
+        """
         if self._strategy is None:
             return {}
-        state: dict[str, Any] = {"seed": self.seed}
-        state["strategy"] = strategy_state(self._strategy)
+        strategy = strategy_state(self._strategy) if self._before is None else self._before[1]
+        state: dict[str, Any] = {"seed": self.seed, "strategy": strategy}
         if self._is_ours:
-            kept = self._grid.client_states()  # type: ignore[union-attr]
+            kept = self._grid.client_states(before_round=self._before is not None)  # type: ignore[union-attr]
             state["clients"] = {client: messages.to_plain(record) for client, record in kept.items()}
         return state
 
@@ -236,16 +258,11 @@ class Federation(Callback):
         clients = self._rounds.roster.num_clients
         train, evaluate = (self.owners.cohorts.size(stage, clients) for stage in ("train", "evaluate"))
         evaluating = f", {evaluate} evaluate" if self._evaluates(trainer, trainer.check_val_every_n_epoch or 1) else ""
-        methods = [
-            type(c).__name__
-            for c in self.owners.callbacks
-            if type(c).server_strategy is not FederatedCallback.server_strategy
-            or type(c).local_callbacks is not FederatedCallback.local_callbacks
-        ]
+        limit = "no limit of rounds" if trainer.max_epochs == -1 else f"rounds: {trainer.max_epochs}"
         rows = {
             "clients": f"{clients}{self._examples(clients)}",
-            "each round": f"{train} train{evaluating}, {trainer.max_epochs} rounds",
-            "method": " + ".join(methods),
+            "each round": f"{train} train{evaluating}; {limit}",
+            "method": " + ".join(_label(callback) for callback in self.owners.callbacks if _is_method(callback)),
             "engine": f"{self.engine} on {trainer.strategy.root_device}, seed {self.seed}",
         }
         return "\n".join(["Federation", *(f"  {name:<10}  {text}" for name, text in rows.items())])
@@ -257,3 +274,13 @@ class Federation(Callback):
         if not sizes:
             return ""
         return f" with {min(sizes)} / {median(sizes):g} / {max(sizes)} training examples (min / median / max)"
+
+
+def _is_method(callback: FederatedCallback) -> bool:
+    parts = ("server_strategy", "client_mods", "local_callbacks")
+    return any(getattr(type(callback), part) is not getattr(FederatedCallback, part) for part in parts)
+
+
+def _label(callback: FederatedCallback) -> str:
+    name = type(callback).__name__
+    return f"{name}({type(callback.strategy).__name__})" if isinstance(callback, FlowerStrategy) else name

@@ -106,6 +106,8 @@ class FederatedTrainer(Trainer):
             raise ConfigurationError("FederatedTrainer cannot start:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
         client_kwargs = arguments.split(kwargs)
+        if every := client_kwargs.get("reload_dataloaders_every_n_epochs"):  # the server's are validation loaders
+            kwargs["reload_dataloaders_every_n_epochs"] = max(1, every // (local_epochs or 1))
         if dev_run:
             local_epochs, local_steps = 1, None
             client_kwargs |= {"limit_train_batches": dev_run, "limit_val_batches": dev_run}
@@ -154,6 +156,11 @@ class FederatedTrainer(Trainer):
     def take_over_weights(self) -> None:
         """The server optimizer's step; called by the server view of the module."""
         self.federation.take_over()
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As ``Trainer.save_checkpoint``; in the middle of a round it saves what the round began with."""
+        with self.federation.saving():
+            super().save_checkpoint(*args, **kwargs)
 
     def fit(
         self,

@@ -55,6 +55,8 @@ class FedAdam(FedAdagrad):
         weighting: As in ``FedAvg``.
     """
 
+    _strategy: type[AdamMean] = AdamMean
+
     def __init__(
         self,
         learning_rate: float = 0.1,
@@ -68,8 +70,8 @@ class FedAdam(FedAdagrad):
         self.beta_2 = beta_2
 
     def server_strategy(self, strategy: Strategy | None) -> Strategy:
-        """The mean with an Adam step."""
-        return AdamMean(
+        """The mean with the optimizer's step."""
+        return self._strategy(
             learning_rate=self.learning_rate,
             beta_1=self.beta_1,
             beta_2=self.beta_2,
@@ -81,12 +83,4 @@ class FedAdam(FedAdagrad):
 class FedYogi(FedAdam):
     """Server Yogi: ``v = v - (1 - beta_2) delta^2 sign(v - delta^2)``; arguments as ``FedAdam``."""
 
-    def server_strategy(self, strategy: Strategy | None) -> Strategy:
-        """The mean with a Yogi step."""
-        return YogiMean(
-            learning_rate=self.learning_rate,
-            beta_1=self.beta_1,
-            beta_2=self.beta_2,
-            tau=self.tau,
-            uniform=self.uniform,
-        )
+    _strategy = YogiMean

@@ -75,14 +75,16 @@ class History(FederatedCallback):
             self.rows[-1] = {**self.rows[-1], **own}
 
     def state_dict(self) -> dict[str, Any]:
-        """The table."""
-        return {"rows": [dict(row) for row in self.rows], "clients": [dict(row) for row in self.clients]}
+        """The table, and which of its columns are the clients'."""
+        rows, clients = [dict(row) for row in self.rows], [dict(row) for row in self.clients]
+        return {"rows": rows, "clients": clients, "from_clients": sorted(self._from_clients)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the table back in a fit; testing a checkpoint leaves that of the run alone."""
         if self._evaluates:
             return
         self.rows, self.clients = list(state_dict["rows"]), list(state_dict["clients"])
+        self._from_clients = set(state_dict["from_clients"])
 
     @property
     def names(self) -> list[str]:
@@ -135,7 +137,7 @@ class History(FederatedCallback):
             axes = figure.add_subplot(1, len(panels), i)
             for name in members:
                 rounds = [row["round"] for row in self.rows if name in row]
-                label = f"{name} (mean over clients)" if name.startswith("clients/") else name
+                label = f"{name} (over clients)" if name in self._from_clients else name
                 axes.plot(rounds, self[name], label=label, marker="." if len(rounds) < 50 else None)
             axes.set(xlabel="round", ylabel=quantity)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

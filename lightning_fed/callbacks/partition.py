@@ -199,10 +199,10 @@ class Partition(PartitionOwner):
         label = next((n for n in (getattr(self.partitioner, "_partition_by", ""), *_LABEL_NAMES) if n in columns), None)
         if label is None:
             raise ConfigurationError("Partition.plot() found no labels: pass them, Partition(..., labels=...).")
-        figure, axes, _ = plot_label_distributions(
-            self._dealt, label, **{"legend": True, "verbose_labels": False, **kwargs}
-        )
-        axes.set_title(kwargs.get("title", "Training examples of each client, by label"))
+        few = len(set(self._dealt.dataset[label])) <= 10
+        defaults = {"legend": True, "verbose_labels": False, "cmap": "tab10" if few else None}
+        figure, axes, _ = plot_label_distributions(self._dealt, label, **{**defaults, **kwargs})
+        axes.set_title(kwargs.get("title", "Examples of each client, by label"))
         axes.set_xlabel("client")
         if path is not None:
             figure.savefig(path, dpi=120, bbox_inches="tight")

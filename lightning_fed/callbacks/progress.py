@@ -65,6 +65,9 @@ class TQDMRoundBar(RoundProgress, TQDMProgressBar):
 class RichRoundBar(RoundProgress, RichProgressBar):
     """Lightning's Rich bar with clients in place of batches."""
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Round {current_epoch + 1}"  # until the cohort is known
+
     def show(self, what: str, done: int, total: int | None = None) -> None:
         """See ``RoundProgress``."""
         if self.progress is None or self.train_progress_bar_id is None:

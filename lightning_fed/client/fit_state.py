@@ -46,7 +46,7 @@ def advance(trainer: Trainer, epochs: int, rounds: int) -> None:
         rounds: The rounds before.
 
     Raises:
-        ClientError: If a scheduler has no schedule but reacts to a metric.
+        ClientError: If a scheduler has no schedule but reacts to a metric, or counts batches nobody knows.
     """
     for config in trainer.lr_scheduler_configs:
         if config.reduce_on_plateau:
@@ -68,5 +68,10 @@ def advance(trainer: Trainer, epochs: int, rounds: int) -> None:
 
 def _steps_in_an_epoch(trainer: Trainer, frequency: int) -> int:
     """How often Lightning steps a schedule by step in an epoch."""
+    if trainer.num_training_batches == float("inf"):
+        raise ClientError(
+            "has a scheduler that steps with each batch, on a loader without length: nothing tells how far the global"
+            " round has taken it. Write FederatedTrainer(local_steps=...) or client_state='carry'."
+        )
     batches, every = int(trainer.num_training_batches), trainer.accumulate_grad_batches
     return sum(i % frequency == 0 and (i % every == 0 or i == batches) for i in range(1, batches + 1))

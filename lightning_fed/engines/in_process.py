@@ -59,6 +59,7 @@ class InProcessGrid(Grid):
         self._run = Run.create_empty(run_id=uuid.uuid4().int >> 65)
         self._contexts: dict[int, Context] = {}
         self._replies: dict[str, Message] = {}
+        self._kept: dict[int, RecordDict] = {}
 
     @property
     def num_clients(self) -> int:
@@ -73,9 +74,20 @@ class InProcessGrid(Grid):
         """The client at one of Flower's addresses."""
         return node_id - 1
 
-    def client_states(self) -> dict[int, RecordDict]:
-        """What clients keep from round to round, by client; those that keep nothing are left out."""
-        return {client: context.state for client, context in sorted(self._contexts.items()) if context.state}
+    def begin_round(self) -> None:
+        """From here on what clients keep is remembered as it is now."""
+        self._kept = {}
+
+    def client_states(self, *, before_round: bool = False) -> dict[int, RecordDict]:
+        """What clients keep from round to round, by client; those that keep nothing are left out.
+
+        Args:
+            before_round: What they kept when ``begin_round`` was called last.
+        """
+        states = {client: context.state for client, context in sorted(self._contexts.items())}
+        if before_round:
+            states |= self._kept
+        return {client: state for client, state in states.items() if state}
 
     def load_client_states(self, states: dict[int, RecordDict]) -> None:
         """Takes back what ``client_states`` gave."""
@@ -90,8 +102,12 @@ class InProcessGrid(Grid):
 
     def _call(self, message: Message) -> Message:
         delivered = make_message(metadata=message.metadata, content=messages.copy_for_delivery(message.content))
+        client = self.client_of(message.metadata.dst_node_id)
+        context = self._context(client)
+        if client not in self._kept:
+            self._kept[client] = messages.copy_for_delivery(context.state)
         try:
-            reply = self._app(delivered, self._context(self.client_of(message.metadata.dst_node_id)))
+            reply = self._app(delivered, context)
         except Exception as exception:
             reply = messages.error_reply(message, exception, traceback.format_exc())
         reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex

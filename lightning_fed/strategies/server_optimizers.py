@@ -67,16 +67,18 @@ class ServerOptimizer(WeightedMean):
         """
 
     def moment(self, kind: str, name: str, like: Tensor, initial: float = 0.0) -> Tensor:
-        """A running moment of a parameter, to be changed in place; ``initial`` everywhere at first."""
-        store = self.moments.setdefault(kind, {})
-        if name not in store:
-            store[name] = torch.full_like(like, initial)
-        store[name] = store[name].to(like.device)
-        return store[name]
+        """A parameter's running moment, not to be written to; ``initial`` everywhere at first."""
+        kept = self.moments.get(kind, {}).get(name)
+        return torch.full_like(like, initial) if kept is None else kept.to(like.device)
+
+    def keep(self, kind: str, name: str, moment: Tensor) -> Tensor:
+        """Keeps a moment's new value for the next round, and returns it."""
+        self.moments.setdefault(kind, {})[name] = moment
+        return moment
 
     def state_dict(self) -> dict[str, Any]:
-        """The moments by kind and name."""
-        return {"moments": {k: {n: t.clone() for n, t in store.items()} for k, store in self.moments.items()}}
+        """The moments by kind and name. Steps replace tensors and never write into them: nothing is copied."""
+        return {"moments": {kind: dict(store) for kind, store in self.moments.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what ``state_dict`` gave."""
@@ -98,7 +100,7 @@ class MomentumMean(ServerOptimizer):
 
     def step(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
         """See the class."""
-        velocity = self.moment("velocity", name, x).mul_(self.momentum).sub_(delta)
+        velocity = self.keep("velocity", name, self.moment("velocity", name, x) * self.momentum - delta)
         return x - self.learning_rate * velocity
 
 
@@ -120,22 +122,21 @@ class AdaptiveMean(ServerOptimizer):
 
     def step(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
         """See the class."""
-        m = self.moment("m", name, x).mul_(self.beta_1).add_(delta, alpha=1 - self.beta_1)
-        v = self.moment("v", name, x, initial=self.tau**2)
-        self.second_moment(v, delta * delta)
+        m = self.keep("m", name, (self.moment("m", name, x) * self.beta_1).add_(delta, alpha=1 - self.beta_1))
+        v = self.keep("v", name, self.second_moment(self.moment("v", name, x, self.tau**2), delta * delta))
         return x + self.learning_rate * m / (v.sqrt() + self.tau)
 
     @abstractmethod
-    def second_moment(self, v: Tensor, squared: Tensor) -> None:
-        """Updates ``v`` in place from ``squared = delta ** 2``."""
+    def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
+        """The new ``v``, from ``squared = delta ** 2``."""
 
 
 class AdagradMean(AdaptiveMean):
     """FedAdagrad: ``v = v + delta ** 2``."""
 
-    def second_moment(self, v: Tensor, squared: Tensor) -> None:
+    def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
         """See the class."""
-        v.add_(squared)
+        return v + squared
 
 
 class AdamMean(AdaptiveMean):
@@ -150,14 +151,14 @@ class AdamMean(AdaptiveMean):
         super().__init__(**kwargs)
         self.beta_2 = beta_2
 
-    def second_moment(self, v: Tensor, squared: Tensor) -> None:
+    def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
         """See the class."""
-        v.mul_(self.beta_2).add_(squared, alpha=1 - self.beta_2)
+        return (v * self.beta_2).add_(squared, alpha=1 - self.beta_2)
 
 
 class YogiMean(AdamMean):
     """FedYogi: ``v = v - (1 - beta_2) delta ** 2 sign(v - delta ** 2)``."""
 
-    def second_moment(self, v: Tensor, squared: Tensor) -> None:
+    def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
         """See the class."""
-        v.sub_(squared * (v - squared).sign(), alpha=1 - self.beta_2)
+        return v.sub(squared * (v - squared).sign(), alpha=1 - self.beta_2)

@@ -33,10 +33,11 @@ def fit(quiet, *callbacks, rounds=3, module=None, **kwargs):
 @pytest.fixture
 def filled() -> History:
     history = History()
-    history.rows = [
+    rows = [
         {"round": 1, "train_loss": 0.75, "clients/val_loss": 0.5},
         {"round": 2, "train_loss": 0.25, "clients/val_loss": 0.5, "val_loss": 0.125, "val_acc": 1.0},
     ]
+    history.load_state_dict({"rows": rows, "clients": [], "from_clients": ["clients/val_loss", "train_loss"]})
     return history
 
 
@@ -215,8 +216,8 @@ def test_plot_has_a_panel_a_quantity_and_a_curve_a_metric(filled, tmp_path):
     assert set(panels) == {"accuracy", "loss"}
     curves = {line.get_label(): line.get_xydata().tolist() for line in panels["loss"].get_lines()}
     assert curves == {
-        "train_loss": [[1, 0.75], [2, 0.25]],
-        "clients/val_loss (mean over clients)": [[1, 0.5], [2, 0.5]],
+        "train_loss (over clients)": [[1, 0.75], [2, 0.25]],
+        "clients/val_loss (over clients)": [[1, 0.5], [2, 0.5]],
         "val_loss": [[2, 0.125]],
     }
 

@@ -614,10 +614,16 @@ def test_a_module_may_bring_its_own_loaders():
 
 
 @pytest.mark.parametrize(("every", "opened"), [(0, 1), (1, 3), (2, 2)])
-def test_reload_dataloaders_every_n_epochs_opens_the_train_loader_anew(every, opened):
-    data = Data()
+def test_reload_dataloaders_every_n_epochs_opens_the_loaders_anew(every, opened):
+    class Opened(Data):
+        def val_dataloader(self) -> DataLoader:
+            self.calls.append("val_dataloader")
+            return super().val_dataloader()
+
+    data = Opened()
     federated(rounds=3, reload_dataloaders_every_n_epochs=every).fit(toy(), datamodule=data)
     assert data.calls.count("train_dataloader") == opened
+    assert data.calls.count("val_dataloader") == opened
 
 
 # --------------------------------------------------------------------------------------------- counters
@@ -922,6 +928,16 @@ def test_schedules_follow_the_local_epochs_of_the_global_round():
 def test_schedules_by_step_follow_the_steps_of_all_rounds_before(options, expected):
     rounds = expected[-1][0]
     assert learning_rates(ScheduledByBatch, rounds=rounds, client_state="global", **options) == expected
+
+
+def test_a_schedule_by_step_has_no_global_round_where_nobody_knows_an_epoch_s_length():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(toy_data(16))
+
+    clients = ClientData([DataLoader(Stream(), batch_size=8)])
+    with pytest.raises(ClientError, match=r"client 0 .*on a loader without length.*local_steps=.*client_state='carry'"):
+        federated(clients, rounds=2, client_state="global").fit(toy(ScheduledByBatch))
 
 
 class Cosine(ToyModule):

@@ -205,10 +205,7 @@ class Stop(Exception):
     """Something of the user's own goes wrong."""
 
 
-MOMENTS = [moment for moment in StopAt.MOMENTS if not moment.startswith("client")]
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", StopAt.MOMENTS)
 def test_a_run_goes_on_from_a_checkpoint_saved_on_an_exception(tmp_path, whole, moment):
     def stop() -> None:
         raise Stop
@@ -218,6 +215,24 @@ def test_a_run_goes_on_from_a_checkpoint_saved_on_an_exception(tmp_path, whole, 
         run(directory, StopAt(moment, stop), OnExceptionCheckpoint(directory, "exception"))
     module, history, _ = run(directory, ckpt_path=directory / "exception.ckpt")
     expected_module, expected_history, _ = whole("at the end of a round")
+    assert differences(module.state_dict(), expected_module.state_dict()) == []
+    assert differences(history.clients, expected_history.clients) == []
+    assert [row["round"] for row in history.rows] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("moment", StopAt.MOMENTS)
+def test_a_run_goes_on_from_a_checkpoint_saved_at_any_moment(tmp_path, whole, moment):
+    """In the middle of a round the module has a client's weights, and some clients have a new state."""
+    directory, saved_at = tmp_path / "saving", tmp_path / "moment.ckpt"
+
+    class Save(StopAt):
+        def on_federation_start(self, trainer):
+            self.stop = lambda: trainer.save_checkpoint(saved_at)
+
+    module, _, _ = run(directory, Save(moment, lambda: None))
+    expected_module, expected_history, _ = whole("at the end of a round")
+    assert differences(module.state_dict(), expected_module.state_dict()) == []  # saving itself changes nothing
+    module, history, _ = run(tmp_path / "resumed", ckpt_path=saved_at)
     assert differences(module.state_dict(), expected_module.state_dict()) == []
     assert differences(history.clients, expected_history.clients) == []
     assert [row["round"] for row in history.rows] == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,42 @@
+"""What a fit says of itself at its start."""
+
+import pytest
+from flwr.clientapp.mod import fixedclipping_mod
+from flwr.serverapp.strategy import Krum
+from torch.utils.data import DataLoader
+
+from lightning_fed import FederatedTrainer
+from lightning_fed.callbacks import FedAdam, FederatedCallback, FedProx, FlowerStrategy, PartialParticipation, Partition
+from lightning_fed.testing import ToyModule, toy_data
+
+
+class Clipping(FederatedCallback):
+    def client_mods(self, stage):
+        return [fixedclipping_mod] if stage == "never" else []
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "max_rounds", "expected"),
+    [
+        (
+            [Partition(4, val_fraction=0.25), PartialParticipation(fraction_train=0.5), FedProx(0.1), FedAdam()],
+            2,
+            "clients     4 with 9 / 9 / 9 training examples (min / median / max)\n"
+            "  each round  2 train, 4 evaluate; rounds: 2\n"
+            "  method      FedProx + FedAdam\n",
+        ),
+        (
+            [Partition(4), FlowerStrategy(Krum(num_malicious_nodes=1)), Clipping()],
+            1,
+            "clients     4 with 12 / 12 / 12 training examples (min / median / max)\n"
+            "  each round  4 train; rounds: 1\n"
+            "  method      FlowerStrategy(Krum) + Clipping\n",
+        ),
+    ],
+)
+def test_summary_tells_who_takes_part_and_by_which_method(quiet, monkeypatch, callbacks, max_rounds, expected):
+    said = []
+    monkeypatch.setattr("lightning_fed.federation.rank_zero_info", said.append)
+    trainer = FederatedTrainer(max_rounds=max_rounds, callbacks=callbacks, seed=5, **quiet)
+    trainer.fit(ToyModule(), DataLoader(toy_data(48), batch_size=8), DataLoader(toy_data(16), batch_size=8))
+    assert said == [f"Federation\n  {expected}  engine      in_process on cpu, seed 5"]
