@@ -1,8 +1,11 @@
 """What several test files share."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -22,6 +25,15 @@ QUIET: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "accelerator": "cpu",
 }
+
+
+def real_data(name: str) -> Path:
+    """A folder of real data; where it is missing the test is skipped, and fails in CI."""
+    folder = Path(os.environ.get("LIGHTNING_FED_DATA", Path(__file__).parents[2] / "shared" / "data")) / name
+    if not folder.is_dir():
+        missing = f"There is no {folder}: set LIGHTNING_FED_DATA."
+        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+    return folder
 
 
 def in_flower(main: Callable[[], T]) -> T:

@@ -1,6 +1,5 @@
 """Every example runs to its end in ``--fast`` mode, prints its result and draws what it promises."""
 
-import os
 import re
 import runpy
 import sys
@@ -8,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import real_data
+
 REPO = Path(__file__).parents[1]
-DATA = Path(os.environ.get("LIGHTNING_FED_DATA", REPO.parent / "shared" / "data"))
 
 # Script -> (whether it needs Fashion-MNIST, what it prints, what it draws).
 EXAMPLES = {
@@ -38,10 +38,7 @@ def test_example(name, tmp_path, monkeypatch, capsys):
     script = REPO / "examples" / f"{name}.py"
     command = [str(script), "--fast", "--output-dir", str(tmp_path / "out")]
     if needs_data:
-        if not (DATA / "FashionMNIST").is_dir():
-            missing = f"No FashionMNIST in {DATA}: set LIGHTNING_FED_DATA."
-            pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
-        command += ["--data-dir", str(DATA)]
+        command += ["--data-dir", str(real_data("FashionMNIST").parent)]
     # In this process: a new one would spend ten times as long on its imports as on its work.
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.syspath_prepend(script.parent)

@@ -21,8 +21,8 @@ from lightning_fed.callbacks import (
     FedProx,
     FedYogi,
 )
+from tests.helpers import QUIET
 from tests.integration import plain
-from tests.integration.plain import QUIET
 
 SIZES = (6, 12, 22)
 ROUNDS, EPOCHS = 3, 2

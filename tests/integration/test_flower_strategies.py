@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_fed import ConfigurationError, FederatedTrainer, FederationError, RoundError
 from lightning_fed.callbacks import ClientData, FedAvg, FederatedCallback, FlowerStrategy, PartialParticipation
 from lightning_fed.seeding import seed_for, seeded
+from tests.helpers import QUIET
 from tests.integration import plain
-from tests.integration.plain import QUIET
 
 
 @pytest.fixture(autouse=True, scope="module")

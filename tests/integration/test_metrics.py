@@ -24,7 +24,7 @@ from torchmetrics.classification import (
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData, ClientMetrics, History
-from tests.integration.plain import QUIET
+from tests.helpers import QUIET
 
 SIZES = (7, 53, 130)
 BATCH = 16

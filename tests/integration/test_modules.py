@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData, FedAdam, History, Partition
 from lightning_fed.seeding import seed_all, seed_for
 from lightning_fed.testing import ToyModule, toy_data
-from tests.helpers import QUIET
+from tests.helpers import QUIET, real_data
 
 
 def federated(
@@ -392,15 +391,6 @@ def test_metrics_logged_as_objects_in_both_steps() -> None:
     assert history["clients/val_acc"][-1] * 6 == pytest.approx(round(history["clients/val_acc"][-1] * 6))
 
 
-def data_folder() -> Path:
-    folder = Path(os.environ.get("LIGHTNING_FED_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.fail(f"The real data is not at {folder}; set LIGHTNING_FED_DATA.") if os.environ.get(
-            "CI"
-        ) else pytest.skip("no data")
-    return folder
-
-
 class Pictures(L.LightningModule):
     """Takes batches that are dicts, as Hugging Face datasets give them."""
 
@@ -427,7 +417,7 @@ def test_a_hugging_face_dataset_of_dicts_with_a_transform() -> None:
 
     decoded = []
     # datasets would look for a builder on a hub otherwise.
-    table = datasets.Dataset.from_parquet(str(data_folder() / "cifar10" / "test.parquet")).select(range(300))
+    table = datasets.Dataset.from_parquet(str(real_data("cifar10") / "test.parquet")).select(range(300))
 
     def transform(batch: dict[str, Any]) -> dict[str, Any]:
         decoded.extend(batch["label"])

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import FederatedCallback, History, PartialParticipation, Partition
 from lightning_fed.seeding import seed_all, seed_for
-from tests.integration.plain import QUIET
+from tests.helpers import QUIET
 
 EPOCHS = 3
 

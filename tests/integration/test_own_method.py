@@ -30,8 +30,8 @@ from lightning_fed.callbacks import (
     Partition,
 )
 from lightning_fed.engines import Engine, InProcess
+from tests.helpers import QUIET
 from tests.integration import plain
-from tests.integration.plain import QUIET
 
 SIZES = (6, 12, 22)
 
