@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -21,6 +22,7 @@ from torch.utils.data import (
     SequentialSampler,
     Subset,
     TensorDataset,
+    default_collate,
 )
 
 from lightning_fed.errors import ConfigurationError
@@ -119,7 +121,43 @@ def slice_loader(
         changed["batch_sampler"] = BatchSampler(sampler, batches.batch_size, drop_last)
     sliced = copy.copy(loader)
     sliced.__dict__.update(changed)
-    return sliced
+    return gathering(sliced)
+
+
+class _GatheredTensors(TensorDataset):
+    """A TensorDataset that gives a batch by one indexing call for each tensor."""
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        chosen = torch.as_tensor(indices, device=self.tensors[0].device)
+        return [tensor.index_select(0, chosen) for tensor in self.tensors]
+
+
+class _GatheredSubset(Subset[Any]):
+    """A part of a TensorDataset that gives a batch by one indexing call for each tensor."""
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:  # type: ignore[override]
+        return _GatheredTensors.__getitems__(self.dataset, [self.indices[i] for i in indices])  # type: ignore[arg-type]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def gathering(loader: Any) -> Any:
+    """The loader, with the same batches in the same order; those of tensors are gathered, not collated one by one."""
+    if type(loader) is not DataLoader or loader.collate_fn is not default_collate or loader.batch_sampler is None:
+        return loader
+    dataset, indices = loader.dataset, None
+    while type(dataset) is Subset:
+        own = list(dataset.indices)
+        indices = own if indices is None else [own[i] for i in indices]
+        dataset = dataset.dataset
+    if type(dataset) is not TensorDataset or any(t.is_sparse or t.requires_grad for t in dataset.tensors):
+        return loader
+    fast = copy.copy(loader)
+    part = _GatheredTensors(*dataset.tensors) if indices is None else _GatheredSubset(dataset, indices)
+    fast.__dict__.update(dataset=part, collate_fn=_as_it_is)
+    return fast
 
 
 def count_examples(loader: object) -> int | None:

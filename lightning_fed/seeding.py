@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -45,14 +46,24 @@ def seed_all(seed: int) -> None:
     """
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    if _has_accelerator():
+        torch.manual_seed(seed)
+    else:
+        # torch.manual_seed would note a call, with its traceback, for each kind of device that may yet start: a
+        # millisecond for each client, and memory that grows from round to round.
+        torch.default_generator.manual_seed(seed)
+
+
+@lru_cache(maxsize=1)
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds Python, NumPy and torch for the block and puts their states back after it, however it ends."""
     raised: BaseException | None = None
-    with isolate_rng():
+    with isolate_rng(include_cuda=_has_accelerator()):
         seed_all(seed)
         try:
             yield

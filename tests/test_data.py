@@ -14,7 +14,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_fed.data import count_examples, labels_of, require_sliceable, slice_loader
+from lightning_fed.data import count_examples, gathering, labels_of, require_sliceable, slice_loader
 from lightning_fed.errors import ConfigurationError
 
 
@@ -225,3 +225,42 @@ def test_labels_are_found_without_reading_an_example(dataset, labels):
 )
 def test_what_is_not_one_label_an_example_is_no_label(dataset):
     assert labels_of(dataset) is None
+
+
+@pytest.mark.parametrize("part", [None, [5, 3, 8, 0, 11, 2, 7]], ids=["whole", "subset"])
+@pytest.mark.parametrize("options", [{"shuffle": True}, {"drop_last": True}, {"shuffle": True, "generator": 3}])
+def test_gathered_batches_are_those_of_the_loader_in_kind_value_and_order(part, options):
+    whole = TensorDataset(
+        torch.randn(12, 3, 2).to(torch.bfloat16), torch.arange(12), torch.randn(12, 2).T.contiguous().T
+    )
+    dataset = whole if part is None else Subset(Subset(whole, list(range(12))), part)
+
+    def batches(change):
+        own = {**options, "generator": torch.Generator().manual_seed(3)} if "generator" in options else options
+        loader = change(DataLoader(dataset, batch_size=4, **own))
+        torch.manual_seed(0)
+        return [batch for _ in range(2) for batch in loader], torch.rand(1)
+
+    expected, after = batches(lambda loader: loader)
+    got, also_after = batches(gathering)
+    assert torch.equal(after, also_after)
+    assert [type(batch) for batch in got] == [type(batch) for batch in expected]
+    for one, other in zip(got, expected, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert (a.dtype, a.stride()) == (b.dtype, b.stride())
+            assert torch.equal(a, b)
+
+
+def test_loaders_that_do_more_than_stack_tensors_are_left_alone():
+    class Own(TensorDataset):
+        def __getitem__(self, index):
+            return super().__getitem__(index)[0] + 1
+
+    tensors = TensorDataset(torch.zeros(4))
+    for loader in (
+        DataLoader(Own(torch.zeros(4))),
+        DataLoader(tensors, collate_fn=list),
+        DataLoader(tensors, batch_size=None),
+        None,
+    ):
+        assert gathering(loader) is loader

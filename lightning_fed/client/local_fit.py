@@ -108,6 +108,7 @@ def set_up(
     Apart from local fits: what building draws must not shift a fit's draws, and what is built must stay.
     """
     with ExitStack() as stack:
+        stack.enter_context(quiet())
         if datamodule is not None:
             stack.enter_context(attributes_kept(datamodule))
             stack.enter_context(laid_over(datamodule, ClientDataView))
@@ -256,8 +257,7 @@ def _call(
     if not train:
         data["verbose"] = False
     try:
-        with quiet():
-            run(module, **data)
+        run(module, **data)
     except SystemExit as error:
         # Lightning answers Ctrl-C in a fit with sys.exit(1); to the server it must still be Ctrl-C.
         if isinstance(error.__context__, KeyboardInterrupt):
@@ -273,6 +273,7 @@ def _local_run(
     handlers = signal_handlers()
     with ExitStack() as stack:
         stack.callback(restore_handlers, handlers)
+        stack.enter_context(quiet())
         stack.enter_context(own_state_kept(module))
         if datamodule is not None:
             stack.enter_context(attributes_kept(datamodule))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.connectors import callback_connector
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fed import weights
-from lightning_fed.client.isolation import quiet
 from lightning_fed.data import ClientLoaders
 from lightning_fed.metrics import MetricState, catch
 from lightning_fed.views import View
@@ -86,6 +88,17 @@ class ClientDataView(View):
         return [] if self.trainer.loaders.val is None else self.trainer.loaders.val
 
 
+@contextmanager
+def _no_external_callbacks() -> Iterator[None]:
+    """Callbacks that other packages register act at the server; looking for them costs more than a small fit."""
+    look_for = callback_connector._load_external_callbacks
+    callback_connector._load_external_callbacks = lambda group: []
+    try:
+        yield
+    finally:
+        callback_connector._load_external_callbacks = look_for
+
+
 def _leave_signals() -> None:
     """In place of Lightning's function that installs a trainer's own signal handlers."""
 
@@ -115,7 +128,7 @@ class LocalTrainer(Trainer):
         self.caught: list[MetricState] = []
         self.computed: set[str] = set()
         self.module_metrics = [child for child in module.modules() if isinstance(child, Metric)]
-        with quiet():
+        with _no_external_callbacks():
             super().__init__(**kwargs)
         # Signals are the server's: a client that heard SIGTERM, too, would break the round off.
         self._signal_connector.register_signal_handlers = _leave_signals  # type: ignore[method-assign]
