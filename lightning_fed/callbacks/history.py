@@ -137,7 +137,7 @@ class History(FederatedCallback):
             axes = figure.add_subplot(1, len(panels), i)
             for name in members:
                 rounds = [row["round"] for row in self.rows if name in row]
-                label = f"{name} (over clients)" if name in self._from_clients else name
+                label = f"{name} ({'over clients' if name in self._from_clients else 'server'})"
                 axes.plot(rounds, self[name], label=label, marker="." if len(rounds) < 50 else None)
             axes.set(xlabel="round", ylabel=quantity)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -218,13 +218,13 @@ def test_plot_has_a_panel_a_quantity_and_a_curve_a_metric(filled, tmp_path):
     assert curves == {
         "train_loss (over clients)": [[1, 0.75], [2, 0.25]],
         "clients/val_loss (over clients)": [[1, 0.5], [2, 0.5]],
-        "val_loss": [[2, 0.125]],
+        "val_loss (server)": [[2, 0.125]],
     }
 
 
 def test_plot_draws_the_names_that_are_asked_for(filled):
     figure = filled.plot(names=["val_acc"])
-    assert [line.get_label() for axes in figure.axes for line in axes.get_lines()] == ["val_acc"]
+    assert [line.get_label() for axes in figure.axes for line in axes.get_lines()] == ["val_acc (server)"]
 
 
 def test_plot_refuses_a_name_that_there_is_not(filled):
