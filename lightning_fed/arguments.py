@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.accelerators import Accelerator, CUDAAccelerator
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed.callbacks.base import Decision, FederatedCallback
 
@@ -76,26 +75,25 @@ def split(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     for name in REFUSED:
         arguments.pop(name, None)
-    arguments["devices"] = one_device(arguments.get("accelerator", "auto"), arguments.get("devices", "auto"))
+    accelerator, devices = arguments.get("accelerator", "auto"), arguments.get("devices", "auto")
+    # The server's fit has one device, and so has each client's.
+    cuda = cuda_devices(accelerator, devices)
+    arguments["devices"] = cuda[:1] or (devices if isinstance(accelerator, Accelerator) else 1)
     clients = {name: arguments.pop(name) for name in CLIENTS if name in arguments}
     clients.update({name: arguments[name] for name in BOTH if name in arguments})
     return clients
 
 
-def one_device(accelerator: str | Accelerator, devices: Any) -> Any:
-    """The first of the devices asked for: in one process clients train one after the other.
+def cuda_devices(accelerator: str | Accelerator, devices: Any) -> list[int]:
+    """The CUDA devices asked for, by index; none if something else was asked for.
 
     Args:
         accelerator: As ``Trainer`` takes it.
         devices: As ``Trainer`` takes it.
     """
-    cuda = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
-    if not cuda:
-        return devices if isinstance(accelerator, Accelerator) else 1
-    indices = CUDAAccelerator.parse_devices(-1 if devices == "auto" else devices) or []
-    if len(indices) > 1 and devices != "auto":
-        rank_zero_warn(f"devices={devices!r}: clients train in this process one after the other, on cuda:{indices[0]}.")
-    return indices[:1]
+    if accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available()):
+        return CUDAAccelerator.parse_devices(-1 if devices == "auto" else devices) or []
+    return []
 
 
 def misplaced(callbacks: Sequence[Callback], client_callbacks: Sequence[Callback]) -> list[str]:
@@ -121,6 +119,25 @@ def misplaced(callbacks: Sequence[Callback], client_callbacks: Sequence[Callback
 
 def _is_one_of(callback: Callback, names: Sequence[str]) -> bool:
     return any(isinstance(callback, getattr(lightning_callbacks, name, ())) for name in names)
+
+
+def engine_faults(engine: object, known: Iterable[str], workers: dict[str, int | None]) -> list[str]:
+    """A sentence for each fault in ``engine=`` and what goes with it.
+
+    Args:
+        engine: A name or an ``Engine``.
+        known: The names that there are.
+        workers: ``num_workers`` and ``clients_per_device``, ``None`` where not given.
+    """
+    found = []
+    if isinstance(engine, str) and engine not in known:
+        found.append(f"engine={engine!r} is unknown: write one of {sorted(known)}, or pass an Engine.")
+    for name, value in workers.items():
+        if value is not None and engine != "processes":
+            found.append(f"{name}={value} is for engine='processes': write that, or leave {name} out.")
+        elif value is not None and value < 1:
+            found.append(f"{name}={value} must be at least 1.")
+    return found
 
 
 def owners_of(decision: Decision, callbacks: Sequence[FederatedCallback]) -> list[FederatedCallback]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -11,17 +11,17 @@ from typing import Any
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed import messages, weights
 from lightning_fed.callbacks.base import CohortOwner, FailureOwner, FederatedCallback, PartitionOwner
 from lightning_fed.callbacks.flower_strategy import FlowerStrategy, load_strategy_state, strategy_state
-from lightning_fed.data import ClientLoaders
+from lightning_fed.deal import Deal
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.rounds import Rounds
-from lightning_fed.seeding import seed_all, seed_for, seeded
+from lightning_fed.seeding import seed_all, seed_for
 from lightning_fed.strategies import ServerOptimizer
 
 # Beyond so many clients the summary does not look at each one's data.
@@ -36,48 +36,6 @@ class Owners:
     cohorts: CohortOwner
     failures: FailureOwner
     callbacks: Sequence[FederatedCallback]
-
-
-class Deal:
-    """A client's data on demand: opens the user's train loader once and lets the partition's owner deal it out.
-
-    Args:
-        owner: Decides which data each client has.
-        source: Gives the user's train loader, or ``None``.
-        seed: The run's seed.
-        datamodule: Set up first where no server has done so (a client in a process of its own).
-        reload_every: Opens the loader anew whenever so many local epochs have passed; 0 for never.
-        first_epoch: The first local epoch of a round.
-    """
-
-    def __init__(
-        self,
-        owner: PartitionOwner,
-        source: Callable[[], Any],
-        seed: int,
-        datamodule: LightningDataModule | None,
-        reload_every: int,
-        first_epoch: Callable[[int], int],
-    ) -> None:
-        self.owner, self._source, self._seed, self._datamodule = owner, source, seed, datamodule
-        self._reload_every, self._first_epoch = reload_every, first_epoch
-        self._opened: int | None = None
-
-    def open(self, round: int = 1) -> None:
-        """Opens the loader for a round, if it is not open."""
-        due = self._first_epoch(round) // self._reload_every if self._reload_every else 0
-        if due != self._opened:
-            self.owner.prepare(self._source(), self._seed)
-            self._opened = due
-
-    def __call__(self, client: int, round: int) -> ClientLoaders:
-        """One client's loaders in a round."""
-        if self._opened is None and self._datamodule is not None:
-            with seeded(seed_for(self._seed, "setup")):  # as at the server: a split at random must be the same one
-                self._datamodule.prepare_data()
-                self._datamodule.setup("fit")
-        self.open(round)
-        return self.owner.client(client, round=round)
 
 
 class Federation(Callback):

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from lightning_fed.views import View
+from lightning_fed.views import View, user_class
 
 
 class RoundRunner(Protocol):
@@ -123,5 +123,4 @@ for _hook in (
 
 def user_train_dataloader(source: Any) -> Any:
     """What the user's own ``train_dataloader`` gives, under whichever view the module or datamodule stands."""
-    user = getattr(type(source), "_user_class", type(source))
-    return user.train_dataloader(source)
+    return user_class(source).train_dataloader(source)  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 from flwr.app import Context, RecordDict
@@ -15,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.compile import from_compiled
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch._dynamo import OptimizedModule
 
 from lightning_fed import arguments
@@ -23,14 +24,15 @@ from lightning_fed.callbacks import FedAvg, FederatedCallback, Partition, RichRo
 from lightning_fed.callbacks.base import CohortOwner, FailureOwner
 from lightning_fed.client.app import ClientSide, build_client_app
 from lightning_fed.client.local_fit import ClientState, LocalOptions
-from lightning_fed.engines import Engine, InProcess
+from lightning_fed.deal import Deal
+from lightning_fed.engines import Engine, InProcess, Processes
 from lightning_fed.errors import ConfigurationError
-from lightning_fed.federation import Deal, Federation, Owners
+from lightning_fed.federation import Federation, Owners
 from lightning_fed.seeding import run_seed, seed_for, seeded
-from lightning_fed.server import RoundLoader, ServerDataView, ServerView, user_train_dataloader
+from lightning_fed.server import RoundLoader, ServerDataView, ServerView
 from lightning_fed.views import laid_over
 
-ENGINES: dict[str, type[Engine]] = {"in_process": InProcess}
+ENGINES: dict[str, type[Engine]] = {"in_process": InProcess, "processes": Processes}
 
 
 @dataclass
@@ -55,7 +57,11 @@ class FederatedTrainer(Trainer):
         num_clients: Short for ``Partition(num_clients)``, an IID partition of the train set.
         local_epochs: How many epochs a client trains in a round; 1 by default.
         local_steps: How many optimizer steps a client trains in a round, in place of ``local_epochs``.
-        engine: Where clients run: ``"in_process"`` or an ``Engine``.
+        engine: Where clients run: ``"in_process"``, one after the other; ``"processes"``, several at a time on all
+            cores; or an ``Engine``.
+        num_workers: How many processes ``"processes"`` starts; by default one for each core, on CUDA
+            ``clients_per_device`` for each device.
+        clients_per_device: How many clients ``"processes"`` trains at a time on one CUDA device; 1 by default.
         client_callbacks: Lightning callbacks for the clients' trainers; each local fit gets copies.
         client_state: ``"reset"`` begins each round with new optimizers and schedulers, ``"carry"`` keeps them with the
             client, ``"global"`` begins with new optimizers and schedules advanced to the global round.
@@ -77,6 +83,8 @@ class FederatedTrainer(Trainer):
         local_epochs: int | None = None,
         local_steps: int | None = None,
         engine: str | Engine = "in_process",
+        num_workers: int | None = None,
+        clients_per_device: int | None = None,
         client_callbacks: list[Callback] | Callback | None = None,
         client_state: ClientState = "reset",
         local_validation: bool = False,
@@ -98,20 +106,23 @@ class FederatedTrainer(Trainer):
             "local_steps": local_steps,
         }
         faults += arguments.faults(numbers, federated, endless=bool(kwargs.get("max_time") or dev_run))
-        if isinstance(engine, str) and engine not in ENGINES:
-            faults.append(f"engine={engine!r} is unknown: write one of {sorted(ENGINES)}, or pass an Engine.")
+        workers = {"num_workers": num_workers, "clients_per_device": clients_per_device}
+        faults += arguments.engine_faults(engine, ENGINES, workers)
         if client_state not in (states := get_args(ClientState)):
             faults.append(f"client_state={client_state!r} is unknown: write one of {states}.")
         if faults:
             raise ConfigurationError("FederatedTrainer cannot start:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
+        cuda = arguments.cuda_devices(kwargs.get("accelerator", "auto"), kwargs.get("devices", "auto"))
         client_kwargs = arguments.split(kwargs)
         if every := client_kwargs.get("reload_dataloaders_every_n_epochs"):  # the server's are validation loaders
             kwargs["reload_dataloaders_every_n_epochs"] = max(1, every // (local_epochs or 1))
         if dev_run:
             local_epochs, local_steps = 1, None
             client_kwargs |= {"limit_train_batches": dev_run, "limit_val_batches": dev_run}
-        self.engine = ENGINES[engine]() if isinstance(engine, str) else engine
+        self.engine = _engine(engine, cuda, num_workers, clients_per_device or 1)
+        if isinstance(self.engine, Processes) and cuda:
+            client_kwargs["devices"] = [0]  # the only one that a worker sees
         self.seed = run_seed(seed)
         self.owners = _owners(federated, num_clients)
         self.federation = Federation(self.owners, self.seed, timeout, 2 if dev_run else None, self.engine.name)
@@ -120,7 +131,7 @@ class FederatedTrainer(Trainer):
             epochs=None if local_steps else local_epochs or 1,
             steps=local_steps,
             callbacks=local,
-            method_callbacks=lambda: [c for method in self.owners.callbacks for c in method.local_callbacks()],
+            method_callbacks=partial(_local_callbacks, [c for c in self.owners.callbacks if _trains(c)]),
             client_state=client_state,
             local_validation=local_validation,
         )
@@ -219,14 +230,7 @@ class FederatedTrainer(Trainer):
         module = from_compiled(model) if isinstance(model, OptimizedModule) else model
         if isinstance(train, LightningDataModule):
             train, datamodule = None, train
-        deal = Deal(
-            self.owners.partition,
-            lambda: self._train_loader(module, train, datamodule),
-            self.seed,
-            datamodule,
-            int(self.local_options.trainer.get("reload_dataloaders_every_n_epochs") or 0),
-            self.local_options.first_epoch,
-        )
+        deal = Deal(self.owners.partition, module, train, datamodule, self.seed, self.local_options)
         self.local_options.rounds = -1 if self.max_epochs is None else self.max_epochs
         mods: dict[str, Sequence[Mod]] = {
             stage: [mod for method in self.owners.callbacks for mod in method.client_mods(stage)]
@@ -234,20 +238,6 @@ class FederatedTrainer(Trainer):
         }
         side = ClientSide(module, self.local_options, deal, datamodule, mods, is_set_up=True)
         return _Task(module, datamodule, val, deal, side)
-
-    def _train_loader(self, module: LightningModule, train: Any, datamodule: LightningDataModule | None) -> Any:
-        if train is not None:
-            return train
-        if datamodule is not None:
-            return user_train_dataloader(datamodule) if isinstance(self.owners.partition, Partition) else None
-        if is_overridden("train_dataloader", module, LightningModule) and _has_own_loader(module):
-            return user_train_dataloader(module)
-        if isinstance(self.owners.partition, Partition):
-            raise ConfigurationError(
-                "fit() got no training data to deal out. Pass train_dataloaders= or datamodule=, write the module's"
-                " train_dataloader, or give each client its own: callbacks=[ClientData(fn, num_clients=...)]."
-            )
-        return None
 
     def _server_app(self, task: _Task, ckpt_path: Any, weights_only: bool | None) -> ServerApp:
         app = ServerApp()
@@ -286,9 +276,23 @@ def _as_list(callbacks: list[Callback] | Callback | None) -> list[Callback]:
     return [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
 
 
-def _has_own_loader(module: LightningModule) -> bool:
-    user = getattr(type(module), "_user_class", type(module))
-    return user.train_dataloader is not LightningModule.train_dataloader
+def _engine(engine: str | Engine, cuda: list[int], num_workers: int | None, clients_per_device: int) -> Engine:
+    if engine == "processes":
+        return Processes(num_workers or len(cuda) * clients_per_device or None, devices=cuda)
+    if len(cuda) > 1:
+        rank_zero_warn(
+            f"devices={cuda}: clients train in this process one after the other, on cuda:{cuda[0]}. Write"
+            " engine='processes' to use all."
+        )
+    return ENGINES[engine]() if isinstance(engine, str) else engine
+
+
+def _trains(callback: FederatedCallback) -> bool:
+    return type(callback).local_callbacks is not FederatedCallback.local_callbacks
+
+
+def _local_callbacks(methods: list[FederatedCallback]) -> list[Callback]:
+    return [callback for method in methods for callback in method.local_callbacks()]
 
 
 def _owners(federated: list[FederatedCallback], num_clients: int | None) -> Owners:

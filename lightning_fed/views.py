@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 _HIDDEN = "_lightning_fed_hidden"
+_COMPILED = {"forward", "training_step", "validation_step", "test_step", "predict_step"}
 
 
 class View:
@@ -32,6 +33,10 @@ class View:
         if len(reduced) > 2 and isinstance(reduced[2], dict):  # what the view hides is the instance's own
             state = {**reduced[2], **reduced[2].get(_HIDDEN, {})}
             state.pop(_HIDDEN, None)
+            if state.get("_compiler_ctx") is not None:
+                # Lightning puts compiled methods there, which cannot be pickled: a copy runs the user's own.
+                state = {name: value for name, value in state.items() if name not in _COMPILED}
+                state["_compiler_ctx"] = None
             reduced[2] = state
         return tuple(reduced)
 

@@ -2,5 +2,6 @@
 
 from lightning_fed.engines.base import Engine
 from lightning_fed.engines.in_process import InProcess
+from lightning_fed.engines.processes import Processes
 
-__all__ = ["Engine", "InProcess"]
+__all__ = ["Engine", "InProcess", "Processes"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from flwr.app import Context, Message, RecordDict, UserConfig
+from flwr.app import Context, Message, Metadata, RecordDict, UserConfig
 from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -33,12 +33,12 @@ class InProcess(Engine):
     def run(self, main: Callable[[Grid], T], client_app: ClientApp, num_clients: Callable[[], int]) -> T:
         """See ``Engine``."""
         grid = InProcessGrid(client_app, num_clients)
-        with _server_identity(grid.run.run_id):
+        with server_identity(grid.run.run_id):
             return main(grid)
 
 
 @contextmanager
-def _server_identity(run_id: int) -> Iterator[None]:
+def server_identity(run_id: int) -> Iterator[None]:
     """``Message(...)`` reads who sends it from these process-wide variables."""
     names = ("_task_id", "_run_id", "_node_id")
     before = {name: getattr(TaskIdentity, name) for name in names}
@@ -48,6 +48,11 @@ def _server_identity(run_id: int) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(TaskIdentity, name, value)
+
+
+def deliver(metadata: Metadata, content: RecordDict) -> Message:
+    """A message as it reaches a client, with records of its own that the client may write to."""
+    return make_message(metadata=metadata, content=messages.copy_for_delivery(content))
 
 
 class InProcessGrid(Grid):
@@ -100,14 +105,18 @@ class InProcessGrid(Grid):
             self._contexts[client] = Context(self._run.run_id, self.node_of(client), config, RecordDict(), {})
         return self._contexts[client]
 
-    def _call(self, message: Message) -> Message:
-        delivered = make_message(metadata=message.metadata, content=messages.copy_for_delivery(message.content))
+    def _context_of(self, message: Message) -> Context:
+        """The context of the client that a message is for, whose state is remembered as the round found it."""
         client = self.client_of(message.metadata.dst_node_id)
         context = self._context(client)
         if client not in self._kept:
             self._kept[client] = messages.copy_for_delivery(context.state)
+        return context
+
+    def _call(self, message: Message) -> Message:
+        context = self._context_of(message)
         try:
-            reply = self._app(delivered, context)
+            reply = self._app(deliver(message.metadata, message.content), context)
         except Exception as exception:
             reply = messages.error_reply(message, exception, traceback.format_exc())
         reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex

@@ -1,0 +1,197 @@
+"""Worker processes as the engine sees them: how they start, what is said to them, how they end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import socket
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
+from typing import Literal
+
+import torch
+
+from lightning_fed.engines import transport
+from lightning_fed.engines.worker import Done, Failed, Start, work
+from lightning_fed.errors import ConfigurationError
+
+StartMethod = Literal["fork", "forkserver"]
+
+# Workers that die so often in a row without having been ready will not start.
+_ATTEMPTS = 3
+
+
+class Pool:
+    """The workers of one run.
+
+    Args:
+        start: What they run.
+        devices: CUDA devices by index, given to the workers in turn; empty for no choice.
+        method: How they start, or ``None`` for what is safe when they do.
+    """
+
+    def __init__(self, start: Start, devices: list[int], method: StartMethod | None) -> None:
+        self._start, self._devices, self._method = start, devices, method
+        self._found: StartMethod | None = None
+        self._packed: transport.Packed | None = None
+        self.workers: list[Worker] = []
+        self.closed = False
+
+    def grow(self, count: int) -> None:
+        """Starts workers until there are ``count``."""
+        while len(self.workers) < count:
+            number = len(self.workers)
+            self.workers.append(Worker(self, self._devices[number % len(self._devices)] if self._devices else None))
+
+    def close(self) -> None:
+        """Ends all workers."""
+        for worker in self.workers:
+            worker.end()
+        self.workers, self._packed, self.closed = [], None, True
+
+    def stop_forking(self) -> bool:
+        """From now on starts workers without a fork, unless the user asked for it."""
+        if self._method == "fork":
+            return False
+        self._found = "forkserver"
+        return True
+
+    def launch(self, device: int | None) -> tuple[socket.socket, BaseProcess]:
+        """A new process and the connection to it."""
+        ours, theirs = socket.socketpair()
+        try:
+            if start_method(self._method or self._found, self._start.threads) == "fork":
+                ends = [ours, *(worker.connection for worker in self.workers)]
+                context = multiprocessing.get_context("fork")
+                process: BaseProcess = context.Process(
+                    target=work, args=(theirs, device, self._start, ends), daemon=True
+                )
+                process.start()
+            else:
+                packed = self._packed = self._packed or _packed(self._start)
+                with _main_left_out():
+                    process = _forkserver().Process(target=work, args=(theirs, device, None, ()), daemon=True)
+                    process.start()
+                with suppress(OSError):  # one that is dead already is found out when it is listened to
+                    transport.send(ours, packed)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return ours, process
+
+
+class Worker:
+    """One worker process, and those that replace it."""
+
+    def __init__(self, pool: Pool, device: int | None) -> None:
+        self._pool, self._device = pool, device
+        self._failures = 0
+        self.ready = False
+        self._process: BaseProcess | None
+        self.connection, self._process = pool.launch(device)
+
+    def send(self, packed: transport.Packed) -> None:
+        """Tells the process something."""
+        transport.send(self.connection, packed)
+
+    def receive(self) -> Done | None:
+        """What the process says; ``None`` when it speaks of itself: it is ready, or has given way to one that will be.
+
+        Raises:
+            EOFError: If it died.
+            ConfigurationError: If it cannot start.
+        """
+        said = transport.receive(self.connection)
+        if isinstance(said, Failed) and said.by_fork and self._pool.stop_forking():
+            self.end()
+            self.connection, self._process = self._pool.launch(self._device)
+            return None
+        if isinstance(said, Failed):
+            raise ConfigurationError(f"A worker process cannot start:\n{said.traceback}")
+        if said is None:
+            self.ready, self._failures = True, 0
+        return said  # type: ignore[no-any-return]
+
+    def replace(self) -> str:
+        """Ends the process, says how it ended, and starts another.
+
+        Raises:
+            ConfigurationError: If process after process dies before it is ready.
+        """
+        how = self.end()
+        self._failures += not self.ready
+        if self._failures == _ATTEMPTS:
+            raise ConfigurationError(f"{_ATTEMPTS} worker processes in a row could not start: the last one {how}.")
+        self.ready = False
+        self.connection, self._process = self._pool.launch(self._device)
+        return how
+
+    def end(self) -> str:
+        """Ends the process, if it has not ended, and says how it did."""
+        self.connection.close()
+        process, self._process = self._process, None
+        if process is None:
+            return "has ended"
+        process.join(0.2 if self.ready else 0)
+        for kill in (process.terminate, process.kill):
+            if process.exitcode is None:
+                kill()
+                process.join(2)
+        code = process.exitcode
+        process.close()
+        if code is not None and code < 0:
+            return f"was ended by {signal.Signals(-code).name}"
+        return f"ended with exit code {code}"
+
+
+def start_method(wanted: StartMethod | None, threads: int) -> StartMethod:
+    """How workers start: as wanted, else by a fork where that is safe.
+
+    A fork starts at once and has all that this process has. It must not inherit locks that another thread holds, a
+    CUDA context, or a thread pool that it would use.
+    """
+    alone = threading.active_count() == 1 and threads == 1 and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return wanted or ("fork" if alone and sys.platform == "linux" else "forkserver")
+
+
+def prepare() -> None:
+    """Lets the imports of the workers' common parent go on while this process opens the data."""
+    _forkserver()
+    with _main_left_out():
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
+
+
+def _forkserver() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_fed.engines.worker"])
+    return context
+
+
+def _packed(start: Start) -> transport.Packed:
+    try:
+        return transport.pack(start, by_value=True)
+    except Exception as error:
+        raise ConfigurationError(
+            "engine='processes' sends the module, the data and the client callbacks to its workers, and something in"
+            f" them cannot be pickled: {type(error).__name__}: {error}. Make it in a hook of the local fit, or write"
+            " engine='in_process'."
+        ) from error
+
+
+@contextmanager
+def _main_left_out() -> Iterator[None]:
+    """Keeps workers from running the user's script once more: what they need of it is sent by value."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -1,0 +1,224 @@
+"""The process engine: persistent worker processes on one machine, each serving one client after the other.
+
+::
+
+    engine                                          worker
+    Start(client_app)                       ->      has module, data and options, once a run
+    Shared(arrays)                          ->      the round's weights, in memory that all workers map
+    Task(message, context)                  ->      the client app, as in process
+                                            <-      Done(reply, what the client keeps)
+
+Clients are handed out in their order, each to the next free worker, and replies come out in that order, whichever
+worker made them: sums are those of one process, bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from flwr.app import ArrayRecord, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from lightning_fed import messages
+from lightning_fed.engines import transport
+from lightning_fed.engines.base import Engine
+from lightning_fed.engines.in_process import InProcessGrid, server_identity
+from lightning_fed.engines.pool import Pool, StartMethod, Worker, prepare, start_method
+from lightning_fed.engines.worker import Done, Shared, Start, Task
+from lightning_fed.errors import ClientError, ConfigurationError
+
+T = TypeVar("T")
+
+# Replies that wait for one before them are held: how many clients a worker may be ahead of the first that is missing.
+_AHEAD = 4
+
+
+class Processes(Engine):
+    """Runs clients in worker processes of this machine, which start once a run.
+
+    A client's state stays with the client, whichever worker serves it. A worker that dies takes one client's work with
+    it, which counts as failed, and is replaced. What a client's code changes outside the module (a global, a list in a
+    client callback) stays in its worker.
+
+    Args:
+        num_workers: How many processes; by default one for each core that this process may use.
+        threads: How many threads torch may use in each.
+        devices: CUDA devices by index, handed out to the workers in turn; ``None`` for no choice.
+        start_method: ``"fork"`` starts workers at once with all that this process has, which is safe as long as it has
+            no other Python thread and no CUDA context, and the workers use one thread each. ``"forkserver"`` starts
+            them from a process that has only made the imports, which takes as long as ``import lightning``, and sends
+            them module and data by pickle. By default the former where it is safe.
+
+    Raises:
+        ConfigurationError: If a number is smaller than 1.
+    """
+
+    name = "processes"
+
+    def __init__(
+        self,
+        num_workers: int | None = None,
+        threads: int = 1,
+        devices: list[int] | None = None,
+        start_method: StartMethod | None = None,
+    ) -> None:
+        for name, value in {"num_workers": num_workers, "threads": threads}.items():
+            if value is not None and value < 1:
+                raise ConfigurationError(f"Processes({name}={value}) must be at least 1.")
+        self.num_workers, self.threads = num_workers or _cores(), threads
+        self.devices, self.start_method = devices or [], start_method
+
+    def run(self, main: Callable[[Grid], T], client_app: ClientApp, num_clients: Callable[[], int]) -> T:
+        """See ``Engine``."""
+        if start_method(self.start_method, self.threads) == "forkserver":
+            prepare()
+        grid = ProcessGrid(client_app, num_clients, self)
+        try:
+            with server_identity(grid.run.run_id):
+                return main(grid)
+        finally:
+            grid.pool.close()
+
+
+class ProcessGrid(InProcessGrid):
+    """A Grid whose clients work in other processes; their contexts stay here."""
+
+    def __init__(self, client_app: ClientApp, num_clients: Callable[[], int], engine: Processes) -> None:
+        super().__init__(client_app, num_clients)
+        self._num_workers = engine.num_workers
+        self._calls = 0
+        self.pool = Pool(Start(client_app, self._run.run_id, engine.threads), engine.devices, engine.start_method)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """The replies in the order of the messages, each as soon as it and those before it are there."""
+        sent = list(messages)
+        for message in sent:
+            message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+        # As late as this: by now Lightning has set module and data up.
+        self.pool.grow(min(self._num_workers, len(sent)))
+        self._calls += 1
+        yield from Exchange(self, sent, self._calls, timeout).replies()
+
+    def task(self, message: Message, content: dict[str, Any], call: int) -> Task:
+        """What a worker is told of a message, and of its client."""
+        return Task(message.metadata, content, call, self._context_of(message))
+
+    def take_back(self, message: Message, done: Done) -> Message:
+        """A reply as the loop gets it; what the client keeps goes to its context."""
+        if done.state is not None:
+            self._context_of(message).state = done.state
+        done.reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+        return done.reply
+
+
+class Exchange:
+    """One ``send_and_receive``: hands messages out, and gives their replies in order.
+
+    Args:
+        grid: Whose workers serve.
+        sent: The messages.
+        call: The number of this exchange in the run.
+        timeout: Seconds to wait for all replies.
+    """
+
+    def __init__(self, grid: ProcessGrid, sent: list[Message], call: int, timeout: float | None) -> None:
+        self.grid, self.sent, self.call = grid, sent, call
+        self.until = None if timeout is None else time.monotonic() + timeout
+        self.waiting = deque(range(len(sent)))
+        self.at: dict[Worker, int] = {}  # what each busy worker does
+        self.there: dict[int, Message] = {}
+        self.shared: dict[int, tuple[int, transport.Packed]] = {}
+        self.has: dict[Worker, set[int]] = {worker: set() for worker in grid.pool.workers}
+
+    def replies(self) -> Iterator[Message]:
+        """The replies in the order of the messages; those that do not come in time are left out."""
+        try:
+            for index in range(len(self.sent)):
+                self._hand_out(index)
+                while index not in self.there:
+                    if not self._collect(wait=True):
+                        return
+                    self._hand_out(index)
+                self._collect(wait=False)
+                self._hand_out(index)
+                yield self.there.pop(index)
+        finally:
+            self.shared.clear()
+            # Nobody waits for these any more. An exchange that an exception left is over only after the run.
+            for worker in [] if self.grid.pool.closed else list(self.at):
+                worker.replace()
+
+    def _hand_out(self, first: int) -> None:
+        for worker in self.has:
+            if worker in self.at or not worker.ready:
+                continue
+            if not self.waiting or self.waiting[0] > first + _AHEAD * len(self.has):
+                return
+            index = self.waiting.popleft()
+            try:
+                self._give(worker, self.sent[index])
+                self.at[worker] = index
+            except OSError:  # it died since its last sign of life
+                self.waiting.appendleft(index)
+                worker.replace()
+                self.has[worker] = set()
+
+    def _give(self, worker: Worker, message: Message) -> None:
+        content: dict[str, Any] = {}
+        for name, record in message.content.items():
+            if not isinstance(record, ArrayRecord):
+                content[name] = record
+                continue
+            key = id(record)  # the messages keep it alive
+            if key not in self.shared:
+                number = len(self.shared)
+                self.shared[key] = number, transport.pack(Shared(self.call, number, record))
+            number, packed = self.shared[key]
+            if number not in self.has[worker]:
+                worker.send(packed)
+                self.has[worker].add(number)
+            content[name] = number
+        worker.send(transport.pack(self.grid.task(message, content, self.call)))
+
+    def _collect(self, wait: bool) -> bool:
+        """Takes in what workers say; ``False`` when the time is up."""
+        left = None if self.until is None else self.until - time.monotonic()
+        if wait and left is not None and left <= 0:
+            return False
+        with selectors.DefaultSelector() as selector:
+            for worker in self.has:
+                selector.register(worker.connection, selectors.EVENT_READ, worker)
+            heard = selector.select(left if wait else 0)
+        for key, _ in heard:
+            self._hear(key.data)
+        return True
+
+    def _hear(self, worker: Worker) -> None:
+        try:
+            said = worker.receive()
+        except (EOFError, ConnectionResetError):
+            how = worker.replace()
+            self.has[worker] = set()
+            if worker in self.at:
+                index = self.at.pop(worker)
+                self.there[index] = _lost(self.sent[index], how)
+            return
+        if said is not None:
+            index = self.at.pop(worker)
+            self.there[index] = self.grid.take_back(self.sent[index], said)
+
+
+def _lost(message: Message, how: str) -> Message:
+    error = ClientError(f"was lost: its worker process {how}. The process has been replaced.")
+    return messages.error_reply(message, error, str(error))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,153 @@
+"""What runs in a worker process: the client app, for one client after the other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, Metadata, RecordDict
+from flwr.clientapp import ClientApp
+
+from lightning_fed import messages
+from lightning_fed.engines import transport
+from lightning_fed.engines.in_process import deliver, server_identity
+
+
+@dataclass
+class Start:
+    """The first thing that a worker is told.
+
+    Attributes:
+        client_app: What it runs.
+        run_id: Flower's number of the run.
+        threads: How many threads torch may use.
+    """
+
+    client_app: ClientApp
+    run_id: int
+    threads: int
+
+
+@dataclass
+class Shared:
+    """Arrays that many messages have in common, sent ahead of them; those of an earlier call may be forgotten."""
+
+    call: int
+    key: int
+    arrays: ArrayRecord
+
+
+@dataclass
+class Task:
+    """One client's work.
+
+    Attributes:
+        metadata: That of the message.
+        content: Its records by name; for shared ones the key under which they were sent ahead.
+        call: To which call the shared ones belong.
+        context: The client's.
+    """
+
+    metadata: Metadata
+    content: dict[str, Any]
+    call: int
+    context: Context
+
+
+@dataclass
+class Done:
+    """What came of it; ``state`` is what the client keeps."""
+
+    reply: Message
+    state: Any
+
+
+@dataclass
+class Failed:
+    """The worker cannot start; ``by_fork`` says that it could if it were no fork."""
+
+    traceback: str
+    by_fork: bool = False
+
+
+def work(connection: socket.socket, device: int | None, start: Start | None, foreign: Sequence[socket.socket]) -> None:
+    """The worker's main function: serves tasks until the other side goes away.
+
+    Args:
+        connection: To the engine.
+        device: The only CUDA device that this process shall see, of those that the engine's sees; ``None`` for all.
+        start: What a forked process inherits; ``None`` where the engine sends it.
+        foreign: What else it inherits: the engine's ends of all connections, which here would keep them open for ever.
+    """
+    # Ctrl-C reaches all processes of a terminal; the engine's decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for other in foreign:
+        other.close()
+    if device is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
+    try:
+        if (start := _inherited(connection, start) if start else _told(connection)) is not None:
+            _serve(connection, start)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the engine has gone, or wants no more
+    finally:
+        connection.close()
+
+
+def _inherited(connection: socket.socket, start: Start) -> Start | None:
+    torch.set_num_threads(1)
+    try:
+        # Autograd refuses to work in a fork of a process in which it has started threads, and nothing else tells.
+        torch.zeros(1, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        transport.send(connection, transport.pack(Failed(traceback.format_exc(), by_fork=True)))
+        return None
+    return start
+
+
+def _told(connection: socket.socket) -> Start | None:
+    try:
+        return transport.receive(connection)  # type: ignore[no-any-return]
+    except EOFError:
+        raise
+    except Exception:
+        transport.send(connection, transport.pack(Failed(traceback.format_exc())))
+        return None
+
+
+def _serve(connection: socket.socket, start: Start) -> None:
+    torch.set_num_threads(start.threads)
+    transport.send(connection, transport.pack(None))
+    known: dict[tuple[int, int], ArrayRecord] = {}
+    with server_identity(start.run_id):
+        while True:
+            told = transport.receive(connection)
+            if isinstance(told, Shared):
+                known = {key: record for key, record in known.items() if key[0] == told.call}
+                known[told.call, told.key] = told.arrays
+            else:
+                transport.send(connection, _done(start.client_app, told, known))
+
+
+def _done(app: ClientApp, task: Task, known: dict[tuple[int, int], ArrayRecord]) -> transport.Packed:
+    records = {name: known[task.call, r] if isinstance(r, int) else r for name, r in task.content.items()}
+    message = deliver(task.metadata, RecordDict(records))
+    try:
+        reply = app(message, task.context)
+    except Exception as exception:
+        reply = messages.error_reply(message, exception, traceback.format_exc())
+    try:
+        return transport.pack(Done(reply, task.context.state))
+    except Exception as exception:
+        if not reply.has_error():
+            reply = messages.error_reply(message, exception, traceback.format_exc())
+        reply.error.__dict__.pop("exception", None)  # it holds what cannot be sent; its traceback is text
+        return transport.pack(Done(reply, None))

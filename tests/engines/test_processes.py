@@ -1,0 +1,271 @@
+"""The process engine: the conformance cases, what happens when workers die, nothing left behind."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Context, Message, MessageType
+from flwr.clientapp import ClientApp
+from torch.utils.data import DataLoader
+
+from lightning_fed import ClientError, ConfigurationError, FederatedTrainer, RoundError
+from lightning_fed.callbacks import FaultTolerance, FederatedCallback, History
+from lightning_fed.engines import Processes
+from lightning_fed.engines.pool import start_method
+from lightning_fed.messages import CLIENT
+from lightning_fed.testing import ENGINE_CASES, ToyModule, counting_client, send, toy_data
+from tests.helpers import QUIET
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    before = descriptors()
+    yield
+    assert multiprocessing.active_children() == []
+    # The first run on a forkserver keeps its two connections to it.
+    assert descriptors() <= before + 2
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize("case", ENGINE_CASES, ids=lambda case: case.__name__)
+def test_engine_conforms(case, method):
+    case(Processes(num_workers=2, start_method=method))
+
+
+def client_that(act) -> ClientApp:
+    """A counting client that does something first, given its index."""
+    app, counting = ClientApp(), counting_client()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        act(int(context.node_config[CLIENT]))
+        return counting(message, context)
+
+    return app
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_worker_that_dies_takes_one_client_with_it_and_is_replaced(method):
+    app = client_that(lambda client: die() if client == 1 else None)
+    engine = Processes(num_workers=2, start_method=method)
+
+    def main(grid):
+        return [send(grid) for _ in range(3)]
+
+    for replies in engine.run(main, app, lambda: 6):
+        assert [reply.has_error() for reply in replies] == [False, True, False, False, False, False]
+        assert "was lost: its worker process was ended by SIGKILL" in replies[1].error.reason
+
+
+def test_replies_come_in_the_order_of_the_messages_whoever_is_slow():
+    app = client_that(lambda client: time.sleep(0.3 if client == 0 else 0))
+
+    def main(grid):
+        from tests.engines.test_in_process import train_messages
+
+        return [r.metadata.src_node_id for r in grid.send_and_receive(train_messages(grid, [3, 1, 5, 2, 4]))]
+
+    assert Processes(num_workers=2).run(main, app, lambda: 5) == [3, 1, 5, 2, 4]
+
+
+def test_who_does_not_reply_in_time_is_left_out_and_the_next_round_is_whole():
+    app = client_that(lambda client: time.sleep(60 if client == 1 else 0))
+
+    def main(grid):
+        from tests.engines.test_in_process import train_messages
+
+        late = [r.metadata.src_node_id for r in grid.send_and_receive(train_messages(grid), timeout=0.5)]
+        whole = [r.metadata.src_node_id for r in grid.send_and_receive(train_messages(grid, [1, 3]), timeout=10)]
+        return late, whole
+
+    assert Processes(num_workers=2).run(main, app, lambda: 3) == ([1], [1, 3])
+
+
+def test_leaving_an_exchange_early_ends_the_work_on_it():
+    app = client_that(lambda client: time.sleep(60 if client else 0))
+
+    def main(grid):
+        from tests.engines.test_in_process import train_messages
+
+        for reply in grid.send_and_receive(train_messages(grid)):
+            return reply.metadata.src_node_id
+
+    assert Processes(num_workers=2).run(main, app, lambda: 3) == 1
+
+
+def test_workers_that_cannot_start_are_an_error_with_their_traceback():
+    class Bomb:
+        def __reduce__(self):
+            return _explode, ()
+
+    bomb = Bomb()
+    app = client_that(lambda client: bomb)
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)worker process cannot start:.*RuntimeError: it does not come back"
+    ):
+        Processes(start_method="forkserver").run(send, app, lambda: 2)
+
+
+def _explode():
+    raise RuntimeError("it does not come back")
+
+
+def test_what_cannot_be_pickled_is_named_with_the_way_out():
+    lock = threading.Lock()
+    app = client_that(lambda client: lock)
+    with pytest.raises(ConfigurationError, match=r"cannot be pickled: TypeError: cannot pickle '_thread.lock' object"):
+        Processes(start_method="forkserver").run(send, app, lambda: 2)
+    # A fork has it all.
+    assert len(Processes(start_method="fork").run(send, app, lambda: 2)) == 2
+
+
+def test_workers_are_forked_only_where_that_is_safe():
+    assert start_method("forkserver", 1) == "forkserver"
+    assert start_method(None, 2) == "forkserver"
+    waiting = threading.Event()
+    thread = threading.Thread(target=waiting.wait)
+    thread.start()
+    try:
+        assert start_method(None, 1) == "forkserver"
+    finally:
+        waiting.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("arguments", [{"num_workers": 0}, {"threads": 0}])
+def test_numbers_below_one_are_refused(arguments):
+    with pytest.raises(ConfigurationError, match=r"Processes\(\w+=0\) must be at least 1"):
+        Processes(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_workers": 2}, "num_workers=2 is for engine='processes'"),
+        ({"engine": "processes", "num_workers": 0}, "num_workers=0 must be at least 1"),
+        ({"engine": Processes(), "clients_per_device": 2}, "clients_per_device=2 is for engine='processes'"),
+        ({"engine": "threads"}, r"engine='threads' is unknown: write one of \['in_process', 'processes'\]"),
+    ],
+)
+def test_arguments_that_do_not_go_with_the_engine_are_refused(arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        FederatedTrainer(max_rounds=1, num_clients=2, **arguments)
+
+
+# ------------------------------------------------------------------------------------------------------ whole fits
+
+
+class Deadly(ToyModule):
+    """Its process dies when client 2 trains in round 2."""
+
+    def on_train_start(self) -> None:
+        if (self.trainer.client_id, self.trainer.current_round) == (2, 2):
+            die()
+
+
+def fit(module, *callbacks, rounds=3, **options):
+    arguments = {"engine": "processes", "num_workers": 2, "num_clients": 4, **QUIET, **options}
+    trainer = FederatedTrainer(max_rounds=rounds, callbacks=list(callbacks), **arguments)
+    trainer.fit(module, DataLoader(toy_data(64), batch_size=8, shuffle=True))
+    return trainer
+
+
+def test_a_dead_worker_stops_the_run_with_the_client_and_the_round():
+    with pytest.raises(
+        ClientError, match=r"Round 2, train: client 2 was lost: its worker process was ended by SIGKILL"
+    ):
+        fit(Deadly())
+
+
+def test_a_dead_worker_is_a_failure_that_fault_tolerance_allows_for():
+    history = History(per_client=True)
+    with pytest.warns(UserWarning, match="client 2 was lost"):
+        fit(Deadly(), FaultTolerance(min_results=3), history)
+    who = [[row["client"] for row in history.clients if row["round"] == round] for round in (1, 2, 3)]
+    assert who == [[0, 1, 2, 3], [0, 1, 3], [0, 1, 2, 3]]
+
+
+def test_ctrl_c_ends_the_run_and_all_its_workers():
+    class CtrlC(FederatedCallback):
+        def on_client_end(self, trainer, round, stage, report):
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        fit(ToyModule(), CtrlC())
+
+
+def test_a_user_s_exception_comes_with_its_traceback():
+    class Raising(ToyModule):
+        def training_step(self, batch, batch_idx):
+            raise ZeroDivisionError("in the user's code")
+
+    with pytest.raises(ClientError, match=r"(?s)client 0 raised ZeroDivisionError: in the user's code.*training_step"):
+        fit(Raising())
+
+
+def killed_run(rounds: int) -> tuple[FederatedTrainer, int]:
+    """A run during which a random worker is killed now and then."""
+    kills, over = [], threading.Event()
+
+    class Killer(FederatedCallback):
+        def on_round_start(self, trainer, round, stage, cohort):
+            children = multiprocessing.active_children()
+            if children and round % 3 == 0:
+                kills.append(round)
+                os.kill(children[round % len(children)].pid, signal.SIGKILL)
+
+    trainer = fit(ToyModule(), FaultTolerance(min_results=1), Killer(), rounds=rounds)
+    over.set()
+    return trainer, len(kills)
+
+
+@pytest.mark.filterwarnings("ignore:.*was lost")
+@pytest.mark.parametrize("rounds", [12, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_run_under_a_killer_comes_to_its_end(rounds):
+    trainer, kills = killed_run(rounds)
+    assert kills >= rounds // 3 - 1
+    assert trainer.global_step == rounds
+
+
+def test_a_fit_leaves_no_shared_memory_behind():
+    before = set(Path("/dev/shm").iterdir())
+    fit(ToyModule())
+    assert set(Path("/dev/shm").iterdir()) == before
+
+
+def test_evaluation_goes_to_the_workers_too():
+    replies = Processes(num_workers=2).run(lambda grid: send(grid, MessageType.EVALUATE), counting_client(), lambda: 3)
+    assert [reply.has_error() for reply in replies] == [False] * 3
+
+
+def test_a_round_in_which_all_workers_die_is_an_error_and_no_hang():
+    class Always(ToyModule):
+        def on_train_start(self) -> None:
+            die()
+
+    with pytest.raises(RoundError, match="0 of 4 clients"), pytest.warns(UserWarning, match="was lost"):
+        fit(Always(), FaultTolerance(min_results=1))
+
+
+def test_workers_use_one_thread_each():
+    def act(client):
+        if torch.get_num_threads() != 1:
+            raise RuntimeError(torch.get_num_threads())
+
+    replies = Processes(num_workers=2).run(send, client_that(act), lambda: 2)
+    assert not any(reply.has_error() for reply in replies)

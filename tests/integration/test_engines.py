@@ -1,0 +1,113 @@
+"""Every engine trains every kind of module to the same weights, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from lightning_fed.callbacks import FedAdam, FedProx, FlowerStrategy, History
+from lightning_fed.engines import Processes
+from lightning_fed.testing import ToyModule, toy_data
+from tests.integration import test_modules as modules
+from tests.integration.resume_script import ROUNDS, run, stopped_run
+from tests.integration.test_modules import federated
+
+ENGINES = {
+    "default": lambda: Processes(num_workers=2),
+    "forkserver": lambda: Processes(num_workers=2, start_method="forkserver"),
+}
+
+
+def frozen() -> ToyModule:
+    module = ToyModule()
+    module.net[0].requires_grad_(False)
+    return module
+
+
+MODULES: dict[str, Callable[[], Any]] = {
+    "GAN": modules.GAN,
+    "epoch schedule": lambda: modules.Scheduled("epoch"),
+    "step schedule": lambda: modules.Scheduled("step"),
+    "plateau": lambda: modules.Scheduled("plateau"),
+    "dropout": modules.Dropping,
+    "tied": modules.Tied,
+    "frozen": frozen,
+    "bf16": lambda: ToyModule().to(torch.bfloat16),
+    "built in setup": lambda: modules.Late("setup"),
+    "built in configure_model": lambda: modules.Late("configure_model"),
+    "compiled inside": modules.CompiledInside,
+    "compiled around": lambda: torch.compile(ToyModule(), backend="eager"),
+    "closure": modules.Closure,
+    "transfer hooks": modules.Transfers,
+    "metric objects": modules.Measured,
+}
+
+
+def trained(build: Callable[[], Any], *callbacks: Any, **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    torch.manual_seed(0)
+    module, history = build(), History(per_client=True)
+    data = None
+    if build is MODULES["bf16"]:
+        data = TensorDataset(toy_data(50).tensors[0].bfloat16(), toy_data(50).tensors[1])
+    federated(module, data=data, callbacks=[history, *callbacks], **options)
+    return {name: value.clone() for name, value in module.state_dict().items()}, (history.rows, history.clients)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one[0], other[0], rtol=0, atol=0)
+    assert repr(one[1]) == repr(other[1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", MODULES)
+def test_processes_train_a_module_as_one_process_does(name: str, engine: str) -> None:
+    expected = trained(MODULES[name])
+    assert_same(trained(MODULES[name], engine=ENGINES[engine]()), expected)
+
+
+def test_processes_train_a_resnet_as_one_process_does() -> None:
+    def resnet(engine: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        module = modules.ResNet()
+        data = TensorDataset(
+            torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(50) % 2
+        )
+        federated(module, data=data, rounds=1, engine=engine)
+        return {name: value.clone() for name, value in module.state_dict().items()}
+
+    torch.testing.assert_close(resnet(ENGINES["default"]()), resnet("in_process"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["FedAdam", "FedProx", "Krum"])
+def test_processes_run_any_method(method: str) -> None:
+    from flwr.serverapp.strategy import Krum
+
+    build = {"FedAdam": FedAdam, "FedProx": lambda: FedProx(0.1), "Krum": lambda: FlowerStrategy(Krum())}[method]
+    assert_same(trained(modules.Dropping, build(), engine=ENGINES["default"]()), trained(modules.Dropping, build()))
+
+
+def test_processes_take_as_many_workers_as_there_are_cores_and_no_more_than_clients(monkeypatch: Any) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(7)))
+    assert Processes().num_workers == 7
+
+
+@pytest.mark.parametrize("moment", ["client trained", "client evaluated"])
+def test_a_run_on_processes_goes_on_as_if_never_interrupted(tmp_path: Path, moment: str) -> None:
+    """FedAdam, partial participation, clients that keep their optimizers: to the bits of one process."""
+    engine = ENGINES["default"]
+    expected, expected_history, _ = run(tmp_path / "whole")
+    stopped_run(tmp_path / "stopped", moment, engine=engine())
+    module, history, trainer = run(tmp_path / "stopped", ckpt_path="last", engine=engine())
+    torch.testing.assert_close(dict(module.state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
+    assert history.rows == expected_history.rows
+    assert trainer.current_epoch == ROUNDS
+
+
+def test_the_same_run_on_another_number_of_workers_is_the_same() -> None:
+    one, other = (trained(modules.Dropping, engine="processes", num_workers=n) for n in (1, 3))
+    assert_same(one, other)
