@@ -149,7 +149,7 @@ class Partition(PartitionOwner):
             raise ConfigurationError("The data has not been dealt out yet: call trainer.fit, or partition.prepare.")
         if client not in self._cache:
             part = self._dealt.load_partition(client)
-            self._cache[client] = np.sort(np.asarray(part[_INDEX], dtype=np.int64))
+            self._cache[client] = np.sort(np.asarray(part[_INDEX][:], dtype=np.int64))
         return self._cache[client]
 
     def split(self, client: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

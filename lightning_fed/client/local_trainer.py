@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer.connectors import callback_connector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from torch import Tensor
@@ -111,6 +112,15 @@ class _LoggedValues(_ResultCollection):
         super().__setitem__(key, value)
 
 
+class _NoProfiler(PassThroughProfiler):
+    """Lightning's own makes a context for each of the twenty-odd calls of a step."""
+
+    _nothing = nullcontext()
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
+        return self._nothing
+
+
 @contextmanager
 def _no_external_callbacks() -> Iterator[None]:
     """Callbacks that other packages register act at the server; looking for them costs more than a small fit."""
@@ -152,7 +162,7 @@ class LocalTrainer(Trainer):
         self.computed: set[str] = set()
         self.module_metrics = [child for child in module.modules() if isinstance(child, Metric)]
         with _no_external_callbacks():
-            super().__init__(**kwargs)
+            super().__init__(profiler=_NoProfiler(), **kwargs)
         for loop in (self.fit_loop.epoch_loop, self.fit_loop.epoch_loop.val_loop, self.validate_loop):
             loop._results = _LoggedValues(training=loop is self.fit_loop.epoch_loop)
         # Signals are the server's: a client that heard SIGTERM, too, would break the round off.
