@@ -67,14 +67,12 @@ class Pool:
             if start_method(self._method or self._found, self._start.threads) == "fork":
                 ends = [ours, *(worker.connection for worker in self.workers)]
                 context = multiprocessing.get_context("fork")
-                process: BaseProcess = context.Process(
-                    target=work, args=(theirs, device, self._start, ends), daemon=True
-                )
+                process: BaseProcess = context.Process(target=work, args=(theirs, device, self._start, ends))
                 process.start()
             else:
                 packed = self._packed = self._packed or _packed(self._start)
                 with _main_left_out():
-                    process = _forkserver().Process(target=work, args=(theirs, device, None, ()), daemon=True)
+                    process = _forkserver().Process(target=work, args=(theirs, device, None, ()))
                     process.start()
                 with suppress(OSError):  # one that is dead already is found out when it is listened to
                     transport.send(ours, packed)

@@ -21,7 +21,10 @@ from lightning_fed.messages import CLIENT
 from lightning_fed.testing import ENGINE_CASES, ToyModule, counting_client, send, toy_data
 from tests.helpers import QUIET
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*starts that many processes"),
+]
 
 
 def descriptors() -> int:
@@ -183,6 +186,12 @@ def fit(module, *callbacks, rounds=3, **options):
     trainer = FederatedTrainer(max_rounds=rounds, callbacks=list(callbacks), **arguments)
     trainer.fit(module, DataLoader(toy_data(64), batch_size=8, shuffle=True))
     return trainer
+
+
+def test_loaders_may_have_worker_processes_of_their_own():
+    trainer = FederatedTrainer(max_rounds=1, num_clients=2, engine="processes", num_workers=2, **QUIET)
+    trainer.fit(ToyModule(), DataLoader(toy_data(16), batch_size=8, num_workers=1))
+    assert trainer.global_step == 1
 
 
 def test_a_dead_worker_stops_the_run_with_the_client_and_the_round():
