@@ -17,7 +17,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed import messages, weights
 from lightning_fed.callbacks.base import CohortOwner, FailureOwner, FederatedCallback, PartitionOwner
-from lightning_fed.callbacks.flower_strategy import FlowerStrategy, load_strategy_state, strategy_state
+from lightning_fed.callbacks.flower_strategy import (
+    FlowerStrategy,
+    load_strategy_state,
+    strategy_state,
+    warn_of_unsaved,
+)
 from lightning_fed.deal import Deal
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.rounds import Rounds
@@ -147,6 +152,7 @@ class Federation(Callback):
         """
         if self._strategy is None:
             return {}
+        warn_of_unsaved(self._strategy)
         strategy = strategy_state(self._strategy) if self._before is None else self._before[1]
         state: dict[str, Any] = {"seed": self.seed, "strategy": strategy}
         if self._is_ours:
@@ -236,7 +242,7 @@ class Federation(Callback):
 
 def _is_method(callback: FederatedCallback) -> bool:
     parts = ("server_strategy", "client_mods", "local_callbacks")
-    return any(getattr(type(callback), part) is not getattr(FederatedCallback, part) for part in parts)
+    return any(is_overridden(part, callback, FederatedCallback) for part in parts)
 
 
 def _label(callback: FederatedCallback) -> str:

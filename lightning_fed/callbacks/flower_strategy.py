@@ -119,13 +119,23 @@ def strategy_state(strategy: Strategy) -> dict[str, Any]:
     """A strategy's state for a checkpoint: by its own ``state_dict``, else its arrays, numbers and records."""
     if hasattr(strategy, "state_dict"):
         return strategy.state_dict()
-    state, unknown = _state_of(strategy)
-    if unknown:
+    return _state_of(strategy)[0]
+
+
+def warn_of_unsaved(strategy: Strategy) -> None:
+    """Names what of a strategy, or of those that it wraps, cannot go into a checkpoint."""
+    if isinstance(strategy, Adaptor):
+        strategy = strategy.inner
+    if hasattr(strategy, "state_dict"):
+        return
+    for wrapped in vars(strategy).values():
+        if isinstance(wrapped, Adaptor):
+            warn_of_unsaved(wrapped)
+    if unknown := _state_of(strategy)[1]:
         rank_zero_warn(
             f"{type(strategy).__name__} holds {', '.join(sorted(unknown))}, which cannot go into a checkpoint: a"
             " resumed run starts with it new."
         )
-    return state
 
 
 def load_strategy_state(strategy: Strategy, state: dict[str, Any]) -> None:

@@ -293,6 +293,14 @@ def test_state_that_cannot_be_saved_is_named_in_a_warning(tmp_path):
     assert saved["callbacks"]["lightning_fed.Federation"]["strategy"]["count"] == 1
 
 
+def test_a_run_that_saves_nothing_says_nothing_of_what_cannot_be_saved():
+    strategy = flower.FedAvg()
+    strategy.generator = np.random.default_rng(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*cannot go into a checkpoint.*")
+        federated(FlowerStrategy(strategy), rounds=1)
+
+
 def test_a_strategy_that_can_be_saved_gives_no_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*cannot go into a checkpoint.*")
