@@ -68,17 +68,20 @@ def refusals(arguments: dict[str, Any]) -> list[str]:
     return faults
 
 
-def split(arguments: dict[str, Any]) -> dict[str, Any]:
+def split(arguments: dict[str, Any], cuda: list[int]) -> dict[str, Any]:
     """Takes the clients' arguments out of ``arguments``, which then are the server's, and returns them.
 
     A server trains nothing: what steers training is the clients' alone, what steers numerics is for both.
+
+    Args:
+        arguments: Those of a ``Trainer``, by name.
+        cuda: The CUDA devices that they ask for.
     """
     for name in REFUSED:
         arguments.pop(name, None)
-    accelerator, devices = arguments.get("accelerator", "auto"), arguments.get("devices", "auto")
     # The server's fit has one device, and so has each client's.
-    cuda = cuda_devices(accelerator, devices)
-    arguments["devices"] = cuda[:1] or (devices if isinstance(accelerator, Accelerator) else 1)
+    custom = isinstance(arguments.get("accelerator"), Accelerator)
+    arguments["devices"] = cuda[:1] or (arguments.get("devices", "auto") if custom else 1)
     clients = {name: arguments.pop(name) for name in CLIENTS if name in arguments}
     clients.update({name: arguments[name] for name in BOTH if name in arguments})
     return clients
@@ -121,22 +124,20 @@ def _is_one_of(callback: Callback, names: Sequence[str]) -> bool:
     return any(isinstance(callback, getattr(lightning_callbacks, name, ())) for name in names)
 
 
-def engine_faults(engine: object, known: Iterable[str], workers: dict[str, int | None]) -> list[str]:
+def engine_faults(engine: object, known: Iterable[str], numbers: dict[str, int | None]) -> list[str]:
     """A sentence for each fault in ``engine=`` and what goes with it.
 
     Args:
         engine: A name or an ``Engine``.
         known: The names that there are.
-        workers: ``num_workers`` and ``clients_per_device``, ``None`` where not given.
+        numbers: As in ``faults``, with ``num_workers`` and ``clients_per_device``.
     """
     found = []
     if isinstance(engine, str) and engine not in known:
         found.append(f"engine={engine!r} is unknown: write one of {sorted(known)}, or pass an Engine.")
-    for name, value in workers.items():
-        if value is not None and engine != "processes":
-            found.append(f"{name}={value} is for engine='processes': write that, or leave {name} out.")
-        elif value is not None and value < 1:
-            found.append(f"{name}={value} must be at least 1.")
+    for name in ("num_workers", "clients_per_device"):
+        if numbers[name] is not None and engine != "processes":
+            found.append(f"{name}={numbers[name]} is for engine='processes': write that, or leave {name} out.")
     return found
 
 
@@ -159,7 +160,8 @@ def faults(numbers: dict[str, int | None], federated: Sequence[FederatedCallback
     """A sentence for each fault in the arguments of ``FederatedTrainer``'s own.
 
     Args:
-        numbers: ``max_rounds``, ``num_clients``, ``local_epochs`` and ``local_steps``, ``None`` where not given.
+        numbers: ``max_rounds``, ``num_clients``, ``local_epochs``, ``local_steps``, ``num_workers`` and
+            ``clients_per_device``, ``None`` where not given.
         federated: The federated callbacks.
         endless: Whether something else limits the run.
     """

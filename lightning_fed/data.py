@@ -124,19 +124,25 @@ def slice_loader(
     return gathering(sliced)
 
 
+def _gather(tensors: Sequence[Tensor], indices: list[int]) -> list[Tensor]:
+    chosen = torch.as_tensor(indices, device=tensors[0].device)
+    return [tensor.index_select(0, chosen) for tensor in tensors]
+
+
 class _GatheredTensors(TensorDataset):
     """A TensorDataset that gives a batch by one indexing call for each tensor."""
 
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        chosen = torch.as_tensor(indices, device=self.tensors[0].device)
-        return [tensor.index_select(0, chosen) for tensor in self.tensors]
+        return _gather(self.tensors, indices)
 
 
 class _GatheredSubset(Subset[Any]):
     """A part of a TensorDataset that gives a batch by one indexing call for each tensor."""
 
+    dataset: TensorDataset
+
     def __getitems__(self, indices: list[int]) -> list[Tensor]:  # type: ignore[override]
-        return _GatheredTensors.__getitems__(self.dataset, [self.indices[i] for i in indices])  # type: ignore[arg-type]
+        return _gather(self.dataset.tensors, [self.indices[i] for i in indices])
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -149,8 +155,8 @@ def gathering(loader: Any) -> Any:
         return loader
     dataset, indices = loader.dataset, None
     while type(dataset) is Subset:
-        own = list(dataset.indices)
-        indices = own if indices is None else [own[i] for i in indices]
+        # The outer part's indices alone are looked up: a client must not pay for the whole data set.
+        indices = dataset.indices if indices is None else [dataset.indices[i] for i in indices]
         dataset = dataset.dataset
     if type(dataset) is not TensorDataset or any(t.is_sparse or t.requires_grad for t in dataset.tensors):
         return loader

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.compile import from_compiled
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch._dynamo import OptimizedModule
 
@@ -104,34 +105,43 @@ class FederatedTrainer(Trainer):
             "num_clients": num_clients,
             "local_epochs": local_epochs,
             "local_steps": local_steps,
+            "num_workers": num_workers,
+            "clients_per_device": clients_per_device,
         }
         faults += arguments.faults(numbers, federated, endless=bool(kwargs.get("max_time") or dev_run))
-        workers = {"num_workers": num_workers, "clients_per_device": clients_per_device}
-        faults += arguments.engine_faults(engine, ENGINES, workers)
+        faults += arguments.engine_faults(engine, ENGINES, numbers)
         if client_state not in (states := get_args(ClientState)):
             faults.append(f"client_state={client_state!r} is unknown: write one of {states}.")
         if faults:
             raise ConfigurationError("FederatedTrainer cannot start:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
-        cuda = arguments.cuda_devices(kwargs.get("accelerator", "auto"), kwargs.get("devices", "auto"))
-        client_kwargs = arguments.split(kwargs)
+        devices = kwargs.get("devices", "auto")
+        cuda = arguments.cuda_devices(kwargs.get("accelerator", "auto"), devices)
+        client_kwargs = arguments.split(kwargs, cuda)
         if every := client_kwargs.get("reload_dataloaders_every_n_epochs"):  # the server's are validation loaders
             kwargs["reload_dataloaders_every_n_epochs"] = max(1, every // (local_epochs or 1))
         if dev_run:
             local_epochs, local_steps = 1, None
             client_kwargs |= {"limit_train_batches": dev_run, "limit_val_batches": dev_run}
         self.engine = _engine(engine, cuda, num_workers, clients_per_device or 1)
-        if isinstance(self.engine, Processes) and cuda:
+        if isinstance(self.engine, Processes) and self.engine.devices:
             client_kwargs["devices"] = [0]  # the only one that a worker sees
+        if isinstance(self.engine, InProcess) and len(cuda) > 1 and devices != "auto":
+            rank_zero_warn(
+                f"devices={devices!r}: clients train in this process one after the other, on cuda:{cuda[0]}. Write"
+                " engine='processes' to use all."
+            )
         self.seed = run_seed(seed)
         self.owners = _owners(federated, num_clients)
         self.federation = Federation(self.owners, self.seed, timeout, 2 if dev_run else None, self.engine.name)
+        # Only these: the clients may be in other processes, where a logger or a progress bar cannot be sent.
+        trained_by = [c for c in self.owners.callbacks if is_overridden("local_callbacks", c, FederatedCallback)]
         self.local_options = LocalOptions(
             trainer=client_kwargs,
             epochs=None if local_steps else local_epochs or 1,
             steps=local_steps,
             callbacks=local,
-            method_callbacks=partial(_local_callbacks, [c for c in self.owners.callbacks if _trains(c)]),
+            method_callbacks=partial(_local_callbacks, trained_by),
             client_state=client_state,
             local_validation=local_validation,
         )
@@ -279,16 +289,7 @@ def _as_list(callbacks: list[Callback] | Callback | None) -> list[Callback]:
 def _engine(engine: str | Engine, cuda: list[int], num_workers: int | None, clients_per_device: int) -> Engine:
     if engine == "processes":
         return Processes(num_workers or len(cuda) * clients_per_device or None, devices=cuda)
-    if len(cuda) > 1:
-        rank_zero_warn(
-            f"devices={cuda}: clients train in this process one after the other, on cuda:{cuda[0]}. Write"
-            " engine='processes' to use all."
-        )
     return ENGINES[engine]() if isinstance(engine, str) else engine
-
-
-def _trains(callback: FederatedCallback) -> bool:
-    return type(callback).local_callbacks is not FederatedCallback.local_callbacks
 
 
 def _local_callbacks(methods: list[FederatedCallback]) -> list[Callback]:
