@@ -183,7 +183,7 @@ def flower(w: Workload, clock: Clock, lightning: bool = False) -> float:
     for name in ("RAY_USAGE_STATS_ENABLED", "FLWR_TELEMETRY_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         os.environ.setdefault(name, "0")
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.app import ArrayRecord, Context, Message, MetricRecord
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
     from flwr.serverapp.strategy import FedAvg
@@ -216,7 +216,6 @@ def flower(w: Workload, clock: Clock, lightning: bool = False) -> float:
 
     resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     run_simulation(server_app=server, client_app=client, num_supernodes=w.population, backend_config=resources)
-    del RecordDict
     return done[0] if done else float("nan")
 
 

@@ -74,8 +74,9 @@ def main():
     trainer = FederatedTrainer(max_rounds=rounds, num_clients=10, callbacks=federated, **quiet)
     trainer.fit(Digits(), train_loader, test_loader)
 
-    for label, curve in {"\ncentral": central, "federated, 10 clients": federated}.items():
-        plt.plot(range(1, rounds + 1), curve.accuracy, marker=".", label=label.strip())
+    print()
+    for label, curve in {"central": central, "federated, 10 clients": federated}.items():
+        plt.plot(range(1, rounds + 1), curve.accuracy, marker=".", label=label)
         print(f"{label:<22} test accuracy {curve.accuracy[-1]:.3f}")
     plt.gca().set(title="Handwritten digits", xlabel="epoch or round", ylabel="test accuracy")
     plt.legend()

@@ -19,6 +19,7 @@ from lightning_fed.engines import Processes
 from lightning_fed.engines.pool import start_method
 from lightning_fed.messages import CLIENT
 from lightning_fed.testing import ENGINE_CASES, ToyModule, counting_client, send, toy_data
+from tests.engines.test_in_process import train_messages
 from tests.helpers import QUIET
 
 pytestmark = [
@@ -79,8 +80,6 @@ def test_replies_come_in_the_order_of_the_messages_whoever_is_slow():
     app = client_that(lambda client: time.sleep(0.3 if client == 0 else 0))
 
     def main(grid):
-        from tests.engines.test_in_process import train_messages
-
         return [r.metadata.src_node_id for r in grid.send_and_receive(train_messages(grid, [3, 1, 5, 2, 4]))]
 
     assert Processes(num_workers=2).run(main, app, lambda: 5) == [3, 1, 5, 2, 4]
@@ -90,8 +89,6 @@ def test_who_does_not_reply_in_time_is_left_out_and_the_next_round_is_whole():
     app = client_that(lambda client: time.sleep(60 if client == 1 else 0))
 
     def main(grid):
-        from tests.engines.test_in_process import train_messages
-
         late = [r.metadata.src_node_id for r in grid.send_and_receive(train_messages(grid), timeout=3)]
         whole = [r.metadata.src_node_id for r in grid.send_and_receive(train_messages(grid, [1, 3]), timeout=10)]
         return late, whole
@@ -103,8 +100,6 @@ def test_leaving_an_exchange_early_ends_the_work_on_it():
     app = client_that(lambda client: time.sleep(60 if client else 0))
 
     def main(grid):
-        from tests.engines.test_in_process import train_messages
-
         for reply in grid.send_and_receive(train_messages(grid)):
             return reply.metadata.src_node_id
 
