@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,28 +121,34 @@ def slice_loader(
         changed["batch_sampler"] = BatchSampler(sampler, batches.batch_size, drop_last)
     sliced = copy.copy(loader)
     sliced.__dict__.update(changed)
-    return gathering(sliced)
+    return sliced
 
 
-def _gather(tensors: Sequence[Tensor], indices: list[int]) -> list[Tensor]:
-    chosen = torch.as_tensor(indices, device=tensors[0].device)
-    return [tensor.index_select(0, chosen) for tensor in tensors]
+class _Gathered(TensorDataset):
+    """A TensorDataset, or a part of one, that gives a batch by one indexing call for each tensor."""
+
+    def __init__(self, tensors: Sequence[Tensor], indices: Sequence[int] | None) -> None:
+        super().__init__(*tensors)
+        self._indices = None if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.tensors[0]) if self._indices is None else len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(part[0] for part in self.__getitems__([index]))
+
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> list[Tensor]:
+        chosen = torch.as_tensor(indices)
+        chosen = chosen if self._indices is None else self._indices[chosen]
+        return [tensor.index_select(0, chosen.to(tensor.device)) for tensor in self.tensors]
 
 
-class _GatheredTensors(TensorDataset):
-    """A TensorDataset that gives a batch by one indexing call for each tensor."""
+class _TensorBatches(BatchSampler):
+    """The batches of a BatchSampler, each as one tensor of indices."""
 
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        return _gather(self.tensors, indices)
-
-
-class _GatheredSubset(Subset[Any]):
-    """A part of a TensorDataset that gives a batch by one indexing call for each tensor."""
-
-    dataset: TensorDataset
-
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:  # type: ignore[override]
-        return _gather(self.dataset.tensors, [self.indices[i] for i in indices])
+    def __iter__(self) -> Iterator[Any]:
+        batches = torch.as_tensor(list(self.sampler), dtype=torch.int64).split(self.batch_size)  # type: ignore[no-untyped-call]
+        yield from batches[: len(self)]
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -151,7 +157,8 @@ def _as_it_is(batch: Any) -> Any:
 
 def gathering(loader: Any) -> Any:
     """The loader, with the same batches in the same order; those of tensors are gathered, not collated one by one."""
-    if type(loader) is not DataLoader or loader.collate_fn is not default_collate or loader.batch_sampler is None:
+    usual = type(loader) is DataLoader and loader.collate_fn is default_collate and not loader.num_workers
+    if not usual or loader.batch_sampler is None:
         return loader
     dataset, indices = loader.dataset, None
     while type(dataset) is Subset:
@@ -161,9 +168,19 @@ def gathering(loader: Any) -> Any:
     if type(dataset) is not TensorDataset or any(t.is_sparse or t.requires_grad for t in dataset.tensors):
         return loader
     fast = copy.copy(loader)
-    part = _GatheredTensors(*dataset.tensors) if indices is None else _GatheredSubset(dataset, indices)
-    fast.__dict__.update(dataset=part, collate_fn=_as_it_is)
+    fast.__dict__.update(dataset=_Gathered(dataset.tensors, indices), collate_fn=_as_it_is)
+    batches: Any = loader.batch_sampler
+    if type(batches) is BatchSampler and _draws_at_once(batches.sampler):
+        fast.__dict__["batch_sampler"] = _TensorBatches(batches.sampler, batches.batch_size, batches.drop_last)
     return fast
+
+
+def _draws_at_once(sampler: Any) -> bool:
+    """Whether a sampler draws all its numbers when it is asked for the first, or none."""
+    if type(sampler) is RandomSampler:
+        # With a generator of its own the numbers that nobody asks for would be drawn, too.
+        return not sampler.replacement and sampler._num_samples is None and sampler.generator is None
+    return type(sampler) is SequentialSampler
 
 
 def count_examples(loader: object) -> int | None:

@@ -25,6 +25,7 @@ from lightning_fed.callbacks import FedAvg, FederatedCallback, Partition, RichRo
 from lightning_fed.callbacks.base import CohortOwner, FailureOwner
 from lightning_fed.client.app import ClientSide, build_client_app
 from lightning_fed.client.local_fit import ClientState, LocalOptions
+from lightning_fed.data import gathering
 from lightning_fed.deal import Deal
 from lightning_fed.engines import Engine, InProcess, Processes
 from lightning_fed.errors import ConfigurationError
@@ -150,6 +151,7 @@ class FederatedTrainer(Trainer):
         # In kwargs, so that LightningCLI knows max_epochs, too, and refusals() can say what to write instead.
         kwargs["max_epochs"] = -1 if max_rounds is None else max_rounds
         super().__init__(callbacks=[self.federation, *own], **kwargs)
+        self.strategy.process_dataloader = gathering  # type: ignore[assignment, method-assign]
         if dev_run:  # Lightning's own makes n batches of it; here they are n rounds
             self.fit_loop.max_epochs, self.fit_loop.epoch_loop.max_steps = dev_run, -1
         if getattr(self.precision_plugin, "scaler", None) is not None:

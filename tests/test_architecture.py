@@ -20,7 +20,16 @@ ROOT = Path(__file__).parent.parent / "lightning_fed"
 # A name that is written out comes before a pattern.
 LEVELS = [
     ["_version", "errors", "seeding", "views"],
-    ["weights", "metrics", "data", "client", "client.isolation", "client.fit_state"],
+    [
+        "weights",
+        "metrics",
+        "data",
+        "client",
+        "client.isolation",
+        "client.fit_state",
+        "client.lean_loop",
+        "client.logged",
+    ],
     ["messages", "client.local_trainer"],
     ["strategies.mean", "roster"],
     ["strategies.*"],

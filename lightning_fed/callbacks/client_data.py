@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from lightning_fed.callbacks.base import PartitionOwner
-from lightning_fed.data import ClientLoaders, count_examples, gathering
+from lightning_fed.data import ClientLoaders, count_examples
 from lightning_fed.errors import ConfigurationError
 
 
@@ -53,7 +53,7 @@ class ClientData(PartitionOwner):
         if isinstance(given, LightningDataModule):
             return ClientLoaders(datamodule=given)
         train, val = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
-        return ClientLoaders(train=gathering(train), val=gathering(val), num_examples=count_examples(train))
+        return ClientLoaders(train=train, val=val, num_examples=count_examples(train))
 
     def can_evaluate(self) -> bool:
         """Whether a client has data to evaluate on only the client knows."""

@@ -73,7 +73,6 @@ class LocalHooks(Callback):
 
     def __init__(self, options: LocalOptions, first_epoch: int) -> None:
         self.options, self.first_epoch = options, first_epoch
-        self.seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(trainer, LocalTrainer)
@@ -81,10 +80,6 @@ class LocalHooks(Callback):
             fit_state.load(trainer, trainer.task.state)
         elif self.options.client_state == "global":
             fit_state.advance(trainer, self.first_epoch, trainer.task.round - 1)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch == self.first_epoch:
-            self.seen += _batch_size(batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.options.epochs and trainer.current_epoch + 1 == self.first_epoch + self.options.epochs:
@@ -94,6 +89,17 @@ class LocalHooks(Callback):
         assert isinstance(trainer, LocalTrainer)
         if trainer.validating and trainer.state.fn == "validate":
             trainer.caught = catch(trainer, pl_module, trainer.computed)
+
+
+class CountExamples(Callback):
+    """Counts what a round's first epoch trains on, where the data may have no length."""
+
+    def __init__(self, first_epoch: int) -> None:
+        self.first_epoch, self.seen = first_epoch, 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == self.first_epoch:
+            self.seen += _batch_size(batch)
 
 
 def set_up(
@@ -147,9 +153,12 @@ def local_fit(
             " or let it fail: FaultTolerance(min_results=...)."
         )
     first_epoch = options.first_epoch(task.round)
-    hooks = LocalHooks(options, first_epoch)
+    callbacks: list[Callback] = [LocalHooks(options, first_epoch), *options.method_callbacks()]
+    counter = CountExamples(first_epoch)
+    if loaders.num_examples is None:
+        callbacks.append(counter)
     with _local_run(module, datamodule, task, "train"):
-        trainer = _build_trainer(task, loaders, module, options, [hooks, *options.method_callbacks()])
+        trainer = _build_trainer(task, loaders, module, options, callbacks)
         _start_at_epoch(trainer, first_epoch)
         try:
             _call(trainer.fit, trainer, module, datamodule, train=True)
@@ -159,7 +168,7 @@ def local_fit(
         _let_go(trainer, module)
         examples = loaders.num_examples
         if examples is None:
-            examples = count_examples(trainer.train_dataloader) or hooks.seen
+            examples = count_examples(trainer.train_dataloader) or counter.seen
         return LocalResult(weights.read(module), examples, _scalars(trainer), trainer.caught, state)
 
 

@@ -7,15 +7,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer.connectors import callback_connector
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fed import weights
-from lightning_fed.data import ClientLoaders
+from lightning_fed.client.lean_loop import make_lean
+from lightning_fed.client.logged import LoggedValues
+from lightning_fed.data import ClientLoaders, gathering
 from lightning_fed.metrics import MetricState, catch
 from lightning_fed.views import View
 from lightning_fed.weights import Weights
@@ -72,7 +75,9 @@ class ClientView(View):
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(value, Tensor) and any(value is metric._computed for metric in self.trainer.module_metrics):
             self.trainer.computed.add(name)
-        super().log(name, value, *args, **kwargs)  # type: ignore[misc]
+        if torch.compiler.is_compiling() or not self.trainer.log_again(self, name, value, args, kwargs):
+            super().log(name, value, *args, **kwargs)  # type: ignore[misc]
+            self.trainer.remember_log(self, name, args, kwargs)
 
 
 class ClientDataView(View):
@@ -96,22 +101,6 @@ class ClientDataView(View):
         return [] if self.trainer.loaders.val is None else self.trainer.loaders.val
 
 
-class _Logged(_ResultMetric):
-    """A logged value that is moved to its device once, not each time it is logged (half of what ``log`` costs)."""
-
-    def to(self, *args: Any, **kwargs: Any) -> _ResultMetric:  # type: ignore[override]
-        if kwargs or args != self.__dict__.get("_is_at"):
-            super().to(*args, **kwargs)
-            self.__dict__["_is_at"] = args
-        return self
-
-
-class _LoggedValues(_ResultCollection):
-    def __setitem__(self, key: str, value: _ResultMetric) -> None:
-        value.__class__ = _Logged
-        super().__setitem__(key, value)
-
-
 class _NoProfiler(PassThroughProfiler):
     """Lightning's own makes a context for each of the twenty-odd calls of a step."""
 
@@ -119,6 +108,14 @@ class _NoProfiler(PassThroughProfiler):
 
     def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
         return self._nothing
+
+
+# How many arguments of ``log`` may stand without a name: those before ``enable_graph``.
+_IN_ORDER = 5
+
+
+def _how(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    return args, {name: value for name, value in kwargs.items() if name not in ("name", "value", "batch_size")}
 
 
 @contextmanager
@@ -163,10 +160,40 @@ class LocalTrainer(Trainer):
         self.module_metrics = [child for child in module.modules() if isinstance(child, Metric)]
         with _no_external_callbacks():
             super().__init__(profiler=_NoProfiler(), **kwargs)
+        make_lean(self)
+        self.strategy.process_dataloader = gathering  # type: ignore[assignment, method-assign]
         for loop in (self.fit_loop.epoch_loop, self.fit_loop.epoch_loop.val_loop, self.validate_loop):
-            loop._results = _LoggedValues(training=loop is self.fit_loop.epoch_loop)
+            loop._results = LoggedValues(training=loop is self.fit_loop.epoch_loop)
         # Signals are the server's: a client that heard SIGTERM, too, would break the round off.
         self._signal_connector.register_signal_handlers = _leave_signals  # type: ignore[method-assign]
+
+    @property
+    def training(self) -> bool:
+        """Whether it trains. Lightning asks a dozen times a step, and its own compares strings."""
+        return self.state.stage is RunningStage.TRAINING
+
+    @training.setter
+    def training(self, value: bool) -> None:
+        assert Trainer.training.fset is not None  # type: ignore[attr-defined]
+        Trainer.training.fset(self, value)  # type: ignore[attr-defined]
+
+    def log_again(self, module: Any, name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Logs in a training step what Lightning has checked before; ``False`` where it has not."""
+        hook, connector = module._current_fx_name, self._logger_connector
+        # In the first step of an epoch a hook's old values are Lightning's to reset.
+        if not self.training or (connector._current_fx != hook and connector._first_loop_iter is not False):
+            return False
+        values, batch_size = self.fit_loop.epoch_loop._results, kwargs.get("batch_size")
+        if not values.log_again(hook, name, value, _how(args, kwargs), batch_size):  # type: ignore[attr-defined]
+            return False
+        connector._current_fx = hook
+        return True
+
+    def remember_log(self, module: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
+        """Takes note of what Lightning has checked."""
+        special = any(kwargs.get(name) for name in ("enable_graph", "metric_attribute"))
+        if self.training and len(args) <= _IN_ORDER and not special:
+            self.fit_loop.epoch_loop._results.remember(module._current_fx_name, name, _how(args, kwargs))  # type: ignore[attr-defined]
 
     @property
     def estimated_stepping_batches(self) -> int | float:

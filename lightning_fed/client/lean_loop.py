@@ -1,0 +1,215 @@
+"""The epoch loop of clients' trainers: Lightning's, step for step, without what nobody listens to.
+
+With a small model most of a step's time is Lightning's: twenty hooks, called whether or not anybody wrote them, each
+with a profiler's context; closures in closures; signatures read anew. Here one look at the beginning of an epoch says
+which hooks somebody wrote. Where anything is unusual (another precision, accumulated gradients, a module's own
+``backward``) Lightning's own code runs.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
+from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult, _AutomaticOptimization
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.optim import Optimizer
+
+_OF_A_STEP = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+_OF_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+_OF_OPTIMIZATION = ("optimizer_step", "optimizer_zero_grad", "backward")
+
+
+class _Hooks:
+    """Those hooks of a step that somebody wrote, found once an epoch."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._module = trainer, trainer.lightning_module
+        self._callbacks = {name for name in _OF_A_STEP if any(_wrote(c, Callback, name) for c in trainer.callbacks)}  # type: ignore[attr-defined]
+        self._own = {name for name in _OF_A_STEP if _wrote(self._module, LightningModule, name)}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._callbacks or name in self._own
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Calls a hook in Lightning's way and order, and returns what the module's own gave."""
+        if name in self._callbacks:
+            call._call_callback_hooks(self._trainer, name, *args)
+        return call._call_lightning_module_hook(self._trainer, name, *args) if name in self._own else None
+
+
+class LeanOptimization(_AutomaticOptimization):
+    """Lightning's automatic optimization in one closure."""
+
+    hooks: _Hooks | None = None
+
+    def prepare(self, hooks: _Hooks, is_plain: bool) -> None:
+        """Looks, once an epoch, whether there is anything that needs Lightning's own way."""
+        module = self.trainer.lightning_module
+        usual = is_plain and not self._skip_backward and self.trainer.strategy.model is module
+        usual = usual and not any(_wrote(module, LightningModule, name) for name in _OF_OPTIMIZATION)
+        self.hooks = hooks if usual else None
+        self._clips = bool(self.trainer.gradient_clip_val)
+        self._clips = self._clips or _wrote(module, LightningModule, "configure_gradient_clipping")
+
+    def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
+        """As Lightning's; what the step gave is there only for an ``on_train_batch_end`` that somebody wrote."""
+        if self.hooks is None:
+            return super().run(optimizer, batch_idx, kwargs)
+        module, step = self.trainer.lightning_module, self.optim_progress.optimizer.step
+        self._output: dict[str, Any] = {}
+        step.increment_ready()
+        module._current_fx_name = "optimizer_step"
+        optimizer.step(closure=partial(self._closure, optimizer, kwargs))  # type: ignore[arg-type]
+        module._current_fx_name = None
+        step.increment_completed()
+        return self._output
+
+    @torch.enable_grad()
+    def _closure(self, optimizer: Optimizer, kwargs: OrderedDict[str, Any]) -> Tensor | None:
+        hooks, trainer, module = self.hooks, self.trainer, self.trainer.lightning_module
+        assert hooks is not None
+        module._current_fx_name = "training_step"
+        loss = self._loss(module.training_step(*kwargs.values()), "on_train_batch_end" in hooks)
+        module._current_fx_name = "optimizer_step"
+
+        zero_grad = self.optim_progress.optimizer.zero_grad
+        zero_grad.increment_ready()
+        hooks.call("on_before_zero_grad", optimizer)
+        zero_grad.increment_started()
+        optimizer.zero_grad()
+        zero_grad.increment_completed()
+        if loss is not None:
+            hooks.call("on_before_backward", loss)
+            loss.backward()  # type: ignore[no-untyped-call]
+            hooks.call("on_after_backward")
+        hooks.call("on_before_optimizer_step", optimizer)
+        if self._clips:
+            clipping = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+            trainer.precision_plugin._clip_gradients(module, optimizer, *clipping)
+        return None if loss is None else loss.detach()
+
+    def _loss(self, output: Any, is_heard: bool) -> Tensor | None:
+        if type(output) is Tensor and output.is_floating_point() and not is_heard:
+            return output
+        result = ClosureResult.from_training_step_output(output)
+        if result.closure_loss is None:
+            Closure.warning_cache.warn(
+                "`training_step` returned `None`. If this was on purpose, ignore this warning..."
+            )
+        self._output = {} if result.loss is None else result.asdict()
+        return result.closure_loss
+
+
+class LeanEpochLoop(_TrainingEpochLoop):
+    """Lightning's epoch loop for the usual case: batches from loaders, one device, no accumulation."""
+
+    def on_run_start(self, data_fetcher: _DataFetcher) -> None:
+        """Looks whether this epoch is the usual case."""
+        super().on_run_start(data_fetcher)
+        trainer, module = self.trainer, self.trainer.lightning_module
+        plain_loaders = type(data_fetcher) is _PrefetchDataFetcher and not self.restarting
+        one_device = type(trainer.strategy) is SingleDeviceStrategy
+        self._is_lean = plain_loaders and one_device and trainer.accumulate_grad_batches == 1
+        if not self._is_lean:
+            return
+        self._hooks, is_plain = _Hooks(trainer), type(trainer.precision_plugin) is Precision
+        assert isinstance(self.automatic_optimization, LeanOptimization)
+        self.automatic_optimization.prepare(self._hooks, is_plain)
+        self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        transfers = any(_wrote(module, LightningModule, name) for name in _OF_TRANSFER) or (
+            data is not None and any(_wrote(data, LightningDataModule, name) for name in _OF_TRANSFER)
+        )
+        self._transfers = transfers or not is_plain
+
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        """One step.
+
+        Raises:
+            StopIteration: If the data or a hook ends the epoch.
+        """
+        if not self._is_lean:
+            super().advance(data_fetcher)
+            return
+        trainer, progress, hooks = self.trainer, self.batch_progress, self._hooks
+        batch, _, _ = next(data_fetcher)
+        batch_idx = self.batch_idx + 1
+        progress.is_last_batch = data_fetcher.done
+        batch = self._at_its_device(batch)
+        progress.increment_ready()
+        trainer._logger_connector.on_batch_start(batch)
+        output, is_over = None, False
+        if batch is None:
+            self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
+        elif is_over := hooks.call("on_train_batch_start", batch, batch_idx) == -1:
+            progress.increment_by(0, is_last_batch=True)
+        else:
+            progress.increment_started()
+            output = self._step(batch, batch_idx)
+        progress.increment_processed()
+        if trainer.lr_scheduler_configs:
+            self.update_lr_schedulers("step", update_plateau_schedulers=False)
+            if self._num_ready_batches_reached():
+                self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        if is_over:
+            raise StopIteration
+        hooks.call("on_train_batch_end", output, batch, batch_idx)
+        trainer._logger_connector.on_batch_end()
+        progress.increment_completed()
+
+    def _step(self, batch: Any, batch_idx: int) -> Any:
+        kwargs: OrderedDict[str, Any] = OrderedDict(batch=batch)
+        if self._takes_index:
+            kwargs["batch_idx"] = batch_idx
+        if self.trainer.lightning_module.automatic_optimization:
+            return self.automatic_optimization.run(self.trainer.optimizers[0], batch_idx, kwargs)
+        return self.manual_optimization.run(kwargs)
+
+    def _at_its_device(self, batch: Any) -> Any:
+        trainer, is_there = self.trainer, not self._transfers and type(batch) in (list, tuple)
+        device = trainer.strategy.root_device
+        if is_there and all(type(part) is Tensor and part.device == device for part in batch):
+            return batch
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+
+    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+        """What comes after a step; without validation that is little."""
+        if not self._is_lean or self.trainer.limit_val_batches:
+            super().on_advance_end(data_fetcher)
+            return
+        if self.trainer.lr_scheduler_configs:
+            self.update_lr_schedulers("step", update_plateau_schedulers=True)
+        self._batches_that_stepped += 1
+        if self.trainer.received_sigterm and not self._is_training_done:
+            raise SIGTERMException
+
+
+def make_lean(trainer: Trainer) -> None:
+    """Gives a trainer that has not begun the lean loops."""
+    trainer.fit_loop.epoch_loop.__class__ = LeanEpochLoop
+    trainer.fit_loop.epoch_loop.automatic_optimization.__class__ = LeanOptimization
+
+
+def _wrote(instance: object, base: type, name: str) -> bool:
+    """Whether somebody wrote a hook: in the instance's class, or on the instance itself."""
+    return getattr(type(instance), name, None) is not getattr(base, name) or name in vars(instance)
