@@ -136,8 +136,11 @@ def engine_faults(engine: object, known: Iterable[str], numbers: dict[str, int |
     if isinstance(engine, str) and engine not in known:
         found.append(f"engine={engine!r} is unknown: write one of {sorted(known)}, or pass an Engine.")
     for name in ("num_workers", "clients_per_device"):
-        if numbers[name] is not None and engine != "processes":
-            found.append(f"{name}={numbers[name]} is for engine='processes': write that, or leave {name} out.")
+        if numbers[name] is not None and engine not in ("processes", "ray"):
+            found.append(
+                f"{name}={numbers[name]} is for engine='processes' and engine='ray': write one of them, or leave {name}"
+                " out."
+            )
     return found
 
 

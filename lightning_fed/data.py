@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,7 @@ def slice_loader(
     seed: int,
     shuffle: bool | None = None,
     keep_workers: bool = False,
+    part: Dataset[Any] | None = None,
 ) -> DataLoader[Any]:
     """A loader like ``loader`` (batch size, workers, collate function, subclass, ...) over some of its examples.
 
@@ -99,8 +101,9 @@ def slice_loader(
         seed: Seeds the shuffling of a loader that came with a generator of its own; any other draws from torch's.
         shuffle: ``False`` also keeps the last, smaller batch; ``None`` does as ``loader`` does.
         keep_workers: Keep worker processes from one pass to the next.
+        part: These examples, where ``in_memory`` has them.
     """
-    part: Dataset[Any] = Subset(loader.dataset, list(indices))
+    part = Subset(loader.dataset, list(indices)) if part is None else part
     whole: Any = _sampler(loader)
     batches: Any = loader if loader.batch_sampler is None else loader.batch_sampler
     shuffled = isinstance(whole, RandomSampler) if shuffle is None else shuffle
@@ -122,6 +125,30 @@ def slice_loader(
     sliced = copy.copy(loader)
     sliced.__dict__.update(changed)
     return sliced
+
+
+class _Examples(Dataset[Any]):
+    """Examples that have been read."""
+
+    def __init__(self, examples: list[Any]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._examples[index]
+
+
+def in_memory(loader: DataLoader[Any], indices: Sequence[int]) -> Dataset[Any]:
+    """Some of a loader's examples, read now; as tensors where its batches are lists of tensors."""
+    examples = [loader.dataset[i] for i in indices]
+    if examples and type(examples[0]) in (tuple, list) and loader.collate_fn is default_collate:
+        with suppress(TypeError, RuntimeError):  # of unequal shapes: that is an error once a batch has two of them
+            columns = default_collate(examples)
+            if all(type(column) is Tensor for column in columns):
+                return TensorDataset(*columns)
+    return _Examples(examples)
 
 
 class _Gathered(TensorDataset):

@@ -27,14 +27,14 @@ from lightning_fed.client.app import ClientSide, build_client_app
 from lightning_fed.client.local_fit import ClientState, LocalOptions
 from lightning_fed.data import gathering
 from lightning_fed.deal import Deal
-from lightning_fed.engines import Engine, InProcess, Processes
+from lightning_fed.engines import Engine, InProcess, Processes, Ray
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.federation import Federation, Owners
 from lightning_fed.seeding import run_seed, seed_for, seeded
 from lightning_fed.server import RoundLoader, ServerDataView, ServerView
 from lightning_fed.views import laid_over
 
-ENGINES: dict[str, type[Engine]] = {"in_process": InProcess, "processes": Processes}
+ENGINES: dict[str, type[Engine]] = {"in_process": InProcess, "processes": Processes, "ray": Ray}
 
 
 @dataclass
@@ -60,10 +60,10 @@ class FederatedTrainer(Trainer):
         local_epochs: How many epochs a client trains in a round; 1 by default.
         local_steps: How many optimizer steps a client trains in a round, in place of ``local_epochs``.
         engine: Where clients run: ``"in_process"``, one after the other; ``"processes"``, several at a time on all
-            cores; or an ``Engine``.
-        num_workers: How many processes ``"processes"`` starts; by default one for each core, on CUDA
+            cores; ``"ray"``, in actors of a Ray cluster; or an ``Engine``.
+        num_workers: How many processes or actors these start; by default one for each core, on CUDA
             ``clients_per_device`` for each device.
-        clients_per_device: How many clients ``"processes"`` trains at a time on one CUDA device; 1 by default.
+        clients_per_device: How many clients they train at a time on one CUDA device; 1 by default.
         client_callbacks: Lightning callbacks for the clients' trainers; each local fit gets copies.
         client_state: ``"reset"`` begins each round with new optimizers and schedulers, ``"carry"`` keeps them with the
             client, ``"global"`` begins with new optimizers and schedules advanced to the global round.
@@ -125,7 +125,7 @@ class FederatedTrainer(Trainer):
             local_epochs, local_steps = 1, None
             client_kwargs |= {"limit_train_batches": dev_run, "limit_val_batches": dev_run}
         self.engine = _engine(engine, cuda, num_workers, clients_per_device or 1)
-        if isinstance(self.engine, Processes) and self.engine.devices:
+        if cuda and (isinstance(self.engine, Ray) or (isinstance(self.engine, Processes) and self.engine.devices)):
             client_kwargs["devices"] = [0]  # the only one that a worker sees
         if isinstance(self.engine, InProcess) and len(cuda) > 1 and devices != "auto":
             rank_zero_warn(
@@ -291,6 +291,8 @@ def _as_list(callbacks: list[Callback] | Callback | None) -> list[Callback]:
 def _engine(engine: str | Engine, cuda: list[int], num_workers: int | None, clients_per_device: int) -> Engine:
     if engine == "processes":
         return Processes(num_workers or len(cuda) * clients_per_device or None, devices=cuda)
+    if engine == "ray":
+        return Ray(num_workers, {"num_gpus": 1 / clients_per_device} if cuda else None)
     return ENGINES[engine]() if isinstance(engine, str) else engine
 
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed.callbacks.base import PartitionOwner
-from lightning_fed.data import ClientLoaders, labels_of, require_sliceable, slice_loader
+from lightning_fed.data import ClientLoaders, in_memory, labels_of, require_sliceable, slice_loader
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_for
 
@@ -38,6 +38,8 @@ class Partition(PartitionOwner):
             client always keeps at least one example to train on.
         labels: The label of each example, in the dataset's order, or a function of the dataset that gives them. Needed
             only where they are found neither in ``.targets``, ``.labels``, a column, nor the last tensor.
+        cache: Keep what was read of a client in memory, transformed, and read it no more. Only for transforms without
+            randomness. Each worker process keeps those of the clients that it served.
 
     Raises:
         ConfigurationError: If an argument is out of its range.
@@ -48,6 +50,7 @@ class Partition(PartitionOwner):
         partitioner: Partitioner | int,
         val_fraction: float = 0.0,
         labels: Sequence[Any] | torch.Tensor | Callable[[Any], Any] | None = None,
+        cache: bool = False,
     ) -> None:
         if isinstance(partitioner, int):
             if partitioner < 1:
@@ -58,7 +61,8 @@ class Partition(PartitionOwner):
         if not 0 <= val_fraction < 1:
             raise ConfigurationError(f"Partition(val_fraction={val_fraction!r}) must be in [0, 1).")
         self.partitioner, self.val_fraction = partitioner, val_fraction
-        self._labels = labels
+        self._labels, self.cache = labels, cache
+        self._read: dict[tuple[str, int], Any] = {}
         self._loader: Any = None
         self._dealt: Partitioner | None = None
         self._seed = 0
@@ -81,7 +85,7 @@ class Partition(PartitionOwner):
         Raises:
             ConfigurationError: If the loader cannot be sliced, or the partitioner does not fit the data.
         """
-        self._loader, self._seed, self._cache = require_sliceable(loader), seed, {}
+        self._loader, self._seed, self._cache, self._read = require_sliceable(loader), seed, {}, {}
         self._deal(self._loader.dataset)
         each = len(self._loader.dataset) / self.num_clients
         if self._loader.num_workers and each < _WORTH_WORKERS:
@@ -164,14 +168,19 @@ class Partition(PartitionOwner):
 
     def client(self, client: int, *, round: int) -> ClientLoaders:
         """See ``PartitionOwner``."""
-        train, val = self.split(client)
+        train, val = (part.tolist() for part in self.split(client))
         seed = seed_for(self._seed, "loader", round=round, client=client)
         return ClientLoaders(
             # After round 1 Lightning starts a fit with two passes; in round 1 the draws are those of a plain Trainer.
-            train=slice_loader(self._loader, train.tolist(), seed=seed, keep_workers=round > 1),
-            val=slice_loader(self._loader, val.tolist(), seed=seed, shuffle=False) if len(val) else None,
+            train=self._loader_of("train", client, train, seed=seed, keep_workers=round > 1),
+            val=self._loader_of("val", client, val, seed=seed, shuffle=False) if val else None,
             num_examples=len(train),
         )
+
+    def _loader_of(self, which: str, client: int, indices: list[int], **how: Any) -> Any:
+        if self.cache and (which, client) not in self._read:
+            self._read[which, client] = in_memory(self._loader, indices)
+        return slice_loader(self._loader, indices, part=self._read.get((which, client)), **how)
 
     def can_evaluate(self) -> bool:
         """Whether anything is held out."""

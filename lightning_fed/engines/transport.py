@@ -65,6 +65,18 @@ def pack(thing: Any, *, by_value: bool = False) -> Packed:
     return Packed(stream.getvalue(), buffers)
 
 
+def to_bytes(thing: Any, *, by_value: bool = False) -> bytes:
+    """As ``pack``, in one piece."""
+    stream = io.BytesIO()
+    (_ByValue if by_value else _ByName)(stream, protocol=5).dump(thing)
+    return stream.getvalue()
+
+
+def from_bytes(pickled: Any) -> Any:
+    """What ``to_bytes`` was given."""
+    return pickle.loads(pickled)
+
+
 def send(to: socket.socket, packed: Packed) -> None:
     """Sends an object; the receiver calls ``receive``."""
     sizes = struct.pack(f"!{len(packed.sizes)}Q", *packed.sizes)

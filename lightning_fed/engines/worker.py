@@ -6,9 +6,9 @@ import os
 import signal
 import socket
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, Metadata, RecordDict
@@ -17,6 +17,8 @@ from flwr.clientapp import ClientApp
 from lightning_fed import messages
 from lightning_fed.engines import transport
 from lightning_fed.engines.in_process import deliver, server_identity
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -134,10 +136,18 @@ def _serve(connection: socket.socket, start: Start) -> None:
                 known = {key: record for key, record in known.items() if key[0] == told.call}
                 known[told.call, told.key] = told.arrays
             else:
-                transport.send(connection, _done(start.client_app, told, known))
+                transport.send(connection, serve(start.client_app, told, known, transport.pack))
 
 
-def _done(app: ClientApp, task: Task, known: dict[tuple[int, int], ArrayRecord]) -> transport.Packed:
+def serve(app: ClientApp, task: Task, known: dict[tuple[int, int], ArrayRecord], pack: Callable[[Done], T]) -> T:
+    """One client's work, packed; an exception is a reply, also that of packing it.
+
+    Args:
+        app: The client app.
+        task: What to do.
+        known: The arrays that were sent ahead.
+        pack: Makes of the result what can be sent.
+    """
     records = {name: known[task.call, r] if isinstance(r, int) else r for name, r in task.content.items()}
     message = deliver(task.metadata, RecordDict(records))
     try:
@@ -145,9 +155,9 @@ def _done(app: ClientApp, task: Task, known: dict[tuple[int, int], ArrayRecord])
     except Exception as exception:
         reply = messages.error_reply(message, exception, traceback.format_exc())
     try:
-        return transport.pack(Done(reply, task.context.state))
+        return pack(Done(reply, task.context.state))
     except Exception as exception:
         if not reply.has_error():
             reply = messages.error_reply(message, exception, traceback.format_exc())
         reply.error.__dict__.pop("exception", None)  # it holds what cannot be sent; its traceback is text
-        return transport.pack(Done(reply, None))
+        return pack(Done(reply, None))

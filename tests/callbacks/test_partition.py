@@ -18,6 +18,7 @@ from flwr_datasets.partitioner import (
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from lightning_fed.callbacks import Partition
+from lightning_fed.data import gathering
 from lightning_fed.errors import ConfigurationError
 
 SORTED = [0] * 50 + [1] * 50
@@ -390,6 +391,60 @@ def test_workers_for_a_small_share_are_warned_of_once_a_deal():
         UserWarning, match=r"DataLoader\(num_workers=2\) starts that many processes .* about 25 examples"
     ):
         dealt(Partition(4), Unreadable(), num_workers=2)
+
+
+# ------------------------------------------------------------------------------------------------- kept in memory
+
+
+class Counted(Dataset):
+    """Counts how often each example is read; gives it in one of the ways that datasets do."""
+
+    def __init__(self, way) -> None:
+        self.way, self.read = way, [0] * 20
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int):
+        self.read[index] += 1
+        return self.way(index)
+
+
+WAYS = {
+    "tuple": lambda i: (torch.full((3,), float(i)), i % 2),
+    "list": lambda i: [torch.full((3,), i, dtype=torch.bfloat16), float(i)],
+    "dict": lambda i: {"x": torch.full((3,), float(i)), "id": f"example {i}"},
+    "tensor": lambda i: torch.full((3,), float(i)),
+    "words": lambda i: (f"example {i}", i),
+}
+
+
+def batches(partition: Partition) -> list:
+    got = []
+    for round in (1, 2, 3):
+        for client in (0, 1):
+            own = partition.client(client, round=round)
+            torch.manual_seed(round)
+            got += [repr(list(gathering(loader))) for loader in (own.train, own.val)]
+    return got
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_kept_in_memory_is_read_once_and_gives_the_same_batches(way):
+    once, again = Counted(WAYS[way]), Counted(WAYS[way])
+    kept = batches(dealt(Partition(2, val_fraction=0.2, cache=True), once, batch_size=3, shuffle=True))
+    assert kept == batches(dealt(Partition(2, val_fraction=0.2), again, batch_size=3, shuffle=True))
+    assert once.read == [1] * 20
+    assert again.read == [3] * 20
+
+
+def test_a_new_deal_forgets_what_was_kept():
+    partition = Partition(2, cache=True)
+    for times in (1, 2):
+        data = Counted(WAYS["tuple"])
+        for round in range(times):
+            list(dealt(partition, data).client(0, round=round + 1).train)
+        assert max(data.read) == times
 
 
 # ------------------------------------------------------------------------------------------------- the picture

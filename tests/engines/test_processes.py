@@ -154,10 +154,10 @@ def test_numbers_below_one_are_refused(arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_workers": 2}, "num_workers=2 is for engine='processes'"),
+        ({"num_workers": 2}, "num_workers=2 is for engine='processes' and engine='ray'"),
         ({"engine": "processes", "num_workers": 0}, "num_workers=0 must be at least 1"),
         ({"engine": Processes(), "clients_per_device": 2}, "clients_per_device=2 is for engine='processes'"),
-        ({"engine": "threads"}, r"engine='threads' is unknown: write one of \['in_process', 'processes'\]"),
+        ({"engine": "threads"}, r"engine='threads' is unknown: write one of \['in_process', 'processes', 'ray'\]"),
     ],
 )
 def test_arguments_that_do_not_go_with_the_engine_are_refused(arguments, message):

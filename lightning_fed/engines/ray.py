@@ -1,0 +1,269 @@
+"""The Ray engine: clients in Ray actors, on this machine or on the cluster that the user has.
+
+The process engine with other processes: contexts stay with the grid, replies come out in the order of the messages, an
+actor that dies takes one client's work with it. What passes is pickled as between our own processes, through Ray's
+object store; the round's weights are put there once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_fed import messages
+from lightning_fed.engines import transport
+from lightning_fed.engines.base import Engine
+from lightning_fed.engines.in_process import InProcessGrid, server_identity
+from lightning_fed.engines.worker import Done, Start, Task, serve
+from lightning_fed.errors import ClientError, ConfigurationError
+
+T = TypeVar("T")
+
+# How many clients an actor may be ahead of the first whose reply is missing.
+_AHEAD = 4
+
+
+class Ray(Engine):
+    """Runs clients in Ray actors, which start once a run. Needs ``pip install "lightning_fed[ray]"``.
+
+    A Ray that runs already is used and left running. Else one is started on this machine, which listens on the loopback
+    interface only, and ended with the run.
+
+    Args:
+        num_workers: How many actors; by default as many as the cluster has room for.
+        client_resources: What Ray keeps free for each, in Ray's words: ``{"num_cpus": 1, "num_gpus": 0.5}``. An actor
+            gives torch as many threads as it has CPUs.
+        address: The cluster's, as ``ray.init`` takes it; ``None`` for this machine.
+
+    Raises:
+        ConfigurationError: If ``num_workers`` is smaller than 1.
+    """
+
+    name = "ray"
+
+    def __init__(
+        self,
+        num_workers: int | None = None,
+        client_resources: dict[str, float] | None = None,
+        address: str | None = None,
+    ) -> None:
+        if num_workers is not None and num_workers < 1:
+            raise ConfigurationError(f"Ray(num_workers={num_workers}) must be at least 1.")
+        self.num_workers, self.address = num_workers, address
+        self.client_resources = {"num_cpus": 1, "num_gpus": 0} | (client_resources or {})
+
+    def run(self, main: Callable[[Grid], T], client_app: ClientApp, num_clients: Callable[[], int]) -> T:
+        """See ``Engine``.
+
+        Raises:
+            ConfigurationError: If Ray is not installed, has no room for one client, or cannot start an actor.
+        """
+        ray = _ray(self.address)
+        is_ours = not ray.is_initialized()
+        if is_ours:
+            _start_ray(ray, self.address)
+        grid = RayGrid(ray, client_app, num_clients, self)
+        try:
+            with server_identity(grid.run.run_id):
+                return main(grid)
+        finally:
+            grid.end()
+            if is_ours:
+                ray.shutdown()
+
+
+class RayGrid(InProcessGrid):
+    """A Grid whose clients work in Ray actors; their contexts stay here."""
+
+    def __init__(self, ray: Any, client_app: ClientApp, num_clients: Callable[[], int], engine: Ray) -> None:
+        super().__init__(client_app, num_clients)
+        self._ray, self._engine, self._calls = ray, engine, 0
+        self._start = Start(client_app, self._run.run_id, max(1, int(engine.client_resources["num_cpus"])))
+        self._actors: list[Any] = []
+        self._made: Callable[[], Any] | None = None
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """The replies in the order of the messages, each as soon as it and those before it are there."""
+        sent = list(messages)
+        for message in sent:
+            message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+        self._grow(len(sent))
+        self._calls += 1
+        until = None if timeout is None else time.monotonic() + timeout
+        waiting, idle = deque(range(len(sent))), list(self._actors)
+        at: dict[Any, tuple[int, Any]] = {}
+        there: dict[int, Message] = {}
+        shared: dict[int, tuple[int, Any]] = {}
+        try:
+            for index in range(len(sent)):
+                while index not in there:
+                    while idle and waiting and waiting[0] <= index + _AHEAD * len(self._actors):
+                        actor, number = idle.pop(), waiting.popleft()
+                        at[self._give(actor, sent[number], shared)] = number, actor
+                    left = None if until is None else max(0.0, until - time.monotonic())
+                    ready, _ = self._ray.wait(list(at), timeout=left)
+                    if not ready:
+                        return
+                    number, actor = at.pop(ready[0])
+                    there[number], actor = self._take(sent[number], ready[0], actor)
+                    idle.append(actor)
+                yield there.pop(index)
+        finally:
+            for _, actor in at.values():  # nobody waits for these any more
+                self._replace(actor)
+
+    def end(self) -> None:
+        """Ends all actors."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors = []
+
+    def _grow(self, clients: int) -> None:
+        """Starts actors, as late as this: by now Lightning has set module and data up."""
+        wanted = min(clients, self._engine.num_workers or self._room())
+        if len(self._actors) >= wanted:
+            return
+        if self._made is None:
+            kind = self._ray.remote(_Actor).options(**self._engine.client_resources)
+            self._made = partial(kind.remote, self._ray.put(_packed(self._start)))
+        new = [self._made() for _ in range(wanted - len(self._actors))]
+        self._actors += new
+        for said in self._ray.get([actor.said.remote() for actor in new]):
+            if said is not None:
+                raise ConfigurationError(f"A Ray actor cannot start:\n{said}")
+
+    def _replace(self, actor: Any) -> Any:
+        """Another actor in an actor's place; what it is given waits until it has started."""
+        assert self._made is not None
+        self._ray.kill(actor)
+        self._actors[self._actors.index(actor)] = new = self._made()
+        return new
+
+    def _room(self) -> int:
+        """How many actors the cluster has room for."""
+        has, names = self._ray.cluster_resources(), {"num_cpus": "CPU", "num_gpus": "GPU"}
+        needs = {names.get(name, name): need for name, need in self._engine.client_resources.items() if need}
+        room = min((int(has.get(name, 0) / need) for name, need in needs.items()), default=os.cpu_count() or 1)
+        if room < 1:
+            present = {name: has.get(name, 0) for name in needs}
+            raise ConfigurationError(
+                f"A client asks Ray for {needs}, and the cluster has {present}: lower Ray(client_resources=...)."
+            )
+        return room
+
+    def _give(self, actor: Any, message: Message, shared: dict[int, tuple[int, Any]]) -> Any:
+        content: dict[str, Any] = {}
+        ahead = []
+        for name, record in message.content.items():
+            if not isinstance(record, ArrayRecord):
+                content[name] = record
+                continue
+            key = id(record)  # the messages keep it alive
+            if key not in shared:
+                shared[key] = len(shared), self._ray.put(_bytes(transport.to_bytes(record)))
+            content[name], reference = shared[key]
+            ahead += [content[name], reference]
+        task = Task(message.metadata, content, self._calls, self._context_of(message))
+        return actor.work.remote(_bytes(transport.to_bytes(task)), *ahead)
+
+    def _take(self, message: Message, reference: Any, actor: Any) -> tuple[Message, Any]:
+        """A reply as the loop gets it, and the actor that is free now; what the client keeps goes to its context."""
+        try:
+            done: Done = transport.from_bytes(self._ray.get(reference))
+        except self._ray.exceptions.RayError as error:
+            how = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            lost = ClientError(f"was lost: its Ray actor ended ({how}). It has been replaced.")
+            return messages.error_reply(message, lost, str(lost)), self._replace(actor)
+        if done.state is not None:
+            self._context_of(message).state = done.state
+        done.reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+        return done.reply, actor
+
+
+class _Actor:
+    """Serves one client after the other."""
+
+    def __init__(self, start: Any) -> None:
+        self._start: Start | None = None
+        self._said: str | None = None
+        self._known: dict[tuple[int, int], ArrayRecord] = {}
+        try:
+            self._start = transport.from_bytes(start)
+            torch.set_num_threads(self._start.threads)
+        except Exception:
+            self._said = traceback.format_exc()
+
+    def said(self) -> str | None:
+        """Why it cannot work, or ``None``."""
+        return self._said
+
+    def work(self, task: Any, *ahead: Any) -> Any:
+        """One client's work; ``ahead`` are numbers and the arrays that they stand for."""
+        assert self._start is not None
+        told: Task = transport.from_bytes(task)
+        self._known = {key: record for key, record in self._known.items() if key[0] == told.call}
+        for number, arrays in zip(ahead[::2], ahead[1::2], strict=True):
+            if (told.call, number) not in self._known:
+                self._known[told.call, number] = transport.from_bytes(arrays)
+        with server_identity(self._start.run_id):
+            return _bytes(serve(self._start.client_app, told, self._known, transport.to_bytes))
+
+
+# Ray reads these when it is imported. Without the first it listens on all interfaces, and no argument helps.
+_LOOPBACK = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+_QUIET = (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"))
+
+
+def _ray(address: str | None) -> Any:
+    for name, value in (*_QUIET, *([_LOOPBACK] if address is None else [])):
+        if name == _LOOPBACK[0] and name not in os.environ and "ray" in sys.modules:
+            rank_zero_warn(
+                "Ray was imported before engine='ray' could keep it on the loopback interface: other machines can reach"
+                f" its ports. Set {'='.join(_LOOPBACK)} before `import ray`, or leave that import out."
+            )
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigurationError("engine='ray' needs Ray: pip install 'lightning_fed[ray]'.") from error
+    return ray
+
+
+def _start_ray(ray: Any, address: str | None) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(
+        address=address, include_dashboard=False if address is None else None, log_to_driver=False, logging_level=40
+    )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray's own exits at once: Lightning saves and stops
+
+
+def _bytes(packed: bytes) -> Any:
+    return np.frombuffer(packed, dtype=np.uint8)  # which Ray's store hands out without a copy
+
+
+def _packed(start: Start) -> Any:
+    try:
+        return _bytes(transport.to_bytes(start, by_value=True))
+    except Exception as error:
+        raise ConfigurationError(
+            "engine='ray' sends the module, the data and the client callbacks to its actors, and something in them"
+            f" cannot be pickled: {type(error).__name__}: {error}. Make it in a hook of the local fit, or write"
+            " engine='in_process'."
+        ) from error
