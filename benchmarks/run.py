@@ -142,6 +142,7 @@ def main() -> None:
         "",
         f"{args.repeats} repeats, interleaved, each in a fresh process; median (min-max).",
         "",
+        "",
     ]
     text = "\n".join(head)
     before = args.out.read_text() + "\n" if args.out.exists() else "# Results\n\n"

@@ -133,6 +133,10 @@ def _leave_signals() -> None:
     """In place of Lightning's function that installs a trainer's own signal handlers."""
 
 
+def _stay() -> None:
+    """In place of the strategy's teardown, which moves module and optimizers to the CPU after every client."""
+
+
 class LocalTrainer(Trainer):
     """A client's trainer. On a client ``self.trainer.current_round`` and ``self.trainer.client_id`` exist.
 
@@ -161,6 +165,7 @@ class LocalTrainer(Trainer):
         with _no_external_callbacks():
             super().__init__(profiler=_NoProfiler(), **kwargs)
         make_lean(self)
+        self.strategy.teardown = _stay  # type: ignore[method-assign]
         self.strategy.process_dataloader = gathering  # type: ignore[assignment, method-assign]
         for loop in (self.fit_loop.epoch_loop, self.fit_loop.epoch_loop.val_loop, self.validate_loop):
             loop._results = LoggedValues(training=loop is self.fit_loop.epoch_loop)

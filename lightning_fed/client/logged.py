@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from torch import Tensor
 
 
 class _Logged(_ResultMetric):
-    """A logged value that is moved to its device once, not each time it is logged."""
+    """A logged value that looks whether it is at its device already, where Lightning walks over all it holds."""
 
     def to(self, *args: Any, **kwargs: Any) -> _ResultMetric:  # type: ignore[override]
-        if kwargs or args != self.__dict__.get("_is_at"):
-            super().to(*args, **kwargs)
-            self.__dict__["_is_at"] = args
+        device = kwargs.get("device", args[0] if len(args) == 1 else None)
+        if not self.is_tensor or device is None:
+            return super().to(*args, **kwargs)
+        device = torch.device(device)
+        held = (*self.__dict__.values(), *self._defaults.values())
+        if any(isinstance(part, Tensor) and part.device != device for part in held):
+            super().to(device)
         return self
 
 

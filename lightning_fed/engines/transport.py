@@ -152,6 +152,8 @@ class _Tensors:
     def reducer_override(self, thing: Any) -> Any:
         if type(thing) is TensorArray and (tensor := thing.__dict__["tensor"]) is not None:
             return _array, (tensor,)
+        if type(thing) is Tensor and not thing.requires_grad:
+            thing = thing.cpu()  # a device's number means another device in a process that sees only one
         if type(thing) is Tensor and _is_plain(thing):
             storage = self._storages.setdefault(thing.untyped_storage()._cdata, _Storage(thing))
             return _tensor, (storage, thing.dtype, thing.storage_offset(), thing.shape, thing.stride())
