@@ -65,7 +65,8 @@ class Workload:
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> float:
         module.eval()
-        x, y = self.test()
+        device = next(module.parameters()).device
+        x, y = (tensor.to(device) for tensor in self.test())
         predicted = torch.cat([module(part) for part in x.split(1000)])
         module.train()
         return float(self.metric(predicted, y))

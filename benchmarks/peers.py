@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -21,25 +22,27 @@ from common import Clock, Workload
 from torch import Tensor, nn
 from workloads import WORKLOADS
 
+DEVICE = os.environ.get("BENCH_DEVICE", "cpu")
 QUIET = {
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
-    "accelerator": "cpu",
+    "accelerator": DEVICE,
+    "devices": 1,
 }
 
 
 def batches(w: Workload, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     for _ in range(w.local_epochs):
-        for part in torch.randperm(len(x)).split(w.batch):
+        for part in torch.randperm(len(x), device=x.device).split(w.batch):
             yield x[part], y[part]
 
 
 def train(w: Workload, module: nn.Module, x: Tensor, y: Tensor) -> None:
     optimizer = w.optimizer(module)
-    for inputs, targets in batches(w, x, y):
+    for inputs, targets in batches(w, x.to(DEVICE), y.to(DEVICE)):
         optimizer.zero_grad()
         w.loss(module(inputs), targets).backward()
         optimizer.step()
@@ -50,7 +53,7 @@ def train(w: Workload, module: nn.Module, x: Tensor, y: Tensor) -> None:
 
 def loop(w: Workload, clock: Clock, average: bool = True) -> float:
     """A bare PyTorch loop."""
-    module, metric = w.initial(), float("nan")
+    module, metric = w.initial().to(DEVICE), float("nan")
     clock.start()
     for round in range(1, w.rounds + 1):
         before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -178,8 +181,6 @@ def _flower_client(name: str, k: int) -> tuple[Tensor, Tensor]:
 
 def flower(w: Workload, clock: Clock, lightning: bool = False) -> float:
     """Flower's simulation on Ray with a bare PyTorch client."""
-    import os
-
     for name in ("RAY_USAGE_STATS_ENABLED", "FLWR_TELEMETRY_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         os.environ.setdefault(name, "0")
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
@@ -214,7 +215,7 @@ def flower(w: Workload, clock: Clock, lightning: bool = False) -> float:
         initial = ArrayRecord(w.initial().state_dict())
         strategy.start(grid=grid, initial_arrays=initial, num_rounds=w.rounds, evaluate_fn=evaluate)
 
-    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0 if DEVICE == "cpu" else 0.1}}
     run_simulation(server_app=server, client_app=client, num_supernodes=w.population, backend_config=resources)
     return done[0] if done else float("nan")
 
@@ -224,7 +225,7 @@ def _flower_fit(name: str, lightning: bool, message: Any, context: Any) -> Any:
 
     torch.set_num_threads(1)
     w = WORKLOADS[name]()
-    module = w.model()
+    module = w.model().to(DEVICE)
     module.load_state_dict(message.content["arrays"].to_torch_state_dict())
     x, y = _flower_client(name, int(context.node_config["partition-id"]))
     if lightning:

@@ -61,11 +61,12 @@ def memory_of(pid: int) -> float:
     return total / 1024
 
 
-def run_one(workload: str, peer: str, rounds: int | None) -> dict[str, Any]:
+def run_one(workload: str, peer: str, rounds: int | None, device: str) -> dict[str, Any]:
     name, threads = peer.split(":")
     command = [sys.executable, str(HERE / "peers.py"), workload, name, "--threads", threads]
     command += ["--rounds", str(rounds)] if rounds else []
     env = {**os.environ, "BENCH_BEGAN": str(time.time()), "OMP_NUM_THREADS": threads}
+    env |= {"BENCH_DEVICE": device, "PFL_PYTORCH_DEVICE": device}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     peak, over = [0.0], threading.Event()
 
@@ -134,11 +135,12 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", help="name:threads; by default all that the workload has")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="jax runs on the CPU either way")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     args = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
+    machine = f"{args.device}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
     head = [
-        f"## {datetime.date.today()}: {cores} cores, Python {platform.python_version()}, {version(*PACKAGES)}",
+        f"## {datetime.date.today()}: {machine}, {version(*PACKAGES)}",
         "",
         f"{args.repeats} repeats, interleaved, each in a fresh process; median (min-max).",
         "",
@@ -154,7 +156,7 @@ def main() -> None:
                 if missing and "missing" in version(missing):
                     results.setdefault(peer, []).append({"error": f"{missing} is not installed"})
                     continue
-                results.setdefault(peer, []).append(run_one(workload, peer, args.rounds))
+                results.setdefault(peer, []).append(run_one(workload, peer, args.rounds, args.device))
                 last = results[peer][-1]
                 said = (
                     last.get("error") or f"{median(warm(last['rounds'])):.3f} s a round, {last['total']:.1f} s in all"

@@ -13,8 +13,8 @@ from lightning_fed.errors import ConfigurationError, InvalidUpdateError
 
 Weights = dict[str, Tensor]
 
-# Elements averaged at a time: bounds the float64 scratch memory to 8 MiB whatever the size of a tensor.
-_CHUNK = 1 << 20
+# Elements averaged at a time: their float64 scratch memory, half a MiB, stays in a core's cache.
+_CHUNK = 1 << 16
 
 
 def read(module: nn.Module, *, copy: bool = True) -> Weights:

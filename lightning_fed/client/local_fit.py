@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_fed import weights
 from lightning_fed.client import fit_state
 from lightning_fed.client.isolation import attributes_kept, own_state_kept, quiet, restore_handlers, signal_handlers
-from lightning_fed.client.local_trainer import ClientDataView, ClientView, LocalTask, LocalTrainer
+from lightning_fed.client.local_trainer import BuildingClientView, ClientDataView, LocalTask, LocalTrainer, client_view
 from lightning_fed.data import ClientLoaders, count_examples
 from lightning_fed.errors import ClientError
 from lightning_fed.metrics import MetricState, catch
@@ -118,7 +118,7 @@ def set_up(
         if datamodule is not None:
             stack.enter_context(attributes_kept(datamodule))
             stack.enter_context(laid_over(datamodule, ClientDataView))
-        stack.enter_context(laid_over(module, ClientView))
+        stack.enter_context(laid_over(module, client_view(module)))
         stack.enter_context(seeded(seed_for(task.seed, "setup")))
         bare = replace(options, callbacks=())
         trainer = _build_trainer(replace(task, set_up=True), loaders, module, bare, [])
@@ -287,7 +287,10 @@ def _local_run(
         if datamodule is not None:
             stack.enter_context(attributes_kept(datamodule))
             stack.enter_context(laid_over(datamodule, ClientDataView))
-        stack.enter_context(laid_over(module, ClientView))
+        view = client_view(module)
+        stack.enter_context(laid_over(module, view))
+        if view is not BuildingClientView:
+            weights.load(module, task.weights)
         stack.enter_context(seeded(seed_for(task.seed, purpose, round=task.round, client=task.client)))
         yield
 

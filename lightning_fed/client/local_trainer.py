@@ -20,7 +20,7 @@ from lightning_fed.client.lean_loop import make_lean
 from lightning_fed.client.logged import LoggedValues
 from lightning_fed.data import ClientLoaders, gathering
 from lightning_fed.metrics import MetricState, catch
-from lightning_fed.views import View
+from lightning_fed.views import View, user_class
 from lightning_fed.weights import Weights
 
 
@@ -63,10 +63,6 @@ class ClientView(View):
         # They act at the server: a ModelCheckpoint from here would write checkpoints for every client.
         return []
 
-    def configure_model(self) -> None:
-        super().configure_model()  # type: ignore[misc]
-        weights.load(self, self.trainer.task.weights)  # type: ignore[arg-type]
-
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()  # type: ignore[misc]
         # The last moment: the module has logged, and Lightning has not reset yet.
@@ -78,6 +74,20 @@ class ClientView(View):
         if torch.compiler.is_compiling() or not self.trainer.log_again(self, name, value, args, kwargs):
             super().log(name, value, *args, **kwargs)  # type: ignore[misc]
             self.trainer.remember_log(self, name, args, kwargs)
+
+
+class BuildingClientView(ClientView):
+    """That of a module that builds layers in ``configure_model``: the weights can be loaded only then."""
+
+    def configure_model(self) -> None:
+        super().configure_model()  # type: ignore[misc]
+        weights.load(self, self.trainer.task.weights)  # type: ignore[arg-type]
+
+
+def client_view(module: LightningModule) -> type[ClientView]:
+    """The view for a module: Lightning prepares a good deal for any ``configure_model``."""
+    builds = user_class(module).configure_model is not LightningModule.configure_model  # type: ignore[attr-defined]
+    return BuildingClientView if builds or "configure_model" in vars(module) else ClientView
 
 
 class ClientDataView(View):

@@ -21,7 +21,7 @@ from lightning_fed.errors import ConfigurationError
 
 StartMethod = Literal["fork", "forkserver"]
 
-# Workers that die so often in a row without having been ready will not start.
+# Workers that die so often in a row without having been ready will not start, unless others do work.
 _ATTEMPTS = 3
 
 
@@ -124,9 +124,9 @@ class Worker:
         """
         how = self.end()
         self._failures += not self.ready
-        if self._failures == _ATTEMPTS:
-            raise ConfigurationError(f"{_ATTEMPTS} worker processes in a row could not start: the last one {how}.")
         self.ready = False
+        if self._failures >= _ATTEMPTS and not any(worker.ready for worker in self._pool.workers):
+            raise ConfigurationError(f"{_ATTEMPTS} worker processes in a row could not start: the last one {how}.")
         self.connection, self._process = self._pool.launch(self._device)
         return how
 

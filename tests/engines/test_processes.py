@@ -238,6 +238,18 @@ def killed_run(rounds: int) -> tuple[FederatedTrainer, int]:
 
 
 @pytest.mark.filterwarnings("ignore:.*was lost")
+def test_a_worker_that_never_gets_ready_does_not_stop_the_others():
+    class Killer(FederatedCallback):
+        def on_round_start(self, trainer, round, stage, cohort):
+            if children := multiprocessing.active_children():
+                os.kill(max(child.pid for child in children), signal.SIGKILL)
+
+    engine = Processes(num_workers=2, start_method="forkserver")
+    trainer = fit(ToyModule(), FaultTolerance(min_results=1), Killer(), rounds=12, engine=engine, num_workers=None)
+    assert trainer.global_step == 12
+
+
+@pytest.mark.filterwarnings("ignore:.*was lost")
 @pytest.mark.parametrize("rounds", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_run_under_a_killer_comes_to_its_end(rounds):
     trainer, kills = killed_run(rounds)
