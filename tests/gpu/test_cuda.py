@@ -49,6 +49,25 @@ def test_mixed_precision_trains(precision: str) -> None:
     assert all(torch.isfinite(value).all() for value in module.state_dict().values())
 
 
+@pytest.mark.parametrize("engine", ["processes", "ray"])
+def test_other_engines_give_what_one_process_gives(engine: str) -> None:
+    _, one = fit("cuda")
+    trainer, other = fit("cuda", engine=engine, clients_per_device=2)
+    assert trainer.global_step == 3
+    torch.testing.assert_close(dict(other.state_dict()), dict(one.state_dict()), rtol=1e-3, atol=1e-5)
+
+
+def test_clients_do_not_leave_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: moved.append("empty_cache"))
+    monkeypatch.setattr(ToyModule, "cpu", lambda self: moved.append("cpu") or super(ToyModule, self).cpu())
+    _, module = fit("cuda")
+    # Once at the end of the run, and once in the line above.
+    assert moved.count("cpu") <= 2
+    assert moved.count("empty_cache") <= 1
+    assert not any(value.is_cuda for value in module.state_dict().values())
+
+
 def test_memory_is_returned() -> None:
     fit("cuda")
     before = torch.cuda.memory_allocated()
