@@ -44,6 +44,7 @@ def one_ray_for_all():
 
     assert not ray.is_initialized()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    signal.signal(signal.SIGTERM, handler)  # Ray's own would stay for all later tests
     yield
     ray.shutdown()
 
