@@ -43,6 +43,7 @@ CHOICE = {
     "W6-10": ["ours:1", "ours_processes:1", "steps:1", "pfl:1"],
     "W6-100": ["ours:1", "ours_processes:1", "steps:1", "pfl:1"],
     "W6-1000": ["ours:1", "ours_processes:1", "steps:1", "pfl:1"],
+    "W6-100-of-1000": ["ours:1", "ours_processes:1", "steps:1", "pfl:1"],
 }  # fmt: skip
 PACKAGES = ("torch", "lightning", "flwr", "ray", "pfl", "jax", "flax", "optax")
 NEEDS = {"flower": "ray", "flower_lightning": "ray", "pfl": "pfl", "jax": "jax"}

@@ -83,8 +83,8 @@ def w5() -> Workload:
     )  # fmt: skip
 
 
-def w6(cohort: int) -> Workload:
-    """Scale: a population of 100,000, 90k parameters, 2 steps each."""
+def w6(cohort: int, population: int = 100_000) -> Workload:
+    """Scale: a large population, 90k parameters, 2 steps each."""
     pool = torch.rand(10_000, 784, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(0, 10, (10_000,), generator=torch.Generator().manual_seed(1))
 
@@ -93,12 +93,13 @@ def w6(cohort: int) -> Workload:
         return pool[start : start + 64], labels[start : start + 64]
 
     return Workload(
-        f"W6-{cohort}", mlp, client, lambda: (pool[:1000], labels[:1000]),
-        population=100_000, cohort=cohort, batch=32, lr=0.01, rounds=max(3, 300 // cohort), evaluate_every=1000,
+        f"W6-{cohort}", mlp, client, lambda: (pool[:1000], labels[:1000]), population=population, cohort=cohort,
+        batch=32, lr=0.01, rounds=max(3, 300 // cohort), evaluate_every=1000,
     )  # fmt: skip
 
 
 WORKLOADS = {
     "W1": w1, "W2": w2, "W3": w3, "W4": w4, "W5": w5,
     "W6-10": lambda: w6(10), "W6-100": lambda: w6(100), "W6-1000": lambda: w6(1000),
+    "W6-100-of-1000": lambda: w6(100, 1000),
 }  # fmt: skip

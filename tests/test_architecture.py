@@ -37,6 +37,7 @@ LEVELS = [
     ["callbacks.base", "client.local_fit"],
     ["callbacks.*", "client.app", "engines.in_process", "engines.transport"],
     ["engines.worker"],
+    ["engines.remote"],
     ["engines.pool"],
     ["engines.*", "callbacks"],
     ["engines", "rounds", "server", "arguments"],

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer.connectors import callback_connector
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -20,7 +21,7 @@ from lightning_fed.client.lean_loop import make_lean
 from lightning_fed.client.logged import LoggedValues
 from lightning_fed.data import ClientLoaders, gathering
 from lightning_fed.metrics import MetricState, catch
-from lightning_fed.views import View, user_class
+from lightning_fed.views import View
 from lightning_fed.weights import Weights
 
 
@@ -86,8 +87,7 @@ class BuildingClientView(ClientView):
 
 def client_view(module: LightningModule) -> type[ClientView]:
     """The view for a module: Lightning prepares a good deal for any ``configure_model``."""
-    builds = user_class(module).configure_model is not LightningModule.configure_model  # type: ignore[attr-defined]
-    return BuildingClientView if builds or "configure_model" in vars(module) else ClientView
+    return BuildingClientView if is_overridden("configure_model", module, LightningModule) else ClientView
 
 
 class ClientDataView(View):

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from lightning_fed.engines import transport
+from lightning_fed.engines import remote, transport
 from lightning_fed.engines.worker import Done, Failed, Start, work
 from lightning_fed.errors import ConfigurationError
 
@@ -70,7 +70,7 @@ class Pool:
                 process: BaseProcess = context.Process(target=work, args=(theirs, device, self._start, ends))
                 process.start()
             else:
-                packed = self._packed = self._packed or _packed(self._start)
+                packed = self._packed = self._packed or remote.packed(self._start, "processes", transport.pack)
                 with _main_left_out():
                     process = _forkserver().Process(target=work, args=(theirs, device, None, ()))
                     process.start()
@@ -171,17 +171,6 @@ def _forkserver() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning_fed.engines.worker"])
     return context
-
-
-def _packed(start: Start) -> transport.Packed:
-    try:
-        return transport.pack(start, by_value=True)
-    except Exception as error:
-        raise ConfigurationError(
-            "engine='processes' sends the module, the data and the client callbacks to its workers, and something in"
-            f" them cannot be pickled: {type(error).__name__}: {error}. Make it in a hook of the local fit, or write"
-            " engine='in_process'."
-        ) from error
 
 
 @contextmanager

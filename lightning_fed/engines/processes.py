@@ -17,9 +17,8 @@ from __future__ import annotations
 import os
 import selectors
 import time
-import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from flwr.app import ArrayRecord, Message
@@ -29,15 +28,13 @@ from flwr.serverapp import Grid
 from lightning_fed import messages
 from lightning_fed.engines import transport
 from lightning_fed.engines.base import Engine
-from lightning_fed.engines.in_process import InProcessGrid, server_identity
+from lightning_fed.engines.in_process import server_identity
 from lightning_fed.engines.pool import Pool, StartMethod, Worker, prepare, start_method
-from lightning_fed.engines.worker import Done, Shared, Start, Task
+from lightning_fed.engines.remote import AHEAD, RemoteGrid
+from lightning_fed.engines.worker import Shared, Start
 from lightning_fed.errors import ClientError, ConfigurationError
 
 T = TypeVar("T")
-
-# Replies that wait for one before them are held: how many clients a worker may be ahead of the first that is missing.
-_AHEAD = 4
 
 
 class Processes(Engine):
@@ -87,35 +84,18 @@ class Processes(Engine):
             grid.pool.close()
 
 
-class ProcessGrid(InProcessGrid):
-    """A Grid whose clients work in other processes; their contexts stay here."""
+class ProcessGrid(RemoteGrid):
+    """A Grid over the workers of a pool."""
 
     def __init__(self, client_app: ClientApp, num_clients: Callable[[], int], engine: Processes) -> None:
         super().__init__(client_app, num_clients)
         self._num_workers = engine.num_workers
-        self._calls = 0
         self.pool = Pool(Start(client_app, self._run.run_id, engine.threads), engine.devices, engine.start_method)
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """The replies in the order of the messages, each as soon as it and those before it are there."""
-        sent = list(messages)
-        for message in sent:
-            message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+    def _exchange(self, sent: list[Message], call: int, timeout: float | None) -> Iterator[Message]:
         # As late as this: by now Lightning has set module and data up.
         self.pool.grow(min(self._num_workers, len(sent)))
-        self._calls += 1
-        yield from Exchange(self, sent, self._calls, timeout).replies()
-
-    def task(self, message: Message, content: dict[str, Any], call: int) -> Task:
-        """What a worker is told of a message, and of its client."""
-        return Task(message.metadata, content, call, self._context_of(message))
-
-    def take_back(self, message: Message, done: Done) -> Message:
-        """A reply as the loop gets it; what the client keeps goes to its context."""
-        if done.state is not None:
-            self._context_of(message).state = done.state
-        done.reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
-        return done.reply
+        return Exchange(self, sent, call, timeout).replies()
 
 
 class Exchange:
@@ -159,7 +139,7 @@ class Exchange:
         for worker in self.has:
             if worker in self.at or not worker.ready:
                 continue
-            if not self.waiting or self.waiting[0] > first + _AHEAD * len(self.has):
+            if not self.waiting or self.waiting[0] > first + AHEAD * len(self.has):
                 return
             index = self.waiting.popleft()
             try:

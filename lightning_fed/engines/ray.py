@@ -7,15 +7,15 @@ object store; the round's weights are put there once.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
-import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,14 +29,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_fed import messages
 from lightning_fed.engines import transport
 from lightning_fed.engines.base import Engine
-from lightning_fed.engines.in_process import InProcessGrid, server_identity
+from lightning_fed.engines.in_process import server_identity
+from lightning_fed.engines.remote import AHEAD, RemoteGrid, packed
 from lightning_fed.engines.worker import Done, Start, Task, serve
 from lightning_fed.errors import ClientError, ConfigurationError
 
 T = TypeVar("T")
-
-# How many clients an actor may be ahead of the first whose reply is missing.
-_AHEAD = 4
 
 
 class Ray(Engine):
@@ -88,23 +86,18 @@ class Ray(Engine):
                 ray.shutdown()
 
 
-class RayGrid(InProcessGrid):
-    """A Grid whose clients work in Ray actors; their contexts stay here."""
+class RayGrid(RemoteGrid):
+    """A Grid over Ray actors."""
 
     def __init__(self, ray: Any, client_app: ClientApp, num_clients: Callable[[], int], engine: Ray) -> None:
         super().__init__(client_app, num_clients)
-        self._ray, self._engine, self._calls = ray, engine, 0
+        self._ray, self._engine = ray, engine
         self._start = Start(client_app, self._run.run_id, max(1, int(engine.client_resources["num_cpus"])))
         self._actors: list[Any] = []
         self._made: Callable[[], Any] | None = None
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """The replies in the order of the messages, each as soon as it and those before it are there."""
-        sent = list(messages)
-        for message in sent:
-            message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+    def _exchange(self, sent: list[Message], call: int, timeout: float | None) -> Iterator[Message]:
         self._grow(len(sent))
-        self._calls += 1
         until = None if timeout is None else time.monotonic() + timeout
         waiting, idle = deque(range(len(sent))), list(self._actors)
         at: dict[Any, tuple[int, Any]] = {}
@@ -113,9 +106,9 @@ class RayGrid(InProcessGrid):
         try:
             for index in range(len(sent)):
                 while index not in there:
-                    while idle and waiting and waiting[0] <= index + _AHEAD * len(self._actors):
+                    while idle and waiting and waiting[0] <= index + AHEAD * len(self._actors):
                         actor, number = idle.pop(), waiting.popleft()
-                        at[self._give(actor, sent[number], shared)] = number, actor
+                        at[self._give(actor, sent[number], call, shared)] = number, actor
                     left = None if until is None else max(0.0, until - time.monotonic())
                     ready, _ = self._ray.wait(list(at), timeout=left)
                     if not ready:
@@ -141,7 +134,8 @@ class RayGrid(InProcessGrid):
             return
         if self._made is None:
             kind = self._ray.remote(_Actor).options(**self._engine.client_resources)
-            self._made = partial(kind.remote, self._ray.put(_packed(self._start)))
+            start = packed(self._start, self._engine.name, transport.to_bytes)
+            self._made = partial(kind.remote, self._ray.put(_bytes(start)))
         new = [self._made() for _ in range(wanted - len(self._actors))]
         self._actors += new
         for said in self._ray.get([actor.said.remote() for actor in new]):
@@ -167,7 +161,7 @@ class RayGrid(InProcessGrid):
             )
         return room
 
-    def _give(self, actor: Any, message: Message, shared: dict[int, tuple[int, Any]]) -> Any:
+    def _give(self, actor: Any, message: Message, call: int, shared: dict[int, tuple[int, Any]]) -> Any:
         content: dict[str, Any] = {}
         ahead = []
         for name, record in message.content.items():
@@ -179,21 +173,17 @@ class RayGrid(InProcessGrid):
                 shared[key] = len(shared), self._ray.put(_bytes(transport.to_bytes(record)))
             content[name], reference = shared[key]
             ahead += [content[name], reference]
-        task = Task(message.metadata, content, self._calls, self._context_of(message))
-        return actor.work.remote(_bytes(transport.to_bytes(task)), *ahead)
+        return actor.work.remote(_bytes(transport.to_bytes(self.task(message, content, call))), *ahead)
 
     def _take(self, message: Message, reference: Any, actor: Any) -> tuple[Message, Any]:
-        """A reply as the loop gets it, and the actor that is free now; what the client keeps goes to its context."""
+        """A reply as the loop gets it, and the actor that is free now."""
         try:
             done: Done = transport.from_bytes(self._ray.get(reference))
         except self._ray.exceptions.RayError as error:
             how = f"{type(error).__name__}: {' '.join(str(error).split())}"
             lost = ClientError(f"was lost: its Ray actor ended ({how}). It has been replaced.")
             return messages.error_reply(message, lost, str(lost)), self._replace(actor)
-        if done.state is not None:
-            self._context_of(message).state = done.state
-        done.reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
-        return done.reply, actor
+        return self.take_back(message, done), actor
 
 
 class _Actor:
@@ -247,23 +237,11 @@ def _ray(address: str | None) -> Any:
 
 def _start_ray(ray: Any, address: str | None) -> None:
     handler = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        address=address, include_dashboard=False if address is None else None, log_to_driver=False, logging_level=40
-    )
+    own = {"include_dashboard": False} if address is None else {}
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray's own exits at once: Lightning saves and stops
 
 
 def _bytes(packed: bytes) -> Any:
     return np.frombuffer(packed, dtype=np.uint8)  # which Ray's store hands out without a copy
-
-
-def _packed(start: Start) -> Any:
-    try:
-        return _bytes(transport.to_bytes(start, by_value=True))
-    except Exception as error:
-        raise ConfigurationError(
-            "engine='ray' sends the module, the data and the client callbacks to its actors, and something in them"
-            f" cannot be pickled: {type(error).__name__}: {error}. Make it in a hook of the local fit, or write"
-            " engine='in_process'."
-        ) from error

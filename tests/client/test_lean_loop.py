@@ -18,7 +18,7 @@ from lightning_fed.callbacks import History
 from lightning_fed.client import lean_loop, local_trainer
 from lightning_fed.testing import ToyModule, toy_data
 from tests.helpers import QUIET
-from tests.integration.test_engines import MODULES
+from tests.integration.test_engines import MODULES, trained
 
 HOOKS = lean_loop._OF_A_STEP
 SEEN: list[Any] = []
@@ -67,6 +67,12 @@ for _hook in HOOKS:
         setattr(_cls, _hook, _function)
 
 
+def as_lightning_does(patch: pytest.MonkeyPatch) -> None:
+    """Clients' trainers keep Lightning's own loops."""
+    patch.setattr(local_trainer, "make_lean", lambda trainer: None)
+    patch.setattr(local_trainer.LocalTrainer, "log_again", lambda *args: False)
+
+
 def fit(build: Callable[[], ToyModule], lean: bool, *callbacks: Callback, **options: Any) -> Any:
     """Weights, history and all that was noted."""
     SEEN.clear()
@@ -75,8 +81,7 @@ def fit(build: Callable[[], ToyModule], lean: bool, *callbacks: Callback, **opti
     loops = []
     with pytest.MonkeyPatch.context() as patch:
         if not lean:
-            patch.setattr(local_trainer, "make_lean", lambda trainer: None)
-            patch.setattr(local_trainer.LocalTrainer, "log_again", lambda *args: False)
+            as_lightning_does(patch)
 
         class Which(Callback):
             def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -220,16 +225,13 @@ def test_what_is_unusual_goes_as_in_lightning_s_own_loop(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "bf16"])
 def test_every_kind_of_module_trains_as_in_lightning_s_own_loop(name: str) -> None:
-    from tests.integration.test_engines import trained
-
     def result() -> Any:
         weights, history = trained(MODULES[name])
         return weights, repr(history)
 
     lean = result()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local_trainer, "make_lean", lambda trainer: None)
-        patch.setattr(local_trainer.LocalTrainer, "log_again", lambda *args: False)
+        as_lightning_does(patch)
         usual = result()
     torch.testing.assert_close(lean[0], usual[0], rtol=0, atol=0)
     assert lean[1] == usual[1]
