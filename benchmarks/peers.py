@@ -142,7 +142,7 @@ def central(w: Workload, clock: Clock) -> float:
     return float(trainer.callback_metrics.get("metric", float("nan")))
 
 
-def ours(w: Workload, clock: Clock, engine: str = "in_process") -> float:
+def ours(w: Workload, clock: Clock, engine: str = "in_process", **more: Any) -> float:
     """lightning_fed, in one process."""
     from lightning_fed import FederatedTrainer
     from lightning_fed.callbacks import ClientData, FedAvg, PartialParticipation
@@ -160,6 +160,7 @@ def ours(w: Workload, clock: Clock, engine: str = "in_process") -> float:
             PartialParticipation(fraction_train=w.cohort / w.population, fraction_evaluate=0),
             FedAvg(weighting="uniform" if w.uniform else "examples"),
         ],
+        **more,
         **QUIET,
     )
     trainer.fit(module, val_dataloaders=test)
@@ -169,6 +170,16 @@ def ours(w: Workload, clock: Clock, engine: str = "in_process") -> float:
 def ours_processes(w: Workload, clock: Clock) -> float:
     """lightning_fed, in a process for each core."""
     return ours(w, clock, "processes")
+
+
+def ours_vectorized(w: Workload, clock: Clock) -> float:
+    """lightning_fed, clients trained as one, in one process."""
+    return ours(w, clock, vectorize_clients="require")
+
+
+def ours_processes_vectorized(w: Workload, clock: Clock) -> float:
+    """lightning_fed, clients trained as one, in a process for each core."""
+    return ours(w, clock, "processes", vectorize_clients="require")
 
 
 # --------------------------------------------------------------------------------------------------- Flower on Ray
@@ -369,6 +380,7 @@ def jax(w: Workload, clock: Clock) -> float:
 
 PEERS: dict[str, Callable[[Workload, Clock], float]] = {
     "steps": steps, "loop": loop, "central": central, "ours": ours, "ours_processes": ours_processes,
+    "ours_vectorized": ours_vectorized, "ours_processes_vectorized": ours_processes_vectorized,
     "flower": flower, "flower_lightning": flower_lightning, "pfl": pfl, "jax": jax,
 }  # fmt: skip
 

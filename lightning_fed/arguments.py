@@ -144,6 +144,20 @@ def engine_faults(engine: object, known: Iterable[str], numbers: dict[str, int |
     return found
 
 
+def vectorize_faults(vectorize: object, on_ray: bool) -> list[str]:
+    """A sentence for each fault in ``vectorize_clients=``."""
+    if vectorize is False:
+        return []
+    counts = isinstance(vectorize, int) and vectorize > 1
+    if not (vectorize is True or vectorize == "require" or counts):
+        return [f"vectorize_clients={vectorize!r}: write True, 'require', or how many at once, at least 2."]
+    if on_ray:
+        return [
+            "vectorize_clients= is for engine='in_process' and engine='processes'; Ray's actors train one at a time."
+        ]
+    return []
+
+
 def owners_of(decision: Decision, callbacks: Sequence[FederatedCallback]) -> list[FederatedCallback]:
     """The callbacks that decide one thing; more than one is a fault."""
     return [callback for callback in callbacks if decision in callback.decides]

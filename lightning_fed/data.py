@@ -151,7 +151,7 @@ def in_memory(loader: DataLoader[Any], indices: Sequence[int]) -> Dataset[Any]:
     return _Examples(examples)
 
 
-class _Gathered(TensorDataset):
+class Gathered(TensorDataset):
     """A TensorDataset, or a part of one, that gives a batch by one indexing call for each tensor."""
 
     def __init__(self, tensors: Sequence[Tensor], indices: Sequence[int] | None) -> None:
@@ -161,16 +161,19 @@ class _Gathered(TensorDataset):
     def __len__(self) -> int:
         return len(self.tensors[0]) if self._indices is None else len(self._indices)
 
+    def where(self, indices: Tensor) -> Tensor:
+        """Where in its tensors some of its examples are."""
+        return indices if self._indices is None else self._indices[indices]
+
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:  # type: ignore[override]
         return tuple(part[0] for part in self.__getitems__([index]))
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> list[Tensor]:
-        chosen = torch.as_tensor(indices)
-        chosen = chosen if self._indices is None else self._indices[chosen]
+        chosen = self.where(torch.as_tensor(indices))
         return [tensor.index_select(0, chosen.to(tensor.device)) for tensor in self.tensors]
 
 
-class _TensorBatches(BatchSampler):
+class TensorBatches(BatchSampler):
     """The batches of a BatchSampler, each as one tensor of indices."""
 
     def __iter__(self) -> Iterator[Any]:
@@ -195,10 +198,10 @@ def gathering(loader: Any) -> Any:
     if type(dataset) is not TensorDataset or any(t.is_sparse or t.requires_grad for t in dataset.tensors):
         return loader
     fast = copy.copy(loader)
-    fast.__dict__.update(dataset=_Gathered(dataset.tensors, indices), collate_fn=_as_it_is)
+    fast.__dict__.update(dataset=Gathered(dataset.tensors, indices), collate_fn=_as_it_is)
     batches: Any = loader.batch_sampler
     if type(batches) is BatchSampler and _draws_at_once(batches.sampler):
-        fast.__dict__["batch_sampler"] = _TensorBatches(batches.sampler, batches.batch_size, batches.drop_last)
+        fast.__dict__["batch_sampler"] = TensorBatches(batches.sampler, batches.batch_size, batches.drop_last)
     return fast
 
 

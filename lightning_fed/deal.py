@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_fed.callbacks import Partition
 from lightning_fed.callbacks.base import PartitionOwner
-from lightning_fed.client.local_fit import LocalOptions
+from lightning_fed.client.local_run import LocalOptions
 from lightning_fed.data import ClientLoaders
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_for, seeded

@@ -23,6 +23,7 @@ from lightning_fed.callbacks.flower_strategy import (
     strategy_state,
     warn_of_unsaved,
 )
+from lightning_fed.client.app import ClientSide
 from lightning_fed.deal import Deal
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.rounds import Rounds
@@ -60,26 +61,29 @@ class Federation(Callback):
         self.metrics: dict[str, float] = {}
         self._grid: Grid | None = None
         self._deal: Deal | None = None
+        self._side: ClientSide | None = None
         self._module: LightningModule | None = None
         self._rounds: Rounds | None = None
         self._strategy: Strategy | None = None
         self._restored: dict[str, Any] | None = None
         self._new: weights.Weights | None = None
         self._before: tuple[weights.Weights, dict[str, Any]] | None = None
+        self._undecided = True
 
     @property
     def state_key(self) -> str:
         """The key of the federation's state in a checkpoint."""
         return "lightning_fed.Federation"
 
-    def begin(self, grid: Grid, deal: Deal, module: LightningModule) -> None:
+    def begin(self, grid: Grid, deal: Deal, side: ClientSide) -> None:
         """Takes up a grid; Lightning's fit follows."""
-        self._grid, self._deal, self._module = grid, deal, module
+        self._grid, self._deal, self._side, self._module = grid, deal, side, side.module
         self._restored = self._rounds = self._strategy = self._before = None
+        self._undecided = True
 
     def end(self) -> None:
         """Lets the grid and all data go; what a checkpoint saved after the fit needs is kept."""
-        self._deal = self._module = self._rounds = self._new = None
+        self._deal = self._side = self._module = self._rounds = self._new = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The module is set up: deals the data out, builds the strategy, takes up what a checkpoint holds."""
@@ -115,6 +119,8 @@ class Federation(Callback):
         round, before = trainer.current_epoch + 1, weights.read(self._module)
         self._before = before, strategy_state(self._strategy)
         if self._is_ours:
+            if self._undecided:
+                self._decide_together(trainer, before)
             self._grid.begin_round()  # type: ignore[union-attr]
         try:
             result = self._rounds.run(round, before, self._evaluates(trainer, round))
@@ -124,6 +130,17 @@ class Federation(Callback):
         self._new, self.metrics = result.weights, result.metrics
         # What the server draws from here on (its validation) depends on the round alone, also after a restart.
         seed_all(seed_for(self.seed, "server", round=round))
+
+    def _decide_together(self, trainer: Trainer, before: weights.Weights) -> None:
+        """Before the first round: can clients be trained as one?"""
+        assert self._side is not None
+        assert self._module is not None
+        self._undecided = False
+        stages = ["train", "evaluate"] if self._evaluates(trainer, trainer.check_val_every_n_epoch or 1) else ["train"]
+        try:
+            self._side.decide_together(stages, self.owners.partition.num_clients, before, self.seed)
+        finally:
+            weights.load(self._module, before)
 
     def take_over(self) -> None:
         """Loads the round's new weights into the module."""

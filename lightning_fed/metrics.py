@@ -71,6 +71,40 @@ def catch(trainer: Trainer, module: LightningModule, computed: Iterable[str] = (
     return states
 
 
+@dataclass
+class _Row:
+    """One client's part of a logged value that is stacked."""
+
+    meta: Any
+    value: Tensor
+    cumulated_batch_size: Tensor | None
+    _forward_cache: Tensor | None
+
+
+def catch_each(results: Iterable[Any], clients: int) -> list[list[MetricState]]:
+    """As ``catch``, for clients that are trained as one.
+
+    Args:
+        results: Lightning's result metrics whose values have the clients in front, (clients,).
+        clients: How many there are.
+    """
+    caught: list[list[MetricState]] = [[] for _ in range(clients)]
+    for result in results:
+        parts = [result.value, getattr(result, "cumulated_batch_size", None), result._forward_cache]
+        rows = [[None] * clients if part is None else part.detach().expand(clients).unbind() for part in parts]
+        for states, value, examples, last in zip(caught, *rows, strict=True):
+            states.extend(_scalar_states(_name(result.meta), _Row(result.meta, value, examples, last)))
+    return caught
+
+
+def scalar(state: MetricState) -> float | None:
+    """The value of what one client logged; ``None`` where it takes a metric to compute it."""
+    if state.kind == METRIC:
+        return None
+    value = state.tensors["value"]
+    return float(value / state.tensors["weight"]) if state.kind == MEAN else float(value)
+
+
 def _where(state: MetricState) -> tuple[str, int]:
     return state.attribute, state.updates
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
@@ -24,7 +24,8 @@ from lightning_fed import arguments
 from lightning_fed.callbacks import FedAvg, FederatedCallback, Partition, RichRoundBar
 from lightning_fed.callbacks.base import CohortOwner, FailureOwner
 from lightning_fed.client.app import ClientSide, build_client_app
-from lightning_fed.client.local_fit import ClientState, LocalOptions
+from lightning_fed.client.local_run import ClientState, LocalOptions
+from lightning_fed.client.together import Together
 from lightning_fed.data import gathering
 from lightning_fed.deal import Deal
 from lightning_fed.engines import Engine, InProcess, Processes, Ray
@@ -33,6 +34,9 @@ from lightning_fed.federation import Federation, Owners
 from lightning_fed.seeding import run_seed, seed_for, seeded
 from lightning_fed.server import RoundLoader, ServerDataView, ServerView
 from lightning_fed.views import laid_over
+
+# How many clients are trained as one at most where nobody says.
+_AT_ONCE = 32
 
 ENGINES: dict[str, type[Engine]] = {"in_process": InProcess, "processes": Processes, "ray": Ray}
 
@@ -64,6 +68,9 @@ class FederatedTrainer(Trainer):
         num_workers: How many processes or actors these start; by default one for each core, on CUDA
             ``clients_per_device`` for each device.
         clients_per_device: How many clients they train at a time on one CUDA device; 1 by default.
+        vectorize_clients: Train clients as one, their weights stacked, where module and callbacks allow for it: at most
+            so many at once, or ``True`` for a number that fits memory. Where they do not, clients train one after the
+            other, and one line says why; with ``"require"`` that is an error.
         client_callbacks: Lightning callbacks for the clients' trainers; each local fit gets copies.
         client_state: ``"reset"`` begins each round with new optimizers and schedulers, ``"carry"`` keeps them with the
             client, ``"global"`` begins with new optimizers and schedules advanced to the global round.
@@ -87,6 +94,7 @@ class FederatedTrainer(Trainer):
         engine: str | Engine = "in_process",
         num_workers: int | None = None,
         clients_per_device: int | None = None,
+        vectorize_clients: bool | int | Literal["require"] = False,
         client_callbacks: list[Callback] | Callback | None = None,
         client_state: ClientState = "reset",
         local_validation: bool = False,
@@ -111,6 +119,7 @@ class FederatedTrainer(Trainer):
         }
         faults += arguments.faults(numbers, federated, endless=bool(kwargs.get("max_time") or dev_run))
         faults += arguments.engine_faults(engine, ENGINES, numbers)
+        faults += arguments.vectorize_faults(vectorize_clients, engine == "ray" or isinstance(engine, Ray))
         if client_state not in (states := get_args(ClientState)):
             faults.append(f"client_state={client_state!r} is unknown: write one of {states}.")
         if faults:
@@ -132,6 +141,7 @@ class FederatedTrainer(Trainer):
                 f"devices={devices!r}: clients train in this process one after the other, on cuda:{cuda[0]}. Write"
                 " engine='processes' to use all."
             )
+        self._vectorize = vectorize_clients
         self.seed = run_seed(seed)
         self.owners = _owners(federated, num_clients)
         self.federation = Federation(self.owners, self.seed, timeout, 2 if dev_run else None, self.engine.name)
@@ -235,7 +245,7 @@ class FederatedTrainer(Trainer):
     ) -> ClientApp:
         """The Flower ClientApp that ``fit`` runs; which client it is the node config's ``partition-id`` tells."""
         side = self._task(model, train_dataloaders, None, datamodule).side
-        side.is_set_up = False
+        side.is_set_up, side.together = False, None
         return build_client_app(side)
 
     def _task(self, model: Any, train: Any, val: Any, datamodule: LightningDataModule | None) -> _Task:
@@ -249,6 +259,9 @@ class FederatedTrainer(Trainer):
             for stage in ("train", "evaluate")
         }
         side = ClientSide(module, self.local_options, deal, datamodule, mods, is_set_up=True)
+        if self._vectorize:
+            limit = _AT_ONCE if isinstance(self._vectorize, (bool, str)) else self._vectorize
+            side.together = Together(limit, required=self._vectorize == "require")
         return _Task(module, datamodule, val, deal, side)
 
     def _server_app(self, task: _Task, ckpt_path: Any, weights_only: bool | None) -> ServerApp:
@@ -278,7 +291,7 @@ class FederatedTrainer(Trainer):
                 stack.enter_context(laid_over(task.datamodule, ServerDataView))
             stack.enter_context(laid_over(task.module, ServerView))
             stack.callback(self.federation.end)
-            self.federation.begin(grid, task.deal, task.module)
+            self.federation.begin(grid, task.deal, task.side)
             super().fit(task.module, ckpt_path=ckpt_path, **loaders)
 
 

@@ -12,8 +12,11 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_fed import messages
-from lightning_fed.client.local_fit import LocalOptions, LocalResult, local_evaluate, local_fit, set_up
+from lightning_fed.client.local_fit import local_evaluate, local_fit, set_up
+from lightning_fed.client.local_run import LocalOptions, LocalResult
 from lightning_fed.client.local_trainer import LocalTask
+from lightning_fed.client.together import Together
+from lightning_fed.client.trial import Case
 from lightning_fed.data import ClientLoaders
 from lightning_fed.weights import Weights, split
 
@@ -29,6 +32,7 @@ class ClientSide:
         datamodule: The server's datamodule, or ``None``.
         mods: Flower client mods by stage, outermost first.
         is_set_up: Whether the module has been set up in this process.
+        together: Trains several clients as one, or ``None``.
     """
 
     module: LightningModule
@@ -37,19 +41,66 @@ class ClientSide:
     datamodule: LightningDataModule | None = None
     mods: dict[str, Sequence[Mod]] = field(default_factory=dict)
     is_set_up: bool = False
+    together: Together | None = None
+
+    def decide_together(self, stages: Sequence[str], clients: int, weights: Weights, seed: int) -> None:
+        """Finds out, before the first round, in which stages clients can be served as one.
+
+        Raises:
+            ConfigurationError: If that is required and cannot be done.
+        """
+        if self.together is not None:
+            for stage in stages:
+                case = Case(self.module, self.datamodule, self.options, stage, bool(self.mods.get(stage)))
+                self.together.decide(case, self.data, clients, weights, seed)
 
 
-def build_client_app(side: ClientSide) -> ClientApp:
+@dataclass
+class _Call:
+    """A message to a client; the integer tensors that came with it are beside it, where mods do not see them."""
+
+    message: Message
+    context: Context
+    integers: Weights
+
+
+class LocalClientApp(ClientApp):
+    """A ClientApp that can serve several clients at once where they are trained as one."""
+
+    def __init__(self, side: ClientSide) -> None:
+        super().__init__()
+        self._side = side
+
+    def at_once(self, stage: str) -> int:
+        """How many messages of a type to give to ``serve``."""
+        together = self._side.together
+        return 1 if together is None else together.size(stage)
+
+    def serve(self, received: Sequence[tuple[Message, Context]]) -> list[Message]:
+        """The replies to messages of one type, in their order."""
+        side, stage = self._side, received[0][0].metadata.message_type
+        calls = [_Call(message, context, messages.detach_integers(message)) for message, context in received]
+        results: Sequence[LocalResult | None] = [None] * len(calls)
+        if len(calls) > 1 and side.together is not None:
+            tasks = [_task(stage, call.message, call.context, call.integers) for call in calls]
+            results = side.together.run(stage, side.module, side.datamodule, side.data, tasks, side.options)
+        return [
+            _serve(side, stage, call) if result is None else _with_extras(_reply(stage, call.message, result), result)
+            for call, result in zip(calls, results, strict=True)
+        ]
+
+
+def build_client_app(side: ClientSide) -> LocalClientApp:
     """A ClientApp with a train and an evaluate function, and a query function that tells which client this is."""
-    app = ClientApp()
+    app = LocalClientApp(side)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _serve(side, "train", message, context)
+        return app.serve([(message, context)])[0]
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return _serve(side, "evaluate", message, context)
+        return app.serve([(message, context)])[0]
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
@@ -59,26 +110,19 @@ def build_client_app(side: ClientSide) -> ClientApp:
     return app
 
 
-def _serve(side: ClientSide, stage: str, message: Message, context: Context) -> Message:
+def _serve(side: ClientSide, stage: str, call: _Call) -> Message:
     """Message -> client mods -> local run -> reply; what mods must not see goes around them."""
-    integers = messages.detach_integers(message)
-    extras = messages.Extras()
+    results: list[LocalResult] = []
 
     def run(message: Message, context: Context) -> Message:
-        result = _run(side, stage, message, context, integers)
-        extras.states = result.metrics
-        averaged, extras.integers = split(result.weights)
-        if stage == "train":
-            return messages.train_reply(message, averaged, result.num_examples, result.scalars)
-        return messages.evaluate_reply(message, result.num_examples, result.scalars)
+        results[:] = [_run(side, stage, message, context, call.integers)]
+        return _reply(stage, message, results[0])
 
     try:
-        reply = _with_mods(run, side.mods.get(stage, ()))(message, context)
+        reply = _with_mods(run, side.mods.get(stage, ()))(call.message, call.context)
     except Exception as exception:
-        return messages.error_reply(message, exception, traceback.format_exc())
-    if not reply.has_error():
-        messages.attach_extras(reply, extras)
-    return reply
+        return messages.error_reply(call.message, exception, traceback.format_exc())
+    return _with_extras(reply, *results)
 
 
 def _with_mods(run: ClientAppCallable, mods: Sequence[Mod]) -> ClientAppCallable:
@@ -92,17 +136,8 @@ def _wrap(inner: ClientAppCallable, mod: Mod) -> ClientAppCallable:
 
 
 def _run(side: ClientSide, stage: str, message: Message, context: Context, integers: Weights) -> LocalResult:
-    instruction = messages.read_instruction(message)
-    client = int(context.node_config[messages.CLIENT])
-    task = LocalTask(
-        client=client,
-        round=instruction.round,
-        seed=instruction.seed,
-        weights={**instruction.weights, **integers},
-        state=messages.get_fit_state(context) if stage == "train" else None,
-        set_up=False,
-    )
-    work = (side.module, side.datamodule, side.data(client, task.round), task, side.options)
+    task = _task(stage, message, context, integers)
+    work = (side.module, side.datamodule, side.data(task.client, task.round), task, side.options)
     if not side.is_set_up:
         set_up(*work)
         side.is_set_up = True
@@ -110,3 +145,29 @@ def _run(side: ClientSide, stage: str, message: Message, context: Context, integ
     if stage == "train":
         messages.set_fit_state(context, result.state)
     return result
+
+
+def _task(stage: str, message: Message, context: Context, integers: Weights) -> LocalTask:
+    instruction = messages.read_instruction(message)
+    return LocalTask(
+        client=int(context.node_config[messages.CLIENT]),
+        round=instruction.round,
+        seed=instruction.seed,
+        weights={**instruction.weights, **integers},
+        state=messages.get_fit_state(context) if stage == "train" else None,
+        set_up=False,
+    )
+
+
+def _reply(stage: str, message: Message, result: LocalResult) -> Message:
+    if stage == "train":
+        return messages.train_reply(message, split(result.weights)[0], result.num_examples, result.scalars)
+    return messages.evaluate_reply(message, result.num_examples, result.scalars)
+
+
+def _with_extras(reply: Message, *results: LocalResult) -> Message:
+    """A reply that mods have done with, and what they must not see."""
+    if not reply.has_error():
+        for result in results:
+            messages.attach_extras(reply, messages.Extras(split(result.weights)[1], result.metrics))
+    return reply

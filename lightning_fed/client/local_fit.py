@@ -2,104 +2,33 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from contextlib import ExitStack
+from dataclasses import replace
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 
 from lightning_fed import weights
 from lightning_fed.client import fit_state
-from lightning_fed.client.isolation import attributes_kept, own_state_kept, quiet, restore_handlers, signal_handlers
-from lightning_fed.client.local_trainer import BuildingClientView, ClientDataView, LocalTask, LocalTrainer, client_view
+from lightning_fed.client.isolation import attributes_kept, quiet
+from lightning_fed.client.local_run import (
+    CountExamples,
+    LocalHooks,
+    LocalOptions,
+    LocalResult,
+    build_trainer,
+    call,
+    explain_monitor,
+    let_go,
+    local_run,
+    scalars,
+    start_at_epoch,
+)
+from lightning_fed.client.local_trainer import ClientDataView, LocalTask, client_view
 from lightning_fed.data import ClientLoaders, count_examples
 from lightning_fed.errors import ClientError
-from lightning_fed.metrics import MetricState, catch
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.views import laid_over
-from lightning_fed.weights import Weights
-
-ClientState = Literal["reset", "carry", "global"]
-
-
-@dataclass
-class LocalOptions:
-    """What all local fits of a run have in common.
-
-    Attributes:
-        trainer: Arguments for each client's ``Trainer``.
-        epochs: Local epochs a round, or ``None`` where ``steps`` counts.
-        steps: Local optimizer steps a round, or ``None``.
-        callbacks: The user's client callbacks, copied for each fit.
-        method_callbacks: Builds the callbacks that federated methods bring, outermost first.
-        client_state: What becomes of optimizers and schedulers from round to round.
-        local_validation: Whether a fit validates on the client's held-out part.
-        rounds: The rounds of the run, or -1 for no limit.
-    """
-
-    trainer: dict[str, Any] = field(default_factory=dict)
-    epochs: int | None = 1
-    steps: int | None = None
-    callbacks: Sequence[Callback] = ()
-    method_callbacks: Callable[[], Sequence[Callback]] = list
-    client_state: ClientState = "reset"
-    local_validation: bool = False
-    rounds: int = -1
-
-    def first_epoch(self, round: int) -> int:
-        """The number of the first epoch of a round: a client's epochs count on from round to round."""
-        return (round - 1) * (self.epochs or 1)
-
-
-@dataclass
-class LocalResult:
-    """What came of it; ``weights`` are the client's own copy."""
-
-    weights: Weights
-    num_examples: int
-    scalars: dict[str, float]
-    metrics: list[MetricState]
-    state: bytes | None = None
-
-
-class LocalHooks(Callback):
-    """What a local fit does at Lightning's hooks, besides the user's own."""
-
-    def __init__(self, options: LocalOptions, first_epoch: int) -> None:
-        self.options, self.first_epoch = options, first_epoch
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(trainer, LocalTrainer)
-        if trainer.task.state is not None:
-            fit_state.load(trainer, trainer.task.state)
-        elif self.options.client_state == "global":
-            fit_state.advance(trainer, self.first_epoch, trainer.task.round - 1)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.options.epochs and trainer.current_epoch + 1 == self.first_epoch + self.options.epochs:
-            trainer.should_stop = True
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(trainer, LocalTrainer)
-        if trainer.validating and trainer.state.fn == "validate":
-            trainer.caught = catch(trainer, pl_module, trainer.computed)
-
-
-class CountExamples(Callback):
-    """Counts what a round's first epoch trains on, where the data may have no length."""
-
-    def __init__(self, first_epoch: int) -> None:
-        self.first_epoch, self.seen = first_epoch, 0
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch == self.first_epoch:
-            self.seen += _batch_size(batch)
 
 
 def set_up(
@@ -121,10 +50,10 @@ def set_up(
         stack.enter_context(laid_over(module, client_view(module)))
         stack.enter_context(seeded(seed_for(task.seed, "setup")))
         bare = replace(options, callbacks=())
-        trainer = _build_trainer(replace(task, set_up=True), loaders, module, bare, [])
+        trainer = build_trainer(replace(task, set_up=True), loaders, module, bare, [])
         trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = 0, -1
-        _call(trainer.fit, trainer, module, datamodule, train=True)
-        _let_go(trainer, module)
+        call(trainer.fit, trainer, module, datamodule, train=True)
+        let_go(trainer, module)
     module.trainer = None
 
 
@@ -157,19 +86,19 @@ def local_fit(
     counter = CountExamples(first_epoch)
     if loaders.num_examples is None:
         callbacks.append(counter)
-    with _local_run(module, datamodule, task, "train"):
-        trainer = _build_trainer(task, loaders, module, options, callbacks)
-        _start_at_epoch(trainer, first_epoch)
+    with local_run(module, datamodule, task, "train"):
+        trainer = build_trainer(task, loaders, module, options, callbacks)
+        start_at_epoch(trainer, first_epoch)
         try:
-            _call(trainer.fit, trainer, module, datamodule, train=True)
+            call(trainer.fit, trainer, module, datamodule, train=True)
         except MisconfigurationException as error:
-            raise _explain_monitor(error, trainer) or error from None
+            raise explain_monitor(error, trainer) or error from None
         state = fit_state.save(trainer) if options.client_state == "carry" else None
-        _let_go(trainer, module)
+        let_go(trainer, module)
         examples = loaders.num_examples
         if examples is None:
             examples = count_examples(trainer.train_dataloader) or counter.seen
-        return LocalResult(weights.read(module), examples, _scalars(trainer), trainer.caught, state)
+        return LocalResult(weights.read(module), examples, scalars(trainer), trainer.caught, state)
 
 
 def local_evaluate(
@@ -185,136 +114,10 @@ def local_evaluate(
     """
     if loaders.datamodule is None and loaders.val is None:
         return LocalResult({}, 0, {}, [])
-    with _local_run(module, datamodule, task, "evaluate"):
-        trainer = _build_trainer(task, loaders, module, options, [LocalHooks(options, 0)], validates=True)
-        _start_at_epoch(trainer, options.first_epoch(task.round + 1) - 1)
-        _call(trainer.validate, trainer, module, datamodule, train=False)
+    with local_run(module, datamodule, task, "evaluate"):
+        trainer = build_trainer(task, loaders, module, options, [LocalHooks(options, 0)], validates=True)
+        start_at_epoch(trainer, options.first_epoch(task.round + 1) - 1)
+        call(trainer.validate, trainer, module, datamodule, train=False)
         loader = trainer.val_dataloaders
         examples = sum(count_examples(one) or 0 for one in (loader if isinstance(loader, list) else [loader]))
-        return LocalResult({}, examples, _scalars(trainer), trainer.caught)
-
-
-def _scalars(trainer: LocalTrainer) -> dict[str, float]:
-    """The client's own values of what it logged in the run's last epoch; not of its local validation."""
-    names = {state.name for state in trainer.caught}
-    return {name: float(v) for name, v in trainer.callback_metrics.items() if name in names and v.numel() == 1}
-
-
-def _build_trainer(
-    task: LocalTask,
-    loaders: ClientLoaders,
-    module: LightningModule,
-    options: LocalOptions,
-    callbacks: Sequence[Callback],
-    validates: bool = False,
-) -> LocalTrainer:
-    # The epochs of the whole run, as current_epoch counts them; LocalHooks end the fit after the round's. A server
-    # that runs more rounds than this side was told of must not find that there is nothing left to train.
-    rounds = options.rounds if options.rounds == -1 else max(options.rounds, task.round)
-    limit = {"max_epochs": _times(options.epochs, rounds), "max_steps": options.steps or -1}
-    arguments = {**copy.deepcopy(options.trainer), **limit}
-    if not (options.local_validation or validates):
-        arguments["limit_val_batches"] = 0
-    scheduled = 1 if options.client_state == "reset" else rounds
-    return LocalTrainer(
-        task,
-        loaders,
-        module,
-        schedule=(_times(options.epochs, scheduled), _times(options.steps, scheduled)),
-        callbacks=[*callbacks, *copy.deepcopy(list(options.callbacks))],
-        # Modules that write to self.logger.experiment go on working; what they write goes nowhere.
-        logger=DummyLogger(),
-        log_every_n_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **arguments,
-    )
-
-
-def _times(count: int | None, rounds: int) -> int:
-    return -1 if count is None or rounds == -1 else count * rounds
-
-
-def _start_at_epoch(trainer: Trainer, epoch: int) -> None:
-    for progress in (trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_progress.total):
-        progress.ready = progress.started = progress.processed = progress.completed = epoch  # type: ignore[attr-defined]
-
-
-def _call(
-    run: Callable[..., Any],
-    trainer: LocalTrainer,
-    module: LightningModule,
-    datamodule: LightningDataModule | None,
-    train: bool,
-) -> None:
-    loaders = trainer.loaders
-    data: dict[str, Any]
-    if loaders.datamodule is not None:
-        data = {"datamodule": loaders.datamodule}
-    elif datamodule is not None:
-        data = {"datamodule": datamodule}
-    elif train:
-        # None would mean the module's own val_dataloader, which is the server's.
-        val = loaders.val
-        if val is None and is_overridden("validation_step", module, LightningModule):
-            val = []
-        data = {"train_dataloaders": loaders.train, "val_dataloaders": val}
-    else:
-        data = {"dataloaders": loaders.val}
-    if not train:
-        data["verbose"] = False
-    try:
-        run(module, **data)
-    except SystemExit as error:
-        # Lightning answers Ctrl-C in a fit with sys.exit(1); to the server it must still be Ctrl-C.
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        raise
-
-
-@contextmanager
-def _local_run(
-    module: LightningModule, datamodule: LightningDataModule | None, task: LocalTask, purpose: str
-) -> Iterator[None]:
-    """Views, seeds, signal handlers and the module's own state, all put back at the end."""
-    handlers = signal_handlers()
-    with ExitStack() as stack:
-        stack.callback(restore_handlers, handlers)
-        stack.enter_context(quiet())
-        stack.enter_context(own_state_kept(module))
-        if datamodule is not None:
-            stack.enter_context(attributes_kept(datamodule))
-            stack.enter_context(laid_over(datamodule, ClientDataView))
-        view = client_view(module)
-        stack.enter_context(laid_over(module, view))
-        if view is not BuildingClientView:
-            weights.load(module, task.weights)
-        stack.enter_context(seeded(seed_for(task.seed, purpose, round=task.round, client=task.client)))
-        yield
-
-
-def _batch_size(batch: Any) -> int:
-    while isinstance(batch, (list, tuple, dict)) and batch:
-        batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
-    return len(batch) if isinstance(batch, Tensor) and batch.dim() else 1
-
-
-def _explain_monitor(error: MisconfigurationException, trainer: LocalTrainer) -> ClientError | None:
-    for config in trainer.lr_scheduler_configs:
-        if config.reduce_on_plateau and str(config.monitor) in str(error):
-            return ClientError(
-                f"has a {type(config.scheduler).__name__} that monitors {config.monitor!r}, which its local fit does"
-                " not log: clients do not validate while they train. Write FederatedTrainer(local_validation=True) with"
-                " Partition(..., val_fraction=...), or monitor what training_step logs:"
-                f" {sorted(trainer.callback_metrics)}."
-            )
-    return None
-
-
-def _let_go(trainer: Trainer, module: LightningModule) -> None:
-    """A trainer is full of reference cycles: what is large is let go at once, not at the next garbage collection."""
-    module.zero_grad(set_to_none=True)
-    for optimizer in trainer.optimizers:
-        optimizer.state.clear()
+        return LocalResult({}, examples, scalars(trainer), trainer.caught)

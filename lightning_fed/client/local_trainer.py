@@ -67,7 +67,7 @@ class ClientView(View):
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()  # type: ignore[misc]
         # The last moment: the module has logged, and Lightning has not reset yet.
-        self.trainer.caught = catch(self.trainer, self, self.trainer.computed)  # type: ignore[arg-type]
+        self.trainer.keep_logged(self)  # type: ignore[arg-type]
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(value, Tensor) and any(value is metric._computed for metric in self.trainer.module_metrics):
@@ -124,7 +124,8 @@ class _NoProfiler(PassThroughProfiler):
 _IN_ORDER = 5
 
 
-def _how(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def how_logged(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All that ``self.log`` was told besides the value."""
     return args, {name: value for name, value in kwargs.items() if name not in ("name", "value", "batch_size")}
 
 
@@ -192,6 +193,10 @@ class LocalTrainer(Trainer):
         assert Trainer.training.fset is not None  # type: ignore[attr-defined]
         Trainer.training.fset(self, value)  # type: ignore[attr-defined]
 
+    def keep_logged(self, module: LightningModule) -> None:
+        """Keeps what was logged in the epoch that is just ending, before Lightning resets it."""
+        self.caught = catch(self, module, self.computed)
+
     def log_again(self, module: Any, name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Logs in a training step what Lightning has checked before; ``False`` where it has not."""
         hook, connector = module._current_fx_name, self._logger_connector
@@ -199,7 +204,7 @@ class LocalTrainer(Trainer):
         if not self.training or (connector._current_fx != hook and connector._first_loop_iter is not False):
             return False
         values, batch_size = self.fit_loop.epoch_loop._results, kwargs.get("batch_size")
-        if not values.log_again(hook, name, value, _how(args, kwargs), batch_size):  # type: ignore[attr-defined]
+        if not values.log_again(hook, name, value, how_logged(args, kwargs), batch_size):  # type: ignore[attr-defined]
             return False
         connector._current_fx = hook
         return True
@@ -208,7 +213,7 @@ class LocalTrainer(Trainer):
         """Takes note of what Lightning has checked."""
         special = any(kwargs.get(name) for name in ("enable_graph", "metric_attribute"))
         if self.training and len(args) <= _IN_ORDER and not special:
-            self.fit_loop.epoch_loop._results.remember(module._current_fx_name, name, _how(args, kwargs))  # type: ignore[attr-defined]
+            self.fit_loop.epoch_loop._results.remember(module._current_fx_name, name, how_logged(args, kwargs))  # type: ignore[attr-defined]
 
     @property
     def estimated_stepping_batches(self) -> int | float:

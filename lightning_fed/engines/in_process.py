@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import traceback
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import TypeVar
 
 from flwr.app import Context, Message, Metadata, RecordDict, UserConfig
@@ -48,6 +49,23 @@ def server_identity(run_id: int) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(TaskIdentity, name, value)
+
+
+def at_once(app: ClientApp, message: Message) -> int:
+    """How many messages like this one to give to ``answer``: several where the app serves clients together."""
+    asked: Callable[[str], int] = getattr(app, "at_once", lambda message_type: 1)
+    return asked(message.metadata.message_type)
+
+
+def answer(app: ClientApp, received: Sequence[tuple[Message, Context]]) -> list[Message]:
+    """The replies to messages of one type, in their order; an exception is a reply."""
+    if len(received) > 1:
+        return app.serve(received)  # type: ignore[attr-defined, no-any-return]
+    message, context = received[0]
+    try:
+        return [app(message, context)]
+    except Exception as exception:
+        return [messages.error_reply(message, exception, traceback.format_exc())]
 
 
 def deliver(metadata: Metadata, content: RecordDict) -> Message:
@@ -113,20 +131,24 @@ class InProcessGrid(Grid):
             self._kept[client] = messages.copy_for_delivery(context.state)
         return context
 
-    def _call(self, message: Message) -> Message:
-        context = self._context_of(message)
-        try:
-            reply = self._app(deliver(message.metadata, message.content), context)
-        except Exception as exception:
-            reply = messages.error_reply(message, exception, traceback.format_exc())
-        reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
-        return reply
+    def _call(self, sent: Sequence[Message]) -> list[Message]:
+        contexts = [self._context_of(message) for message in sent]
+        delivered = [deliver(message.metadata, message.content) for message in sent]
+        replies = answer(self._app, list(zip(delivered, contexts, strict=True)))
+        for reply in replies:
+            reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+        return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Runs the clients as the replies are read, in the order of the messages; nothing to time out on."""
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
-            yield self._call(message)
+        waiting = iter(messages)
+        for first in waiting:
+            together = [first, *islice(waiting, at_once(self._app, first) - 1)]
+            for message in together:
+                message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+            replies = self._call(together)
+            while replies:  # each is let go before the next is read
+                yield replies.pop(0)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Runs the clients now and keeps their replies for ``pull_messages``."""

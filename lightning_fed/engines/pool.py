@@ -98,7 +98,7 @@ class Worker:
         """Tells the process something."""
         transport.send(self.connection, packed)
 
-    def receive(self) -> Done | None:
+    def receive(self) -> list[Done] | None:
         """What the process says; ``None`` when it speaks of itself: it is ready, or has given way to one that will be.
 
         Raises:

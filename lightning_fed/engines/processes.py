@@ -18,7 +18,7 @@ import os
 import selectors
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from flwr.app import ArrayRecord, Message
@@ -28,7 +28,7 @@ from flwr.serverapp import Grid
 from lightning_fed import messages
 from lightning_fed.engines import transport
 from lightning_fed.engines.base import Engine
-from lightning_fed.engines.in_process import server_identity
+from lightning_fed.engines.in_process import at_once, server_identity
 from lightning_fed.engines.pool import Pool, StartMethod, Worker, prepare, start_method
 from lightning_fed.engines.remote import AHEAD, RemoteGrid
 from lightning_fed.engines.worker import Shared, Start
@@ -89,7 +89,7 @@ class ProcessGrid(RemoteGrid):
 
     def __init__(self, client_app: ClientApp, num_clients: Callable[[], int], engine: Processes) -> None:
         super().__init__(client_app, num_clients)
-        self._num_workers = engine.num_workers
+        self.client_app, self._num_workers = client_app, engine.num_workers
         self.pool = Pool(Start(client_app, self._run.run_id, engine.threads), engine.devices, engine.start_method)
 
     def _exchange(self, sent: list[Message], call: int, timeout: float | None) -> Iterator[Message]:
@@ -111,8 +111,10 @@ class Exchange:
     def __init__(self, grid: ProcessGrid, sent: list[Message], call: int, timeout: float | None) -> None:
         self.grid, self.sent, self.call = grid, sent, call
         self.until = None if timeout is None else time.monotonic() + timeout
-        self.waiting = deque(range(len(sent)))
-        self.at: dict[Worker, int] = {}  # what each busy worker does
+        together = min(at_once(grid.client_app, sent[0]), -(-len(sent) // len(grid.pool.workers))) if sent else 1
+        self.waiting = deque(range(first, min(first + together, len(sent))) for first in range(0, len(sent), together))
+        self.ahead = AHEAD * len(grid.pool.workers) * together
+        self.at: dict[Worker, range] = {}  # what each busy worker does
         self.there: dict[int, Message] = {}
         self.shared: dict[int, tuple[int, transport.Packed]] = {}
         self.has: dict[Worker, set[int]] = {worker: set() for worker in grid.pool.workers}
@@ -139,18 +141,23 @@ class Exchange:
         for worker in self.has:
             if worker in self.at or not worker.ready:
                 continue
-            if not self.waiting or self.waiting[0] > first + AHEAD * len(self.has):
+            if not self.waiting or self.waiting[0].start > first + self.ahead:
                 return
-            index = self.waiting.popleft()
+            indices = self.waiting.popleft()
             try:
-                self._give(worker, self.sent[index])
-                self.at[worker] = index
+                self._give(worker, [self.sent[index] for index in indices])
+                self.at[worker] = indices
             except OSError:  # it died since its last sign of life
-                self.waiting.appendleft(index)
+                self.waiting.appendleft(indices)
                 worker.replace()
                 self.has[worker] = set()
 
-    def _give(self, worker: Worker, message: Message) -> None:
+    def _give(self, worker: Worker, messages: Sequence[Message]) -> None:
+        tasks = [self.grid.task(message, self._content(worker, message), self.call) for message in messages]
+        worker.send(transport.pack(tasks))
+
+    def _content(self, worker: Worker, message: Message) -> dict[str, Any]:
+        """The records of a message; those that others have, too, are sent ahead."""
         content: dict[str, Any] = {}
         for name, record in message.content.items():
             if not isinstance(record, ArrayRecord):
@@ -165,7 +172,7 @@ class Exchange:
                 worker.send(packed)
                 self.has[worker].add(number)
             content[name] = number
-        worker.send(transport.pack(self.grid.task(message, content, self.call)))
+        return content
 
     def _collect(self, wait: bool) -> bool:
         """Takes in what workers say; ``False`` when the time is up."""
@@ -187,12 +194,11 @@ class Exchange:
             how = worker.replace()
             self.has[worker] = set()
             if worker in self.at:
-                index = self.at.pop(worker)
-                self.there[index] = _lost(self.sent[index], how)
+                self.there |= {index: _lost(self.sent[index], how) for index in self.at.pop(worker)}
             return
         if said is not None:
-            index = self.at.pop(worker)
-            self.there[index] = self.grid.take_back(self.sent[index], said)
+            for index, done in zip(self.at.pop(worker), said, strict=True):
+                self.there[index] = self.grid.take_back(self.sent[index], done)
 
 
 def _lost(message: Message, how: str) -> Message:

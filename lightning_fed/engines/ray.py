@@ -31,7 +31,7 @@ from lightning_fed.engines import transport
 from lightning_fed.engines.base import Engine
 from lightning_fed.engines.in_process import server_identity
 from lightning_fed.engines.remote import AHEAD, RemoteGrid, packed
-from lightning_fed.engines.worker import Done, Start, Task, serve
+from lightning_fed.engines.worker import Start, Task, serve
 from lightning_fed.errors import ClientError, ConfigurationError
 
 T = TypeVar("T")
@@ -173,12 +173,12 @@ class RayGrid(RemoteGrid):
                 shared[key] = len(shared), self._ray.put(_bytes(transport.to_bytes(record)))
             content[name], reference = shared[key]
             ahead += [content[name], reference]
-        return actor.work.remote(_bytes(transport.to_bytes(self.task(message, content, call))), *ahead)
+        return actor.work.remote(_bytes(transport.to_bytes([self.task(message, content, call)])), *ahead)
 
     def _take(self, message: Message, reference: Any, actor: Any) -> tuple[Message, Any]:
         """A reply as the loop gets it, and the actor that is free now."""
         try:
-            done: Done = transport.from_bytes(self._ray.get(reference))
+            [done] = transport.from_bytes(self._ray.get(reference))
         except self._ray.exceptions.RayError as error:
             how = f"{type(error).__name__}: {' '.join(str(error).split())}"
             lost = ClientError(f"was lost: its Ray actor ended ({how}). It has been replaced.")
@@ -206,11 +206,12 @@ class _Actor:
     def work(self, task: Any, *ahead: Any) -> Any:
         """One client's work; ``ahead`` are numbers and the arrays that they stand for."""
         assert self._start is not None
-        told: Task = transport.from_bytes(task)
-        self._known = {key: record for key, record in self._known.items() if key[0] == told.call}
+        told: list[Task] = transport.from_bytes(task)
+        call = told[0].call
+        self._known = {key: record for key, record in self._known.items() if key[0] == call}
         for number, arrays in zip(ahead[::2], ahead[1::2], strict=True):
-            if (told.call, number) not in self._known:
-                self._known[told.call, number] = transport.from_bytes(arrays)
+            if (call, number) not in self._known:
+                self._known[call, number] = transport.from_bytes(arrays)
         with server_identity(self._start.run_id):
             return _bytes(serve(self._start.client_app, told, self._known, transport.to_bytes))
 

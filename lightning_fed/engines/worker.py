@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 
 from lightning_fed import messages
 from lightning_fed.engines import transport
-from lightning_fed.engines.in_process import deliver, server_identity
+from lightning_fed.engines.in_process import answer, deliver, server_identity
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class Shared:
 
 @dataclass
 class Task:
-    """One client's work.
+    """One client's work; a worker is told of one or more at a time.
 
     Attributes:
         metadata: That of the message.
@@ -139,25 +139,39 @@ def _serve(connection: socket.socket, start: Start) -> None:
                 transport.send(connection, serve(start.client_app, told, known, transport.pack))
 
 
-def serve(app: ClientApp, task: Task, known: dict[tuple[int, int], ArrayRecord], pack: Callable[[Done], T]) -> T:
-    """One client's work, packed; an exception is a reply, also that of packing it.
+def serve(
+    app: ClientApp,
+    tasks: Sequence[Task],
+    known: dict[tuple[int, int], ArrayRecord],
+    pack: Callable[[list[Done]], T],
+) -> T:
+    """Clients' work, packed; an exception is a reply, also that of packing it.
 
     Args:
         app: The client app.
-        task: What to do.
+        tasks: What to do.
         known: The arrays that were sent ahead.
-        pack: Makes of the result what can be sent.
+        pack: Makes of the results what can be sent.
     """
-    records = {name: known[task.call, r] if isinstance(r, int) else r for name, r in task.content.items()}
-    message = deliver(task.metadata, RecordDict(records))
+    received = []
+    for task in tasks:
+        records = {name: known[task.call, r] if isinstance(r, int) else r for name, r in task.content.items()}
+        received.append((deliver(task.metadata, RecordDict(records)), task.context))
+    done = [Done(reply, context.state) for reply, (_, context) in zip(answer(app, received), received, strict=True)]
     try:
-        reply = app(message, task.context)
-    except Exception as exception:
-        reply = messages.error_reply(message, exception, traceback.format_exc())
+        return pack(done)
+    except Exception:
+        return pack([_packable(one, message, pack) for one, (message, _) in zip(done, received, strict=True)])
+
+
+def _packable(done: Done, message: Message, pack: Callable[[list[Done]], Any]) -> Done:
+    """What can be sent of it: where that is not all, the error."""
     try:
-        return pack(Done(reply, task.context.state))
+        pack([done])
+        return done
     except Exception as exception:
+        reply = done.reply
         if not reply.has_error():
             reply = messages.error_reply(message, exception, traceback.format_exc())
         reply.error.__dict__.pop("exception", None)  # it holds what cannot be sent; its traceback is text
-        return pack(Done(reply, None))
+        return Done(reply, None)

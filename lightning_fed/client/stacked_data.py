@@ -1,0 +1,155 @@
+"""The batches of clients that are trained as one: each client's own, in its own order, stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_fed.client.stack import NotStackable
+from lightning_fed.client.streams import Streams
+from lightning_fed.data import Gathered, TensorBatches, gathering
+
+
+@dataclass
+class Part:
+    """Clients whose batches have the same shapes.
+
+    Attributes:
+        rows: Which they are, (clients,) int64; ``None`` for all.
+        batch: Their batches, every tensor (clients, ...).
+        size: The examples in a client's batch, where that is known.
+    """
+
+    rows: Tensor | None
+    batch: Any
+
+    def to(self, *args: Any, **kwargs: Any) -> Part:
+        """The same on a device."""
+        leaves, tree = tree_flatten(self.batch)
+        moved = [leaf.to(*args, **kwargs) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return Part(None if self.rows is None else self.rows.to(*args, **kwargs), tree_unflatten(moved, tree))
+
+
+class StackedLoader(DataLoader[Any]):
+    """Goes through the loaders of several clients at once; each draws from its client's stream what it draws alone.
+
+    Args:
+        loaders: The clients' loaders, all with the same number of batches.
+        streams: The clients' random streams.
+    """
+
+    def __init__(self, loaders: Sequence[Any], streams: Streams) -> None:
+        # Lightning asks anything but a DataLoader for an iterator to see whether it can, and loaders would draw.
+        super().__init__(range(len(loaders[0])), batch_size=1)  # type: ignore[arg-type]
+        self._own, self._streams = [gathering(loader) for loader in loaders], streams
+        self._are_tensors = all(
+            type(loader) is DataLoader
+            and type(loader.dataset) is Gathered
+            and type(loader.batch_sampler) is TensorBatches
+            for loader in self._own
+        )
+
+    def __len__(self) -> int:
+        return len(self._own[0])
+
+    def __iter__(self) -> Iterator[list[Part]]:  # type: ignore[override]
+        # Not a generator: what a loader draws when it is asked for an iterator, it draws now.
+        iterators = []
+        for client, loader in enumerate(self._own):
+            with self._streams.torch_of(client) if self._are_tensors else self._streams.of(client):
+                iterators.append(iter(loader))
+        return self._of_tensors() if self._are_tensors else self._of_anything(iterators)
+
+    def _of_tensors(self) -> Iterator[list[Part]]:
+        """Tensor data sets: an epoch's order is drawn at once, and a batch is one indexing call."""
+        orders = []
+        for client, loader in enumerate(self._own):
+            with self._streams.torch_of(client):
+                orders.append([loader.dataset.where(indices) for indices in loader.batch_sampler])
+        tensors = [loader.dataset.tensors for loader in self._own]
+        common = all(all(one is other for one, other in zip(tensors[0], own, strict=True)) for own in tensors[1:])
+        for step in range(len(self)):
+            yield [
+                Part(rows, _gather(tensors, [orders[client][step] for client in clients], clients, common))
+                for rows, clients in _alike([len(order[step]) for order in orders])
+            ]
+
+    def _of_anything(self, iterators: list[Iterator[Any]]) -> Iterator[list[Part]]:
+        for _ in range(len(self)):
+            batches = []
+            for client, iterator in enumerate(iterators):
+                with self._streams.of(client):
+                    batches.append(tree_flatten(next(iterator)))
+            kinds = [repr((tree, [_kind(leaf) for leaf in leaves])) for leaves, tree in batches]
+            yield [
+                Part(rows, tree_unflatten(_stack([batches[client][0] for client in clients]), batches[clients[0]][1]))
+                for rows, clients in _alike(kinds)
+            ]
+
+
+def _gather(tensors: list[Any], indices: list[Tensor], clients: list[int], common: bool) -> list[Tensor]:
+    if common:
+        chosen = torch.stack(indices)
+        return [
+            tensor.index_select(0, chosen.flatten().to(tensor.device)).view(*chosen.shape, *tensor.shape[1:])
+            for tensor in tensors[0]
+        ]
+    columns = zip(*(tensors[client] for client in clients), strict=True)
+    return [
+        torch.stack([own.index_select(0, i.to(own.device)) for own, i in zip(column, indices, strict=True)])
+        for column in columns
+    ]
+
+
+def _alike(kinds: Sequence[Any]) -> list[tuple[Tensor | None, list[int]]]:
+    """Clients by kind of batch, as rows and as a list; no rows where all are of one kind."""
+    by_kind: dict[Any, list[int]] = {}
+    for client, kind in enumerate(kinds):
+        by_kind.setdefault(kind, []).append(client)
+    if len(by_kind) == 1:
+        return [(None, list(range(len(kinds))))]
+    return [(torch.tensor(clients), clients) for clients in by_kind.values()]
+
+
+def _kind(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+def _stack(batches: list[list[Any]]) -> list[Any]:
+    return [
+        torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*batches, strict=True)
+    ]
+
+
+def batches_of(loader: Any) -> int:
+    """The number of batches of a client's loader.
+
+    Raises:
+        NotStackable: If nothing tells, or the batches cannot be taken from here.
+    """
+    if isinstance(loader, (dict, list, tuple)) and not _is_batches(loader):
+        raise NotStackable("a client has several train loaders")
+    if isinstance(loader, DataLoader):
+        if isinstance(loader.dataset, IterableDataset):
+            raise NotStackable("its data is an IterableDataset")
+        if loader.num_workers:
+            raise NotStackable(
+                f"its DataLoader has num_workers={loader.num_workers}, which would start that many for each client"
+            )
+    try:
+        return len(loader)
+    except TypeError:
+        raise NotStackable(f"nothing tells how many batches a {type(loader).__name__} has") from None
+
+
+def _is_batches(loader: Any) -> bool:
+    """Whether a list is one of batches, and not of loaders."""
+    return isinstance(loader, list) and not any(
+        hasattr(one, "__next__") or isinstance(one, DataLoader) for one in loader
+    )

@@ -1,0 +1,122 @@
+"""The random streams of clients that are trained as one: each draws what it would draw alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_State = tuple[Any, ...]
+
+
+class Streams:
+    """The states of Python's, NumPy's and torch's generators, for each client.
+
+    The generators themselves are left as the last client had them: whoever uses streams puts them back at the end.
+
+    Args:
+        seeds: With what each client's generators are seeded.
+        device: Whose generator is the client's own, besides the CPU's.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._seeds, self._cuda = seeds, device if device.type == "cuda" else None
+        self._torch: list[_State | None] = [None] * len(seeds)
+        self._others: list[_State | None] = [None] * len(seeds)
+
+    @contextmanager
+    def torch_of(self, client: int) -> Iterator[None]:
+        """In the block torch draws from a client's stream."""
+        generators = [torch.default_generator]
+        if self._cuda is not None:
+            generators.append(torch.cuda.default_generators[self._cuda.index or 0])
+        state = self._torch[client]
+        for i, generator in enumerate(generators):
+            if state is None:
+                generator.manual_seed(self._seeds[client])
+            else:
+                generator.set_state(state[i])
+        try:
+            yield
+        finally:
+            self._torch[client] = tuple(generator.get_state() for generator in generators)
+
+    @contextmanager
+    def of(self, client: int) -> Iterator[None]:
+        """In the block Python, NumPy and torch draw from a client's stream."""
+        state = self._others[client]
+        if state is None:
+            random.seed(self._seeds[client])
+            np.random.seed(self._seeds[client])
+        else:
+            random.setstate(state[0])
+            np.random.set_state(state[1])
+        try:
+            with self.torch_of(client):
+                yield
+        finally:
+            self._others[client] = random.getstate(), np.random.get_state()
+
+
+class DrawsApart(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Random operations on stacked tensors are made one client after the other, each from the client's own stream.
+
+    Under ``vmap(randomness="different")`` such an operation has the clients in front: of the tensor, or of the size
+    that it fills. A permutation is asked for once for each client.
+
+    Args:
+        streams: The clients' streams.
+        clients: Who is stacked, in order.
+    """
+
+    def __init__(self, streams: Streams, clients: Sequence[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._streams, self._clients = streams, clients
+        self._asked = 0
+        self.drawn = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        self.drawn = True
+        if func.overloadpacket is torch.ops.aten.randperm:
+            client = self._clients[self._asked % len(self._clients)]
+            self._asked += 1
+            with self._streams.torch_of(client):
+                return func(*args, **kwargs)
+        tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.dim()]
+        length = len(tensors[0]) if tensors else 0
+        each = length // len(self._clients)  # more rows than clients: what vmap makes of (clients, rows, ...)
+        drawn = []
+        for part, client in zip(self._parts(args, length, each), self._clients, strict=True):
+            with self._streams.torch_of(client):
+                drawn.append(func(*part, **kwargs))
+        if func._schema.is_mutable:
+            return args[0]
+        return _together(drawn, torch.cat if each > 1 else torch.stack)
+
+    def _parts(self, args: Sequence[Any], length: int, each: int) -> list[list[Any]]:
+        """The arguments for each client."""
+        count = len(self._clients)
+
+        def part(arg: Any, i: int) -> Any:
+            if isinstance(arg, Tensor) and arg.dim() and len(arg) == length:
+                return arg[i] if each == 1 else arg[i * each : (i + 1) * each]
+            if not length and isinstance(arg, (list, tuple)) and arg and arg[0] == count:
+                return list(arg[1:])
+            return arg
+
+        return [[part(arg, i) for arg in args] for i in range(count)]
+
+
+def _together(drawn: list[Any], put: Callable[[list[Tensor]], Tensor]) -> Any:
+    if isinstance(drawn[0], tuple):
+        return tuple(put(list(column)) for column in zip(*drawn, strict=True))
+    return put(drawn)

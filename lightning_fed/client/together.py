@@ -1,0 +1,93 @@
+"""Several clients as one where that can be done, else one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_fed.client.local_run import LocalOptions, LocalResult
+from lightning_fed.client.local_trainer import LocalTask
+from lightning_fed.client.trial import Case, Verdict, count_batches, decide, explain
+from lightning_fed.client.vectorized_fit import vectorized_evaluate, vectorized_fit
+from lightning_fed.data import ClientLoaders
+from lightning_fed.errors import ConfigurationError
+from lightning_fed.weights import Weights
+
+Data = Callable[[int, int], ClientLoaders]
+
+
+class Together:
+    """Decides once a run whether clients can be trained (and evaluated) as one, and does it.
+
+    Args:
+        limit: At most so many at once.
+        required: Whether clients that cannot be trained as one are an error.
+    """
+
+    def __init__(self, limit: int, required: bool) -> None:
+        self.limit, self.required = limit, required
+        self._verdicts: dict[str, Verdict] = {}
+        self._said: set[str] = set()
+
+    def decide(self, case: Case, data: Data, clients: int, weights: Weights, seed: int) -> None:
+        """Finds out, before the first round.
+
+        Raises:
+            ConfigurationError: If clients cannot be trained as one, and that is required.
+        """
+        loaders = [data(client, 1) for client in range(min(clients, 2))]
+        verdict = self._verdicts[case.stage] = decide(case, loaders, weights, seed)
+        if verdict.reason is None:
+            return
+        if self.required and case.stage == "train":
+            raise ConfigurationError(
+                f"vectorize_clients='require': clients cannot be trained as one: {verdict.reason}. Write"
+                " vectorize_clients=True to train them one after the other where that is so."
+            )
+        self._say(f"vectorize_clients: clients {case.stage} one after the other: {verdict.reason}.")
+
+    def size(self, stage: str) -> int:
+        """How many clients to serve at once."""
+        verdict = self._verdicts.get(stage)
+        return 1 if verdict is None or verdict.reason is not None else self.limit
+
+    def run(
+        self,
+        stage: str,
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        data: Data,
+        tasks: Sequence[LocalTask],
+        options: LocalOptions,
+    ) -> list[LocalResult | None]:
+        """Each client's result; ``None`` for one that has to be served alone, where also its errors are its own."""
+        results: list[LocalResult | None] = [None] * len(tasks)
+        loaders: dict[int, ClientLoaders] = {}
+        groups: dict[int, list[int]] = {}
+        for i, task in enumerate(tasks):
+            try:
+                loaders[i] = data(task.client, task.round)
+                groups.setdefault(count_batches(loaders[i], stage), []).append(i)
+            except Exception:
+                continue
+        together = vectorized_fit if stage == "train" else vectorized_evaluate
+        for members in groups.values():
+            if len(members) == 1:
+                continue
+            own = [loaders[i] for i in members], [tasks[i] for i in members]
+            try:
+                found = together(module, datamodule, *own, options, self._verdicts[stage].draws)
+            except Exception as error:
+                here = f"in round {tasks[0].round} clients"
+                self._say(f"vectorize_clients: {here} {stage} one after the other: {explain(error)}.")
+                continue
+            for i, result in zip(members, found, strict=True):
+                results[i] = result
+        return results
+
+    def _say(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            rank_zero_warn(what)

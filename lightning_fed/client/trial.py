@@ -1,0 +1,217 @@
+"""Whether a module's clients can be trained as one: a look at what is written, and a trial on a few batches.
+
+The trial trains two clients as one and each alone, and compares: also code that mixes clients without an error, such as
+a norm over all gradients in a callback, is found out.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from torch import nn
+from torchmetrics import Metric
+
+from lightning_fed.client.local_fit import local_evaluate, local_fit
+from lightning_fed.client.local_run import LocalOptions, LocalResult
+from lightning_fed.client.local_trainer import LocalTask
+from lightning_fed.client.stack import NotStackable
+from lightning_fed.client.stacked_data import batches_of
+from lightning_fed.client.vectorized_fit import vectorized_evaluate, vectorized_fit
+from lightning_fed.data import ClientLoaders
+from lightning_fed.weights import Weights, is_averaged
+
+# Hooks that see a stacked batch, a summed loss or all clients' numbers at once.
+_HOOKS = {
+    "train": (
+        *("on_train_batch_start", "on_train_batch_end", "on_train_epoch_end", "on_before_backward", "backward"),
+        *("optimizer_step", "optimizer_zero_grad", "lr_scheduler_step", "configure_gradient_clipping"),
+    ),
+    "evaluate": (
+        *("on_validation_start", "on_validation_epoch_start", "on_validation_batch_start", "on_validation_batch_end"),
+        *("on_validation_epoch_end", "on_validation_end"),
+    ),
+}
+_OF_BOTH = ("configure_model", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "log")
+# Trainer arguments that clients trained as one cannot share.
+_ARGUMENTS = ("overfit_batches", "reload_dataloaders_every_n_epochs", "plugins", "detect_anomaly")
+_BATCHES = 2
+_TOLERANCE = 0.02
+
+
+@dataclass
+class Verdict:
+    """What was found.
+
+    Attributes:
+        reason: Why clients cannot be trained as one, a clause; ``None`` if they can.
+        draws: Whether their steps draw random numbers.
+    """
+
+    reason: str | None = None
+    draws: bool = False
+
+
+@dataclass
+class Case:
+    """What is tried: everything that a client's work has in common with the others'."""
+
+    module: LightningModule
+    datamodule: LightningDataModule | None
+    options: LocalOptions
+    stage: str
+    has_mods: bool = False
+
+    def refuse(self) -> None:
+        """Looks at what is written.
+
+        Raises:
+            NotStackable: If it cannot be done.
+        """
+        for reason in self._reasons():
+            raise NotStackable(reason)
+
+    def _reasons(self) -> Iterator[str]:
+        module, arguments = self.module, self.options.trainer
+        if self.has_mods:
+            yield "client mods work on one client's message"
+        name = type(module).__name__
+        names = (*_HOOKS[self.stage], *_OF_BOTH)
+        yield from (f"{name} writes {hook}" for hook in names if _wrote(module, LightningModule, hook))
+        if self.datamodule is not None:
+            hooks = (hook for hook in _OF_BOTH if hasattr(LightningDataModule, hook))
+            kind = type(self.datamodule).__name__
+            yield from (f"{kind} writes {hook}" for hook in hooks if _wrote(self.datamodule, LightningDataModule, hook))
+        for child in module.modules():
+            if isinstance(child, nn.RNNBase):
+                yield f"nn.{type(child).__name__} keeps its weights where they cannot be stacked"
+        yield from (f"{argument}={arguments[argument]!r}" for argument in _ARGUMENTS if arguments.get(argument))
+        if str(arguments.get("precision", "")).startswith(("16-mixed", "16")):
+            yield f"precision={arguments['precision']!r} scales the loss of all clients by one number"
+        if self.stage == "evaluate":
+            return
+        if not module._automatic_optimization:  # the server's view has none
+            yield f"{name} optimizes manually"
+        if self.options.client_state == "carry":
+            yield "client_state='carry' keeps optimizers apart"
+        if self.options.local_validation:
+            yield "local_validation=True"
+        for callback in (*self.options.callbacks, *self.options.method_callbacks()):
+            for hook in _HOOKS[self.stage]:
+                if hasattr(Callback, hook) and _wrote(callback, Callback, hook):
+                    yield f"the client callback {type(callback).__name__} writes {hook}"
+
+
+def decide(case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed: int) -> Verdict:
+    """Tries two clients as one against each alone, on their first batches.
+
+    Args:
+        case: What is tried.
+        loaders: The data of two clients, or of one.
+        weights: The global weights.
+        seed: The run's seed.
+    """
+    try:
+        case.refuse()
+        loaders = _two(loaders, case.stage)
+        verdict = Verdict()
+        try:
+            together = _run(case, loaders, weights, seed, draws=False)
+        except RuntimeError as error:
+            if "randomness" not in str(error):
+                raise
+            verdict = Verdict(draws=True)
+            together = _run(case, loaders, weights, seed, draws=True)
+        alone = _run(case, loaders, weights, seed, draws=None)
+        _compare(together, alone, weights)
+    except Exception as error:
+        return Verdict(reason=explain(error))
+    return verdict
+
+
+def _two(loaders: Sequence[ClientLoaders], stage: str) -> list[ClientLoaders]:
+    counts = [count_batches(one, stage) for one in loaders]
+    return list(loaders) if len(counts) == 2 and counts[0] == counts[1] else [loaders[0], loaders[0]]
+
+
+def count_batches(loaders: ClientLoaders, stage: str) -> int:
+    """The batches of an epoch of a client.
+
+    Raises:
+        NotStackable: If nothing tells, or there are none.
+    """
+    if loaders.datamodule is not None:
+        raise NotStackable("each client has a datamodule of its own")
+    if stage == "train" and loaders.num_examples is None:
+        raise NotStackable("nothing tells how many examples a client has")
+    count = batches_of(loaders.train if stage == "train" else loaders.val)
+    if not count:
+        raise NotStackable("a client has no batches")
+    return count
+
+
+def _run(
+    case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed: int, draws: bool | None
+) -> list[LocalResult]:
+    stage, tasks = case.stage, [LocalTask(client, 1, seed, weights) for client in range(len(loaders))]
+    limit = "limit_train_batches" if stage == "train" else "limit_val_batches"
+    given = case.options.trainer.get(limit)
+    few = {limit: min(given, _BATCHES) if type(given) is int else _BATCHES}
+    steps = case.options.steps and min(case.options.steps, _BATCHES)
+    options = replace(case.options, trainer={**case.options.trainer, **few}, steps=steps)
+    common = case.module, case.datamodule
+    if draws is None:
+        alone: Callable[..., LocalResult] = local_fit if stage == "train" else local_evaluate
+        return [alone(*common, one, task, options) for one, task in zip(loaders, tasks, strict=True)]
+    together = vectorized_fit if stage == "train" else vectorized_evaluate
+    return together(*common, loaders, tasks, options, draws)
+
+
+def _compare(together: Sequence[LocalResult], alone: Sequence[LocalResult], weights: Weights) -> None:
+    for one, other in zip(together, alone, strict=True):
+        names = [[(state.name, state.kind) for state in result.metrics] for result in (one, other)]
+        if sorted(names[0]) != sorted(names[1]):
+            raise NotStackable(f"it logs {names[0]} where one client alone logs {names[1]}")
+        _compare_weights(one.weights, other.weights, weights)
+
+
+def _compare_weights(one: Weights, other: Weights, before: Weights) -> None:
+    """A gradient that is zero but for rounding may go anywhere, so what counts is the whole update."""
+    changes, differences = {}, {}
+    for name, tensor in other.items():
+        if is_averaged(tensor):
+            changes[name] = float((tensor - before[name].to(tensor)).norm())
+            differences[name] = float((tensor - one[name]).norm())
+    if not sum(d**2 for d in differences.values()) <= _TOLERANCE**2 * sum(c**2 for c in changes.values()):
+        worst = max(differences, key=lambda name: differences[name])
+        raise NotStackable(f"clients trained as one would get another {worst!r} than each alone")
+
+
+def explain(error: Exception) -> str:
+    """Why it cannot be done, with the line of the user's code where that was found out."""
+    text = " ".join(str(error).split())
+    if "data-dependent control flow" in text:
+        text = "what it does depends on the data"
+    elif ".item()" in text:
+        text = "it takes a number out of a tensor, which has one for each client"
+    elif not isinstance(error, NotStackable):
+        text = f"{type(error).__name__}: {text.split('. ')[0][:200]}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
+    if not frames:
+        return text
+    return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: `{frames[-1].line}`)"
+
+
+def _is_library(filename: str) -> bool:
+    own = str(Path(__file__).parents[1])
+    return "site-packages" in filename or filename.startswith((own, "<"))
+
+
+def _wrote(instance: object, base: type, name: str) -> bool:
+    own = getattr(type(instance), "_user_class", type(instance))
+    return getattr(own, name, None) is not getattr(base, name, None) or (
+        name in vars(instance) and not isinstance(instance, Metric)
+    )
