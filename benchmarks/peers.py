@@ -182,6 +182,16 @@ def ours_processes_vectorized(w: Workload, clock: Clock) -> float:
     return ours(w, clock, "processes", vectorize_clients="require")
 
 
+def ours_compiled(w: Workload, clock: Clock) -> float:
+    """lightning_fed, clients trained as one, compiled, in one process."""
+    return ours(w, clock, vectorize_clients="require", compile_clients=True)
+
+
+def ours_processes_compiled(w: Workload, clock: Clock) -> float:
+    """lightning_fed, clients trained as one, compiled, in a process for each core."""
+    return ours(w, clock, "processes", vectorize_clients="require", compile_clients=True)
+
+
 # --------------------------------------------------------------------------------------------------- Flower on Ray
 
 
@@ -381,6 +391,7 @@ def jax(w: Workload, clock: Clock) -> float:
 PEERS: dict[str, Callable[[Workload, Clock], float]] = {
     "steps": steps, "loop": loop, "central": central, "ours": ours, "ours_processes": ours_processes,
     "ours_vectorized": ours_vectorized, "ours_processes_vectorized": ours_processes_vectorized,
+    "ours_compiled": ours_compiled, "ours_processes_compiled": ours_processes_compiled,
     "flower": flower, "flower_lightning": flower_lightning, "pfl": pfl, "jax": jax,
 }  # fmt: skip
 

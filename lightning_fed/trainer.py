@@ -24,6 +24,7 @@ from lightning_fed import arguments
 from lightning_fed.callbacks import FedAvg, FederatedCallback, Partition, RichRoundBar
 from lightning_fed.callbacks.base import CohortOwner, FailureOwner
 from lightning_fed.client.app import ClientSide, build_client_app
+from lightning_fed.client.compiled_step import CompiledStep
 from lightning_fed.client.local_run import ClientState, LocalOptions
 from lightning_fed.client.together import Together
 from lightning_fed.data import gathering
@@ -71,6 +72,7 @@ class FederatedTrainer(Trainer):
         vectorize_clients: Train clients as one, their weights stacked, where module and callbacks allow for it: at most
             so many at once, or ``True`` for a number that fits memory. Where they do not, clients train one after the
             other, and one line says why; with ``"require"`` that is an error.
+        compile_clients: Compile the step of clients that are trained as one; takes some seconds at the run's start.
         client_callbacks: Lightning callbacks for the clients' trainers; each local fit gets copies.
         client_state: ``"reset"`` begins each round with new optimizers and schedulers, ``"carry"`` keeps them with the
             client, ``"global"`` begins with new optimizers and schedules advanced to the global round.
@@ -95,6 +97,7 @@ class FederatedTrainer(Trainer):
         num_workers: int | None = None,
         clients_per_device: int | None = None,
         vectorize_clients: bool | int | Literal["require"] = False,
+        compile_clients: bool = False,
         client_callbacks: list[Callback] | Callback | None = None,
         client_state: ClientState = "reset",
         local_validation: bool = False,
@@ -119,7 +122,9 @@ class FederatedTrainer(Trainer):
         }
         faults += arguments.faults(numbers, federated, endless=bool(kwargs.get("max_time") or dev_run))
         faults += arguments.engine_faults(engine, ENGINES, numbers)
-        faults += arguments.vectorize_faults(vectorize_clients, engine == "ray" or isinstance(engine, Ray))
+        faults += arguments.vectorize_faults(
+            vectorize_clients, compile_clients, engine == "ray" or isinstance(engine, Ray)
+        )
         if client_state not in (states := get_args(ClientState)):
             faults.append(f"client_state={client_state!r} is unknown: write one of {states}.")
         if faults:
@@ -141,7 +146,7 @@ class FederatedTrainer(Trainer):
                 f"devices={devices!r}: clients train in this process one after the other, on cuda:{cuda[0]}. Write"
                 " engine='processes' to use all."
             )
-        self._vectorize = vectorize_clients
+        self._vectorize, self._compile = vectorize_clients, compile_clients
         self.seed = run_seed(seed)
         self.owners = _owners(federated, num_clients)
         self.federation = Federation(self.owners, self.seed, timeout, 2 if dev_run else None, self.engine.name)
@@ -261,7 +266,7 @@ class FederatedTrainer(Trainer):
         side = ClientSide(module, self.local_options, deal, datamodule, mods, is_set_up=True)
         if self._vectorize:
             limit = _AT_ONCE if isinstance(self._vectorize, (bool, str)) else self._vectorize
-            side.together = Together(limit, required=self._vectorize == "require")
+            side.together = Together(limit, self._vectorize == "require", CompiledStep() if self._compile else None)
         return _Task(module, datamodule, val, deal, side)
 
     def _server_app(self, task: _Task, ckpt_path: Any, weights_only: bool | None) -> ServerApp:

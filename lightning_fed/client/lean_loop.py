@@ -186,7 +186,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
     def _at_its_device(self, batch: Any) -> Any:
         trainer, is_there = self.trainer, not self._transfers and type(batch) in (list, tuple)
         device = trainer.strategy.root_device
-        if is_there and all(type(part) is Tensor and part.device == device for part in batch):
+        if is_there and all(_is_at(part, device) for part in batch):
             return batch
         batch = trainer.precision_plugin.convert_input(batch)
         batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -208,6 +208,11 @@ def make_lean(trainer: Trainer) -> None:
     """Gives a trainer that has not begun the lean loops."""
     trainer.fit_loop.epoch_loop.__class__ = LeanEpochLoop
     trainer.fit_loop.epoch_loop.automatic_optimization.__class__ = LeanOptimization
+
+
+def _is_at(part: Any, device: torch.device) -> bool:
+    """Whether a part of a batch is known to be at a device; stacked batches know it."""
+    return part.device == device if type(part) is Tensor else hasattr(part, "is_at") and part.is_at(device)
 
 
 def _wrote(instance: object, base: type, name: str) -> bool:

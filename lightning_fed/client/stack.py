@@ -50,6 +50,8 @@ class _Slot:
 class Stack:
     """The stacked weights of some clients, and the module that holds them for a while.
 
+    ``parameters`` and ``buffers`` are the stacked tensors by name, tied ones under their first.
+
     Args:
         module: The module, with weights of its own.
         weights: What each client begins with; tensors that all have in common are not read twice.
@@ -64,6 +66,8 @@ class Stack:
         self._weights = weights
         self._slots: list[_Slot] = []
         self._values: list[Tensor] = []
+        self.parameters: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
 
     def put_on(self, optimizers: Sequence[Optimizer] = ()) -> None:
         """Gives the module and its optimizers the stacked tensors in place of its own.
@@ -84,6 +88,8 @@ class Stack:
             stacked[slot.own] = value
             slot.hold(value)
         self._values = list(stacked.values())
+        for slot, value in zip(self._slots, self._values, strict=True):
+            (self.parameters if slot.is_parameter else self.buffers)[slot.names[0]] = value
         for optimizer in optimizers:
             self._move(optimizer, stacked)
 

@@ -29,6 +29,10 @@ class Part:
     rows: Tensor | None
     batch: Any
 
+    def is_at(self, device: torch.device) -> bool:
+        """Whether it is known to be on a device."""
+        return type(self.batch) is list and all(type(p) is Tensor and p.device == device for p in self.batch)
+
     def to(self, *args: Any, **kwargs: Any) -> Part:
         """The same on a device."""
         leaves, tree = tree_flatten(self.batch)

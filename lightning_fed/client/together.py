@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_fed.client.compiled_step import CompiledStep
 from lightning_fed.client.local_run import LocalOptions, LocalResult
 from lightning_fed.client.local_trainer import LocalTask
 from lightning_fed.client.trial import Case, Verdict, count_batches, decide, explain
@@ -24,10 +25,11 @@ class Together:
     Args:
         limit: At most so many at once.
         required: Whether clients that cannot be trained as one are an error.
+        compiled: The module's compiled step, or ``None``.
     """
 
-    def __init__(self, limit: int, required: bool) -> None:
-        self.limit, self.required = limit, required
+    def __init__(self, limit: int, required: bool, compiled: CompiledStep | None) -> None:
+        self.limit, self.required, self._compiled = limit, required, compiled
         self._verdicts: dict[str, Verdict] = {}
         self._said: set[str] = set()
 
@@ -40,6 +42,10 @@ class Together:
         loaders = [data(client, 1) for client in range(min(clients, 2))]
         verdict = self._verdicts[case.stage] = decide(case, loaders, weights, seed)
         if verdict.reason is None:
+            if verdict.draws and self._compiled is not None and case.stage == "train":
+                self._say(
+                    "compile_clients: clients train uncompiled, for their steps draw random numbers (Dropout, ...)."
+                )
             return
         if self.required and case.stage == "train":
             raise ConfigurationError(
@@ -78,7 +84,10 @@ class Together:
                 continue
             own = [loaders[i] for i in members], [tasks[i] for i in members]
             try:
-                found = together(module, datamodule, *own, options, self._verdicts[stage].draws)
+                verdict = self._verdicts[stage]
+                found = together(
+                    module, datamodule, *own, options, verdict.draws, None if verdict.draws else self._compiled
+                )
             except Exception as error:
                 here = f"in round {tasks[0].round} clients"
                 self._say(f"vectorize_clients: {here} {stage} one after the other: {explain(error)}.")

@@ -7,7 +7,7 @@ the clients of a ``Stack``. What cannot be done for all clients at once raises `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_fed.client.compiled_step import CompiledStep
 from lightning_fed.client.local_run import (
     LocalHooks,
     LocalOptions,
@@ -28,24 +29,17 @@ from lightning_fed.client.local_run import (
     local_run,
     start_at_epoch,
 )
-from lightning_fed.client.local_trainer import ClientView, LocalTask, LocalTrainer, how_logged
+from lightning_fed.client.local_trainer import ClientView, LocalTask, LocalTrainer
 from lightning_fed.client.stack import NotStackable, Stack, clip_each_by_norm, share_weights
 from lightning_fed.client.stacked_data import Part, StackedLoader
+from lightning_fed.client.stacked_log import Entry, Logged, StackedLog
 from lightning_fed.client.streams import Streams
 from lightning_fed.data import ClientLoaders, count_examples
-from lightning_fed.metrics import MetricState, catch_each, scalar
+from lightning_fed.metrics import MetricState, scalar
 from lightning_fed.seeding import seed_for
+from lightning_fed.views import user_class
 
-
-@dataclass
-class _Entry:
-    """One call of ``self.log`` under vmap."""
-
-    name: str
-    value: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    batch_size: int | None
+_Outcome = tuple[list[Tensor], list[Entry], list[Tensor]]
 
 
 class CohortView(ClientView):
@@ -55,13 +49,17 @@ class CohortView(ClientView):
 
     def training_step(self, batch: list[Part], batch_idx: int) -> Tensor:
         # Each client's gradient is in its row of the gradient of the sum.
-        return torch.cat(self.trainer.run_step(super().training_step, batch, batch_idx)).sum()  # type: ignore[misc]
+        totals = self.trainer.run_step("training_step", batch, batch_idx)
+        return torch.stack(totals).sum() if len(totals) > 1 else totals[0]
 
     def validation_step(self, batch: list[Part], batch_idx: int) -> None:
-        self.trainer.run_step(super().validation_step, batch, batch_idx)  # type: ignore[misc]
+        self.trainer.run_step("validation_step", batch, batch_idx)
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        self.trainer.note(name, value, args, kwargs)
+        if torch.compiler.is_compiling():
+            self.__dict__["_logged_here"][name] = _number(value)
+        else:
+            self.trainer.note(name, value, args, kwargs)
 
     def log_once(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Lightning's own ``log``, which checks the arguments."""
@@ -72,13 +70,13 @@ class CohortTrainer(LocalTrainer):
     """The trainer of many clients at once."""
 
     stack: Stack
+    compiled: CompiledStep | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.each_caught: list[list[MetricState]] = []
-        self._log: list[_Entry] | None = None
-        self._takes_index: bool | None = None
-        self._logged: dict[str, tuple[Any, _ResultMetric]] = {}
+        self._noted: list[tuple[Entry, Tensor]] | None = None
+        self._steps: dict[str, Any] = {}
         self.precision_plugin.clip_grad_by_norm = clip_each_by_norm  # type: ignore[method-assign]
 
     @property
@@ -88,30 +86,57 @@ class CohortTrainer(LocalTrainer):
         """
         raise NotStackable("it reads trainer.client_id")
 
-    def run_step(self, step: Any, batch: list[Part], batch_idx: int) -> list[Tensor]:
-        """Runs the user's step for all clients, and logs what it logs; gives its losses."""
-        if self._takes_index is None:
-            self._takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
-        takes_index = self._takes_index
-        losses, logged = [], []
+    @cached_property
+    def stacked_log(self) -> StackedLog:
+        """What the clients log in an epoch."""
+        return StackedLog(self.stack.size, self._check)
+
+    def run_step(self, name: str, batch: list[Part], batch_idx: int) -> list[Tensor]:
+        """Runs the user's step for all clients, and logs what it logs; gives sums of their losses."""
+        step = self._step(name)
+        totals, logged = [], []
         for part in batch:
-            names: list[_Entry] = []
+            total, entries, values = self._compiled(step, part, batch_idx) or self._mapped(step, part, batch_idx)
+            totals += total
+            logged.append(Logged(part.rows, entries, values))
+        self.stacked_log.add(logged)
+        return totals
 
-            def one(own: Any, names: list[_Entry] = names) -> list[Tensor]:
-                self._batch, self._log = own, []
-                try:
-                    given = step(own, batch_idx) if takes_index else step(own)
-                finally:
-                    names[:], self._log = self._log, None
-                loss = [_loss(given)] if self.training else []
-                return [*loss, *(_value(entry) for entry in names)]
+    def _step(self, name: str) -> Any:
+        """The user's step, as a function of module, batch and its index."""
+        if name not in self._steps:
+            function = getattr(user_class(self.lightning_module), name)
+            takes_index = is_param_in_hook_signature(function, "batch_idx", min_args=2)
+            self._steps[name] = function if takes_index else partial(_without_index, function)
+        return self._steps[name]
 
-            values = self.stack.call(one, part.batch, part.rows)
-            if self.training:
-                losses.append(values.pop(0))
-            logged.append((part.rows, names, values))
-        self._take_in(logged)
-        return losses
+    def _mapped(self, step: Any, part: Part, batch_idx: int) -> _Outcome:
+        module = self.lightning_module
+        entries: list[Entry] = []
+
+        def one(own: Any) -> list[Tensor]:
+            self._batch, self._noted = own, []
+            try:
+                given, noted = step(module, own, batch_idx), self._noted
+            finally:
+                self._noted = None
+            entries[:] = [entry for entry, _ in noted]
+            loss = [_loss(given)] if self.training else []
+            return [*loss, *(value for _, value in noted)]
+
+        values = self.stack.call(one, part.batch, part.rows)
+        if not self.training:
+            return [], entries, values
+        total = values.pop(0).sum()
+        if self.compiled is not None and part.rows is None:
+            self.compiled.learn(self.stack, part.batch, entries, total)
+        return [total], entries, values
+
+    def _compiled(self, step: Any, part: Part, batch_idx: int) -> _Outcome | None:
+        if self.compiled is None or part.rows is not None or not self.training:
+            return None
+        found = self.compiled.run(self.stack, step, part.batch, batch_idx)
+        return None if found is None else ([found[0]], *found[1:])
 
     def note(self, name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Takes note of a call of ``self.log``.
@@ -119,49 +144,31 @@ class CohortTrainer(LocalTrainer):
         Raises:
             NotStackable: If it is not in a step, or logs a metric object.
         """
-        if self._log is None:
+        if self._noted is None:
             raise NotStackable(f"it logs {name!r} outside of its step")
         if isinstance(value, Metric):
             raise NotStackable(f"it logs the torchmetrics object {name!r} in its step")
         size = kwargs.get("batch_size")
-        self._log.append(_Entry(name, value, args, kwargs, extract_batch_size(self._batch) if size is None else size))
+        entry = Entry(name, args, kwargs, extract_batch_size(self._batch) if size is None else size)
+        self._noted.append((entry, _number(value)))
 
-    def _take_in(self, logged: list[tuple[Tensor | None, list[_Entry], list[Tensor]]]) -> None:
-        rows, first, values = logged[0]
-        if rows is None:
-            for entry, value in zip(first, values, strict=True):
-                self._update(entry, value, entry.batch_size)
-            return
-        if any([e.name for e in names] != [e.name for e in first] for _, names, _ in logged):
-            raise NotStackable("what it logs depends on the batch")
-        for i, entry in enumerate(first):
-            value, sizes = (
-                torch.empty(self.stack.size, dtype=values[i].dtype, device=values[i].device),
-                torch.empty(self.stack.size),
-            )
-            for rows, names, own in logged:
-                value[rows], sizes[rows] = own[i].detach(), float(names[i].batch_size or 1)
-            self._update(entry, value, sizes.to(value.device))
-
-    def _update(self, entry: _Entry, value: Tensor, batch_size: Any) -> None:
-        if value.dim() != 1:
-            raise NotStackable(f"it logs {entry.name!r} with more than one number")
-        how = how_logged(entry.args, entry.kwargs)
-        known, result = self._logged.get(entry.name, (None, None))
-        if result is None or known != how:
-            self.lightning_module.log_once(  # type: ignore[operator]
-                entry.name, value[0].detach(), *entry.args, **{"batch_size": 1, **entry.kwargs}
-            )
-            hook = self.lightning_module._current_fx_name
-            assert self._results is not None
-            result = _stacked(self._results[f"{hook}.{entry.name}"], value)
-            self._logged[entry.name] = how, result
-        result.update(value.detach(), batch_size)
+    def _check(self, entry: Entry, value: Tensor) -> _ResultMetric:
+        module = self.lightning_module
+        module.log_once(entry.name, value, *entry.args, **{"batch_size": 1, **entry.kwargs})  # type: ignore[operator]
+        assert self._results is not None
+        return self._results[f"{module._current_fx_name}.{entry.name}"]  # type: ignore[no-any-return]
 
     def keep_logged(self, module: LightningModule) -> None:
         """Keeps what each client logged in the epoch that is just ending."""
-        self.each_caught = catch_each([result for _, result in self._logged.values()], self.stack.size)
-        self._logged = {}
+        self.each_caught = self.stacked_log.end_epoch()
+
+
+def _without_index(step: Any, module: LightningModule, batch: Any, batch_idx: int) -> Any:
+    return step(module, batch)
+
+
+def _number(value: Any) -> Tensor:
+    return value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
 
 
 def _loss(given: Any) -> Tensor:
@@ -169,17 +176,6 @@ def _loss(given: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise NotStackable(f"its training_step gives {type(loss).__name__} and not a loss")
     return loss.reshape(())
-
-
-def _value(entry: _Entry) -> Tensor:
-    return entry.value.detach() if isinstance(entry.value, Tensor) else torch.tensor(float(entry.value))
-
-
-def _stacked(result: _ResultMetric, like: Tensor) -> _ResultMetric:
-    """A result metric like Lightning's, with a value for each client."""
-    stacked = _ResultMetric(result.meta, is_tensor=True)
-    stacked.value = stacked.value.to(like.device).expand(len(like)).clone()
-    return stacked
 
 
 class CohortHooks(LocalHooks):
@@ -200,6 +196,7 @@ def vectorized_fit(
     tasks: Sequence[LocalTask],
     options: LocalOptions,
     draws: bool,
+    compiled: CompiledStep | None = None,
 ) -> list[LocalResult]:
     """Trains clients with equally many batches as one; else as ``local_fit``.
 
@@ -210,6 +207,7 @@ def vectorized_fit(
         tasks: Each client's task, of one round.
         options: As in ``local_fit``.
         draws: Whether steps draw random numbers, as Dropout does.
+        compiled: The module's compiled step, or ``None``.
 
     Raises:
         NotStackable: If it cannot be done; the module is as it was.
@@ -218,6 +216,7 @@ def vectorized_fit(
     callbacks: list[Callback] = [CohortHooks(options, first_epoch), *options.method_callbacks()]
     with local_run(module, datamodule, tasks[0], "train", CohortView):
         trainer = _cohort_trainer(module, loaders, tasks, options, callbacks, "train", draws)
+        trainer.compiled = compiled
         start_at_epoch(trainer, first_epoch)
         try:
             call(trainer.fit, trainer, module, datamodule, train=True)
@@ -238,6 +237,7 @@ def vectorized_evaluate(
     tasks: Sequence[LocalTask],
     options: LocalOptions,
     draws: bool,
+    compiled: CompiledStep | None = None,
 ) -> list[LocalResult]:
     """Validates clients with equally many batches as one; takes the arguments of ``vectorized_fit``.
 
@@ -264,6 +264,7 @@ def _cohort_trainer(
     callbacks: Sequence[Callback],
     stage: str,
     draws: bool,
+    compiled: CompiledStep | None = None,
 ) -> CohortTrainer:
     trainer = build_trainer(tasks[0], ClientLoaders(), module, options, callbacks, stage != "train", CohortTrainer)
     assert isinstance(trainer, CohortTrainer)

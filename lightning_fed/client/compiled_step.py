@@ -1,0 +1,178 @@
+"""The steps of clients that are trained as one, compiled: losses, gradients and logged values in one graph.
+
+``torch.compile`` guards on whatever the user's code reads (the epoch, an attribute of the module) and compiles anew
+where that changes. Batches of each shape run uncompiled once, which tells what is logged and which parameters have
+gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.utils._pytree import tree_flatten
+
+from lightning_fed.client.stack import Stack
+from lightning_fed.client.stacked_log import Entry
+
+# Shapes of batches beyond these are not compiled: clients of ever new sizes would compile for ever.
+MOST_SHAPES = 8
+
+
+@dataclass
+class _Known:
+    """What is known of batches of one shape: what is logged, and by name the parameters that a loss reaches."""
+
+    entries: list[Entry]
+    reached: list[str]
+
+
+class CompiledStep:
+    """One step of a module's clients; for all rounds of a run.
+
+    Args:
+        backend: That of ``torch.compile``.
+    """
+
+    def __init__(self, backend: str = "inductor") -> None:
+        self._backend = backend
+        self._known: dict[Any, _Known] = {}
+        self._compiled: Any = None
+        self._is_off = False
+        self._here = _Here()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}  # another process compiles for itself
+
+    def learn(self, stack: Stack, batch: Any, entries: Sequence[Entry], total: Tensor) -> None:
+        """Takes note of a step that ran uncompiled."""
+        names = [entry.name for entry in entries]
+        shape = _shape(batch)
+        if self._is_off or shape in self._known or len(self._known) >= MOST_SHAPES or len(set(names)) < len(names):
+            return
+        leaves = _leaves_of(total)
+        reached = [name for name, parameter in stack.parameters.items() if id(parameter) in leaves]
+        self._known[shape] = _Known(list(entries), reached)
+
+    def run(
+        self, stack: Stack, step: Any, batch: Any, batch_idx: int
+    ) -> tuple[Tensor, list[Entry], list[Tensor]] | None:
+        """The sum of the clients' losses, what they log and its values; ``None`` where the step has to run uncompiled.
+
+        Args:
+            stack: The clients' weights.
+            step: The user's ``training_step``, as a function of module, batch and its index.
+            batch: Every leaf a tensor with the clients in front.
+            batch_idx: Its index.
+        """
+        known = None if self._is_off else self._known.get(_shape(batch))
+        if known is None:
+            return None
+        self._compiled = self._compiled or self._compile(stack.module, step)
+        fixed = {name: value.detach() for name, value in stack.parameters.items()}
+        trained = {name: fixed.pop(name) for name in known.reached}
+        fixed.update(stack.buffers)
+        self._here.batch_idx = batch_idx
+        try:
+            with torch.no_grad():
+                gradients, (losses, (values, buffers)) = self._compiled(trained, fixed, batch)
+        except Exception as error:
+            self._is_off = True
+            rank_zero_warn(f"compile_clients: clients train uncompiled: {_reason(error)}.")
+            return None
+        if values.keys() != {entry.name for entry in known.entries}:
+            return None
+        for name, buffer in stack.buffers.items():
+            buffer.copy_(buffers[name])
+        parameters = (stack.parameters[name] for name in trained)
+        total = _Given.apply(losses, [gradients[name] for name in trained], *parameters)
+        return total, known.entries, [values[entry.name] for entry in known.entries]
+
+    def _compile(self, module: LightningModule, step: Any) -> Any:
+        whole = _Whole(module, step)
+
+        here = self._here
+
+        def one(trained: Any, fixed: Any, batch: Any) -> Any:
+            values: dict[str, Tensor] = {}
+            module.__dict__["_logged_here"] = values
+            # Written to by BatchNorm, which the gradient's transform forbids for what comes from outside.
+            fixed = {name: tensor.clone() for name, tensor in fixed.items()}
+            held = {f"module.{name}": tensor for name, tensor in (*trained.items(), *fixed.items())}
+            given = functional_call(whole, held, (batch, here))
+            loss = given["loss"] if isinstance(given, dict) else given
+            logged = {name: value.detach() for name, value in values.items()}
+            values.clear()
+            module.__dict__["_logged_here"] = None
+            return loss.reshape(()), (logged, fixed)
+
+        mapped = vmap(grad_and_value(one, has_aux=True), in_dims=(0, 0, 0))
+        return torch.compile(mapped, dynamic=False, backend=self._backend)
+
+
+class _Here:
+    """Where a step is: beside the arguments, whose values would all be guarded on."""
+
+    batch_idx = 0
+
+
+class _Whole(nn.Module):
+    """The user's step as the ``forward`` that ``functional_call`` calls."""
+
+    def __init__(self, module: LightningModule, step: Any) -> None:
+        super().__init__()
+        self.module = module
+        self._step = step
+
+    def forward(self, batch: Any, here: _Here) -> Any:
+        return self._step(self.module, batch, here.batch_idx)
+
+
+class _Given(torch.autograd.Function):
+    """The sum of losses whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> Any:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, None
+        if float(factor) != 1.0:
+            gradients = [gradient * factor for gradient in gradients]
+        return None, None, *gradients
+
+
+def _shape(batch: Any) -> Any:
+    if type(batch) is list and all(type(part) is Tensor for part in batch):
+        return tuple((part.shape, part.dtype, part.device) for part in batch)
+    leaves, tree = tree_flatten(batch)
+    return tree, tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else None for leaf in leaves)
+
+
+def _leaves_of(total: Tensor) -> set[int]:
+    """The ids of all tensors that a backward pass from here gives gradients to."""
+    found, seen, todo = set(), set(), [total.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        todo.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "compiler" in text.lower() and "found" in text.lower():
+        return "no C++ compiler was found (install g++ or clang, or set CXX)"
+    return f"{type(error).__name__}: {text[:200]}"
