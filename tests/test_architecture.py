@@ -25,10 +25,11 @@ LEVELS = [
         *("client.lean_loop", "client.logged", "client.streams"),
     ],
     ["messages", "client.local_trainer", "client.stack"],
-    ["strategies.mean", "roster", "client.local_run", "client.stacked_data"],
-    ["strategies.*", "client.local_fit", "client.vectorized_fit"],
-    ["strategies", "engines.base", "client.trial"],
-    ["callbacks.base", "client.together"],
+    ["strategies.mean", "roster", "client.local_run", "client.stacked_data", "client.stacked_log"],
+    ["strategies.*", "client.local_fit", "client.compiled_step"],
+    ["strategies", "engines.base", "client.vectorized_fit"],
+    ["callbacks.base", "client.trial"],
+    ["client.together"],
     ["callbacks.*", "client.app", "engines.in_process", "engines.transport"],
     ["engines.worker"],
     ["engines.remote"],
@@ -169,7 +170,7 @@ def test_heavy_and_optional_packages_are_imported_when_used(name):
 def test_local_training_knows_lightning_and_not_flower_and_the_client_app_the_other_way_round():
     trainer = {"lightning.pytorch.Trainer", "lightning.Trainer"}
     assert not trainer & {one.module for one in IMPORTS["client.app"]}
-    for name in ("client.local_fit", "client.local_trainer"):
+    for name in ("client.local_run", "client.local_trainer"):
         assert "lightning.pytorch.Trainer" in {one.module for one in IMPORTS[name]}
         assert not any(one.module.split(".")[0] == "flwr" for one in IMPORTS[name])
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
@@ -94,7 +93,7 @@ class CompiledStep:
         total = _Given.apply(losses, [gradients[name] for name in trained], *parameters)
         return total, known.entries, [values[entry.name] for entry in known.entries]
 
-    def _compile(self, module: LightningModule, step: Any) -> Any:
+    def _compile(self, module: nn.Module, step: Any) -> Any:
         whole = _Whole(module, step)
 
         here = self._here
@@ -105,12 +104,12 @@ class CompiledStep:
             # Written to by BatchNorm, which the gradient's transform forbids for what comes from outside.
             fixed = {name: tensor.clone() for name, tensor in fixed.items()}
             held = {f"module.{name}": tensor for name, tensor in (*trained.items(), *fixed.items())}
-            given = functional_call(whole, held, (batch, here))
+            given, buffers = functional_call(whole, held, (batch, here))
             loss = given["loss"] if isinstance(given, dict) else given
             logged = {name: value.detach() for name, value in values.items()}
             values.clear()
             module.__dict__["_logged_here"] = None
-            return loss.reshape(()), (logged, fixed)
+            return loss.reshape(()), (logged, buffers)
 
         mapped = vmap(grad_and_value(one, has_aux=True), in_dims=(0, 0, 0))
         return torch.compile(mapped, dynamic=False, backend=self._backend)
@@ -125,13 +124,14 @@ class _Here:
 class _Whole(nn.Module):
     """The user's step as the ``forward`` that ``functional_call`` calls."""
 
-    def __init__(self, module: LightningModule, step: Any) -> None:
+    def __init__(self, module: nn.Module, step: Any) -> None:
         super().__init__()
         self.module = module
         self._step = step
 
-    def forward(self, batch: Any, here: _Here) -> Any:
-        return self._step(self.module, batch, here.batch_idx)
+    def forward(self, batch: Any, here: _Here) -> tuple[Any, dict[str, Tensor]]:
+        given = self._step(self.module, batch, here.batch_idx)
+        return given, dict(self.module.named_buffers())  # as they are now, also those that were put in place of others
 
 
 class _Given(torch.autograd.Function):

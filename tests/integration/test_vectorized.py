@@ -1,0 +1,661 @@
+"""Clients that are trained as one get the weights and metrics of clients trained one after the other."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torchmetrics
+import torchvision
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_fed import FederatedTrainer
+from lightning_fed.callbacks import (
+    ClientData,
+    FaultTolerance,
+    FedAdam,
+    FederatedCallback,
+    FedProx,
+    FlowerStrategy,
+    History,
+    Partition,
+)
+from lightning_fed.client import compiled_step, together
+from lightning_fed.errors import ClientError, ConfigurationError
+from tests.helpers import QUIET
+
+SIZES = (24, 21, 16, 24, 37, 22, 24)  # batches of 8: three, three (the last smaller), two, three, five, three, three
+TOLERANCES = {torch.float64: {"rtol": 1e-9, "atol": 1e-11}, torch.float32: {"rtol": 1e-4, "atol": 1e-6}}
+
+momentum = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+
+
+class Lit(L.LightningModule):
+    """Classifies into 3 classes, logs in three ways."""
+
+    def __init__(self, net: nn.Module, optimizer: Callable[..., Any] = momentum) -> None:
+        super().__init__()
+        self.net, self.optimizer = net, optimizer
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        logits = self.net(x)
+        loss = nn.functional.cross_entropy(logits, y)
+        self.log("train_loss", loss, on_step=True, on_epoch=True)
+        self.log_dict({"hits": (logits.argmax(-1) == y).float().sum()}, on_step=False, on_epoch=True, reduce_fx="sum")
+        self.log("largest", logits.max(), on_step=False, on_epoch=True, reduce_fx="max")
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        logits = self.net(x)
+        self.log("val_loss", nn.functional.cross_entropy(logits, y))
+        self.log("val_acc", (logits.argmax(-1) == y).float().mean())
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+
+class TwoGroups(Lit):
+    """AdamW that does not decay what has one dimension, with a schedule."""
+
+    interval = "step"
+
+    def configure_optimizers(self) -> Any:
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        others = [p for p in self.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0, "lr": 0.002}]
+        optimizer = torch.optim.AdamW(groups, lr=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=0.02, total_steps=int(self.trainer.estimated_stepping_batches) + 1
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": self.interval}}
+
+
+class TwoGroupsByEpoch(TwoGroups):
+    interval = "epoch"
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
+    )
+
+
+class Encoder(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True)
+        self.embed, self.encoder = nn.Linear(2, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(x.view(len(x), 3, 2))).mean(1))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.two.weight = self.one.weight
+        self.two.bias.requires_grad_(False)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.two(torch.tanh(self.one(x)))))
+
+
+class Statistics(nn.Module):
+    """Buffers of its own: one written in place, one put in place of the old, one that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("steps", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += len(x)
+            self.steps += 1
+            self.mean = self.mean + 0.1 * (x.detach().mean(0) - self.mean) / self.steps
+        return self.head(x - self.mean)
+
+
+def data(dtype: torch.dtype = torch.float32, sizes: Any = SIZES, shape: tuple[int, ...] = (6,)) -> list[Any]:
+    """Loaders of unequal clients, each with a held-out part."""
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for client, size in enumerate(sizes):
+        x = torch.randn(size + 5, *shape, generator=generator).to(dtype) + 0.1 * client
+        y = torch.randint(0, 3, (size + 5,), generator=generator)
+        train, val = TensorDataset(x[:size], y[:size]), TensorDataset(x[size:], y[size:])
+        made.append((DataLoader(train, batch_size=8, shuffle=True), DataLoader(val, batch_size=3)))
+    return made
+
+
+class Counter:
+    """How many clients were trained as one, or evaluated."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.train = self.evaluate = 0
+        for stage in ("fit", "evaluate"):
+            monkeypatch.setattr(
+                together, f"vectorized_{stage}", partial(self._count, stage, getattr(together, f"vectorized_{stage}"))
+            )
+
+    def _count(self, stage: str, function: Any, module: Any, datamodule: Any, loaders: Any, *args: Any) -> Any:
+        name = "train" if stage == "fit" else stage
+        setattr(self, name, getattr(self, name) + len(loaders))
+        return function(module, datamodule, loaders, *args)
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    return Counter(monkeypatch)
+
+
+def run(build: Callable[[], L.LightningModule], *callbacks: Any, **options: Any) -> tuple[dict[str, Tensor], Any, Any]:
+    """Weights, history and each client's report after three rounds of two epochs."""
+    torch.manual_seed(0)
+    module, history = build(), History(per_client=True)
+    dtype = options.pop("dtype", torch.float32)
+    loaders = options.pop("loaders", None) or data(dtype)
+    options = {"max_rounds": 3, "local_epochs": 2, **QUIET, **options}
+    trainer = FederatedTrainer(callbacks=[ClientData(loaders), *callbacks, history], **options)
+    trainer.fit(module.to(dtype))
+    return {name: value.clone() for name, value in module.state_dict().items()}, history.rows, history.clients
+
+
+def assert_close(one: Any, other: Any, dtype: torch.dtype = torch.float32) -> None:
+    torch.testing.assert_close(one[0], other[0], **TOLERANCES[dtype])
+    for mine, theirs in ((one[1], other[1]), (one[2], other[2])):
+        assert len(mine) == len(theirs)
+        for row, expected in zip(mine, theirs, strict=True):
+            assert row.keys() == expected.keys()
+            for name, value in expected.items():
+                if isinstance(value, str):
+                    assert row[name] == value
+                elif name != "seconds":
+                    assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), name
+
+
+CASES: dict[str, Any] = {
+    "MLP": lambda: Lit(mlp()),
+    "CNN with BatchNorm": lambda: Lit(cnn()),
+    "transformer": lambda: Lit(Encoder()),
+    "AdamW, two groups, schedule by step": lambda: TwoGroups(mlp()),
+    "AdamW, two groups, schedule by epoch": lambda: TwoGroupsByEpoch(mlp()),
+    "tied, frozen and unused weights": lambda: Lit(Tied(), partial(momentum, weight_decay=0.1)),
+    "buffers": lambda: Lit(Statistics()),
+    "dropout": lambda: Lit(nn.Sequential(nn.Dropout(0.2), *mlp(), nn.Dropout(0.1))),
+    **{
+        name: lambda name=name: Lit(mlp(), partial(getattr(torch.optim, name), lr=0.01))
+        for name in ("Adam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop")
+    },
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_clients_trained_as_one_get_what_each_gets_alone(name: str, counter: Counter) -> None:
+    alone = run(CASES[name], dtype=torch.float64)
+    assert counter.train == 0
+    as_one = run(CASES[name], dtype=torch.float64, vectorize_clients="require")
+    assert counter.train == 3 * 5  # the two whose numbers of batches nobody shares train alone
+    assert counter.evaluate == 3 * 7
+    assert_close(as_one, alone, torch.float64)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "clipping by norm": {"gradient_clip_val": 0.2},
+    "clipping by value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+    "accumulation": {"accumulate_grad_batches": 2},
+    "steps": {"local_epochs": None, "local_steps": 4},
+    "few batches": {"limit_train_batches": 2},
+    "global schedule": {"client_state": "global"},
+    "three at once": {"vectorize_clients": 3},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "processes": {"engine": "processes", "num_workers": 2},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_local_fits(name: str, counter: Counter) -> None:
+    options = OPTIONS[name]
+    plain = {key: value for key, value in options.items() if key not in ("vectorize_clients", "engine", "num_workers")}
+    build = (lambda: TwoGroupsByEpoch(mlp())) if name == "global schedule" else CASES["MLP"]
+    dtype = torch.float32 if name == "bf16-mixed" else torch.float64
+    alone = run(build, dtype=dtype, **plain)
+    as_one = run(build, dtype=dtype, **{"vectorize_clients": "require", **options})
+    assert name == "processes" or counter.train > 0
+    if name == "bf16-mixed":
+        torch.testing.assert_close(as_one[0], alone[0], rtol=0.02, atol=0.002)
+    else:
+        assert_close(as_one, alone, dtype)
+
+
+@pytest.mark.parametrize("name", ["MLP", "CNN with BatchNorm", "transformer", "AdamW, two groups, schedule by step"])
+def test_in_single_precision(name: str) -> None:
+    assert_close(run(CASES[name], vectorize_clients="require"), run(CASES[name]))
+
+
+def resnet(dtype: torch.dtype, rounds: int, **options: Any) -> Any:
+    loaders = data(dtype, sizes=(16, 13, 16), shape=(3, 32, 32))
+    net = partial(torchvision.models.resnet18, num_classes=3)
+    return run(
+        lambda: Lit(net(), partial(momentum, lr=0.01)), dtype=dtype, loaders=loaders, max_rounds=rounds, **options
+    )
+
+
+def test_a_resnet(counter: Counter) -> None:
+    as_one = resnet(torch.float64, 3, vectorize_clients="require")
+    assert counter.train == 9
+    assert_close(as_one, resnet(torch.float64, 3), torch.float64)
+
+
+def test_a_resnet_in_single_precision_is_as_near_to_the_truth_as_one_trained_alone() -> None:
+    """With few examples BatchNorm amplifies rounding far beyond 1e-4, whoever rounds."""
+    truth = resnet(torch.float64, 1)[0]
+
+    def error(**options: Any) -> float:
+        found = resnet(torch.float32, 1, **options)[0]
+        return float(sum((found[n].double() - truth[n]).square().sum() for n in truth if truth[n].is_floating_point()))
+
+    assert error(vectorize_clients="require") < 2 * error()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [lambda: FedProx(mu=0.5), lambda: FedAdam(learning_rate=0.1), lambda: FlowerStrategy(_krum())],
+    ids=["FedProx", "FedAdam", "Krum"],
+)
+def test_methods(method: Callable[[], Any], counter: Counter) -> None:
+    alone = run(CASES["MLP"], method(), dtype=torch.float64)
+    as_one = run(CASES["MLP"], method(), dtype=torch.float64, vectorize_clients="require")
+    assert counter.train == 15
+    assert_close(as_one, alone, torch.float64)
+
+
+def _krum() -> Any:
+    from flwr.serverapp.strategy import Krum
+
+    return Krum(num_malicious_nodes=1)
+
+
+@pytest.mark.parametrize("engine", [{}, {"engine": "processes", "num_workers": 2}], ids=["in process", "processes"])
+@pytest.mark.parametrize("name", ["CNN with BatchNorm", "dropout"])
+def test_the_same_run_twice_gives_the_same_bits(name: str, engine: dict[str, Any]) -> None:
+    one, other = (run(CASES[name], vectorize_clients="require", **engine) for _ in range(2))
+    torch.testing.assert_close(one[0], other[0], rtol=0, atol=0)
+    assert repr([{k: v for k, v in row.items() if k != "seconds"} for row in one[1]]) == repr(
+        [{k: v for k, v in row.items() if k != "seconds"} for row in other[1]]
+    )
+
+
+@pytest.mark.parametrize("build", [CASES["dropout"], lambda: Lit(Encoder(dropout=0.2))], ids=["MLP", "transformer"])
+def test_a_clients_dropout_does_not_depend_on_who_else_is_there(build: Callable[[], L.LightningModule]) -> None:
+    many = run(build, dtype=torch.float64, vectorize_clients="require", max_rounds=1)
+    loaders = data(torch.float64)
+    few = run(
+        build,
+        dtype=torch.float64,
+        vectorize_clients="require",
+        max_rounds=1,
+        loaders=[*loaders[:2], loaders[3]],
+    )
+    for client in (0, 1):
+        mine, theirs = ([row for row in clients if row["client"] == client] for clients in (many[2], few[2]))
+        assert mine[0]["train_loss"] == pytest.approx(theirs[0]["train_loss"], rel=1e-12)
+
+
+class Augmented(Dataset[Any]):
+    """Noise from all three generators in each example."""
+
+    def __init__(self, size: int) -> None:
+        self.x = torch.randn(size, 6, generator=torch.Generator().manual_seed(size)).double()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Any:
+        import random
+
+        import numpy as np
+
+        noise = torch.randn(6).double() + random.random() + np.random.rand()
+        return {"x": self.x[index] + 0.1 * noise, "y": torch.tensor(index % 3), "name": "same for all"}
+
+
+class OfDicts(Lit):
+    def training_step(self, batch: Any) -> Any:  # type: ignore[override]
+        return {"loss": super().training_step((batch["x"], batch["y"]), 0), "more": batch["name"]}
+
+
+def test_examples_that_draw_and_batches_of_dicts(counter: Counter) -> None:
+    loaders = [DataLoader(Augmented(size), batch_size=8, shuffle=True) for size in SIZES]
+    options: dict[str, Any] = {"dtype": torch.float64, "loaders": loaders}
+    as_one = run(lambda: OfDicts(mlp()), vectorize_clients="require", **options)
+    assert counter.train == 15
+    assert_close(as_one, run(lambda: OfDicts(mlp()), **options), torch.float64)
+
+
+def test_a_partition_of_one_data_set(counter: Counter) -> None:
+    def trained(**options: Any) -> Any:
+        torch.manual_seed(0)
+        module = Lit(mlp())
+        generator = torch.Generator().manual_seed(1)
+        whole = TensorDataset(
+            torch.randn(120, 6, generator=generator), torch.randint(0, 3, (120,), generator=generator)
+        )
+        trainer = FederatedTrainer(max_rounds=2, callbacks=[Partition(5, val_fraction=0.2)], **QUIET, **options)
+        trainer.fit(module, DataLoader(whole, batch_size=8, shuffle=True))
+        return {name: value.clone() for name, value in module.state_dict().items()}
+
+    as_one = trained(vectorize_clients="require")
+    assert counter.train == 10
+    torch.testing.assert_close(as_one, trained(), rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ what does not qualify
+
+
+class Manual(Lit):
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+        optimizer.step()
+
+
+class Branching(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if loss > 0.5:
+            loss = 2 * loss
+        return loss
+
+
+class Measured(Lit):
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self.net(batch[0])
+        self.accuracy(logits, batch[1])
+        self.log("accuracy", self.accuracy)
+        return nn.functional.cross_entropy(logits, batch[1])
+
+
+class Item(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.last = loss.item()
+        return loss
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(2, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x.view(len(x), 3, 2))[0][:, -1])
+
+
+class Hooked(Lit):
+    def on_train_epoch_end(self) -> None:
+        self.log("epoch", 1.0)
+
+
+class Own(torch.optim.SGD):
+    """An optimizer of the user's own."""
+
+
+class ByNorm(Callback):
+    """Scales by the norm of all gradients, which are those of all clients."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        norm = torch.stack([p.grad.norm() for p in pl_module.parameters()]).norm()
+        for p in pl_module.parameters():
+            p.grad /= norm
+
+
+class Plateau(Lit):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "train_loss"}}
+
+
+class WhoAmI(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * (1 + self.trainer.client_id)
+
+
+REFUSED: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], str]] = {
+    "manual optimization": (Manual, {}, "Manual optimizes manually"),
+    "control flow": (
+        lambda: Branching(mlp()),
+        {},
+        r"depends on the data \(test_vectorized.py, line \d+: `if loss > 0.5:`\)",
+    ),
+    "metric object": (Measured, {}, r"test_vectorized.py, line \d+: `self.(accuracy|log)\("),
+    "item": (lambda: Item(mlp()), {}, r"takes a number out of a tensor.*`self.last = loss.item\(\)`"),
+    "LSTM": (lambda: Lit(Recurrent()), {}, "nn.LSTM keeps its weights where they cannot be stacked"),
+    "hook": (lambda: Hooked(mlp()), {}, "Hooked writes on_train_epoch_end"),
+    "own optimizer": (lambda: Lit(mlp(), partial(Own, lr=0.1)), {}, "Own is not known to act element by element"),
+    "LBFGS": (lambda: Lit(mlp(), torch.optim.LBFGS), {}, "LBFGS is not known"),
+    "callback that mixes clients": (
+        CASES["MLP"],
+        {"client_callbacks": [ByNorm()]},
+        "clients trained as one would get another 'net",
+    ),
+    "plateau": (lambda: Plateau(mlp()), {}, "ReduceLROnPlateau follows each client's own metric"),
+    "carried optimizers": (CASES["MLP"], {"client_state": "carry"}, "client_state='carry'"),
+    "local validation": (CASES["MLP"], {"local_validation": True}, "local_validation=True"),
+    "client id": (lambda: WhoAmI(mlp()), {}, r"reads trainer.client_id \(test_vectorized.py"),
+    "loader workers": (
+        CASES["MLP"],
+        {"loaders": [DataLoader(TensorDataset(torch.randn(8, 6), torch.zeros(8).long()), num_workers=1)] * 2},
+        "num_workers=1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_qualify_trains_one_by_one_and_says_why(name: str, counter: Counter) -> None:
+    build, options, reason = REFUSED[name]
+    options = {"max_rounds": 1, **options}
+    alone = run(build, **copy.deepcopy(options))
+    with pytest.warns(UserWarning, match=f"clients train one after the other: .*{reason}"):
+        tried = run(build, vectorize_clients=True, **copy.deepcopy(options))
+    assert counter.train == 0
+    torch.testing.assert_close(tried[0], alone[0], rtol=0, atol=0)
+
+
+def test_what_does_not_qualify_is_an_error_where_it_is_required() -> None:
+    with pytest.raises(ConfigurationError, match=r"vectorize_clients='require'.*Manual optimizes manually"):
+        run(Manual, vectorize_clients="require")
+
+
+class MeasuredInValidation(Lit):
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=3)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.accuracy(self.net(batch[0]), batch[1])
+        self.log("accuracy", self.accuracy)
+
+
+def test_training_and_evaluation_qualify_apart(counter: Counter) -> None:
+    with pytest.warns(UserWarning, match="clients evaluate one after the other: .*accuracy"):
+        as_one = run(MeasuredInValidation, vectorize_clients="require")
+    assert (counter.train, counter.evaluate) == (15, 0)
+    assert_close(as_one, run(MeasuredInValidation))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"vectorize_clients": 0}, "write True, 'require', or how many at once"),
+        ({"vectorize_clients": "yes"}, "write True, 'require', or how many at once"),
+        ({"vectorize_clients": True, "engine": "ray"}, "for engine='in_process' and engine='processes'"),
+        ({"compile_clients": True}, "write vectorize_clients=True, too"),
+    ],
+)
+def test_arguments_that_contradict(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigurationError, match=match):
+        FederatedTrainer(max_rounds=1, num_clients=2, **options)
+
+
+# ------------------------------------------------------------------------------------------------------ failing clients
+
+
+class Failing(TensorDataset):
+    """Data that cannot be read while it is broken."""
+
+    broken = False
+
+    def __getitem__(self, index: Any) -> Any:
+        if self.broken:
+            raise OSError("the disk is gone")
+        return super().__getitem__(index)
+
+
+class Breaks(FederatedCallback):
+    """Breaks a data set in round 2."""
+
+    def __init__(self, data: Failing) -> None:
+        self.data = data
+
+    def on_round_start(self, trainer: Any, round: int, stage: Any, cohort: Any) -> None:
+        self.data.broken = round == 2
+
+
+def failing() -> dict[str, Any]:
+    loaders = [train for train, _ in data(sizes=(16, 16, 16))]
+    broken = Failing(*loaders[1].dataset.tensors)
+    return {"loaders": [loaders[0], DataLoader(broken, batch_size=8, shuffle=True), loaders[2]], "broken": broken}
+
+
+def test_a_client_that_fails_is_named_and_the_others_go_on() -> None:
+    case = failing()
+    with pytest.raises(ClientError, match=r"(?s)Round 2, train: client 1 raised OSError: the disk is gone"):
+        run(CASES["MLP"], Breaks(case["broken"]), vectorize_clients="require", loaders=case["loaders"])
+    case = failing()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        own = FaultTolerance(min_results=2), Breaks(case["broken"])
+        as_one = run(CASES["MLP"], *own, vectorize_clients="require", loaders=case["loaders"])
+    assert any(re.search("in round 2 clients train one after the other: OSError", str(w.message)) for w in said)
+    assert all(torch.isfinite(value).all() for value in as_one[0].values())
+
+
+def test_a_client_whose_numbers_explode_spoils_nobody_else(counter: Counter) -> None:
+    def loaders() -> list[Any]:
+        made = [train for train, _ in data(sizes=(16, 16, 16))]
+        made[1].dataset.tensors[0].mul_(1e30)
+        return made
+
+    def options() -> dict[str, Any]:
+        return {"loaders": loaders(), "max_rounds": 1}
+
+    as_one = run(CASES["MLP"], FaultTolerance(min_results=2), vectorize_clients="require", **options())
+    assert_close(as_one, run(CASES["MLP"], FaultTolerance(min_results=2), **options()))
+
+
+# ------------------------------------------------------------------------------------------------------------- compiled
+
+
+@pytest.fixture
+def compiled_without_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """``torch.compile`` with everything but the slow last step; counts the calls of what it made."""
+    calls: list[int] = []
+    monkeypatch.setattr(compiled_step.CompiledStep.__init__, "__defaults__", ("aot_eager",))
+    make = compiled_step.CompiledStep._compile
+
+    def counting(self: Any, *args: Any) -> Any:
+        made = make(self, *args)
+
+        def call(*given: Any) -> Any:
+            calls.append(1)
+            return made(*given)
+
+        return call
+
+    monkeypatch.setattr(compiled_step.CompiledStep, "_compile", counting)
+    torch._dynamo.reset()
+    yield calls
+    torch._dynamo.reset()
+
+
+class ByEpoch(Lit):
+    """A loss that depends on the epoch and on an attribute that a hook changes."""
+
+    factor = 1.0
+
+    def on_train_epoch_start(self) -> None:
+        self.factor = 1.0 + 0.5 * self.current_epoch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * (2.0 if self.current_epoch == 1 else 1.0) * self.factor
+
+
+COMPILED = {
+    name: CASES[name] for name in ("MLP", "CNN with BatchNorm", "tied, frozen and unused weights", "buffers")
+} | {
+    "AdamW, two groups, schedule by step": CASES["AdamW, two groups, schedule by step"],
+    "by epoch": lambda: ByEpoch(mlp()),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_steps_give_the_same(name: str, compiled_without_inductor: list[int]) -> None:
+    as_one = run(COMPILED[name], dtype=torch.float64, vectorize_clients="require", compile_clients=True)
+    assert compiled_without_inductor
+    assert_close(as_one, run(COMPILED[name], dtype=torch.float64), torch.float64)
+
+
+def test_steps_that_draw_are_not_compiled(compiled_without_inductor: list[int]) -> None:
+    with pytest.warns(
+        UserWarning, match="compile_clients: clients train uncompiled, for their steps draw random numbers"
+    ):
+        run(CASES["dropout"], vectorize_clients="require", compile_clients=True, max_rounds=1)
+    assert not compiled_without_inductor
+
+
+def test_without_a_compiler_clients_train_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: g++")
+
+    monkeypatch.setattr(compiled_step.CompiledStep, "_compile", lambda self, *args: fails)
+    with pytest.warns(UserWarning, match=r"clients train uncompiled: no C\+\+ compiler was found \(install g\+\+"):
+        as_one = run(CASES["MLP"], vectorize_clients="require", compile_clients=True)
+    assert_close(as_one, run(CASES["MLP"]))
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor() -> None:
+    torch._dynamo.reset()
+    as_one = run(CASES["CNN with BatchNorm"], dtype=torch.float64, vectorize_clients="require", compile_clients=True)
+    assert_close(as_one, run(CASES["CNN with BatchNorm"], dtype=torch.float64), torch.float64)
