@@ -36,9 +36,6 @@ from lightning_fed.seeding import run_seed, seed_for, seeded
 from lightning_fed.server import RoundLoader, ServerDataView, ServerView
 from lightning_fed.views import laid_over
 
-# How many clients are trained as one at most where nobody says.
-_AT_ONCE = 32
-
 ENGINES: dict[str, type[Engine]] = {"in_process": InProcess, "processes": Processes, "ray": Ray}
 
 
@@ -265,8 +262,8 @@ class FederatedTrainer(Trainer):
         }
         side = ClientSide(module, self.local_options, deal, datamodule, mods, is_set_up=True)
         if self._vectorize:
-            limit = _AT_ONCE if isinstance(self._vectorize, (bool, str)) else self._vectorize
-            side.together = Together(limit, self._vectorize == "require", CompiledStep() if self._compile else None)
+            workers = self.engine.num_workers if isinstance(self.engine, Processes) else 1
+            side.together = Together(self._vectorize, CompiledStep() if self._compile else None, workers)
         return _Task(module, datamodule, val, deal, side)
 
     def _server_app(self, task: _Task, ckpt_path: Any, weights_only: bool | None) -> ServerApp:

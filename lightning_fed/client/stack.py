@@ -38,6 +38,7 @@ class _Slot:
 
     own: Tensor
     is_parameter: bool
+    is_of_linear: bool = False
     names: list[str] = field(default_factory=list)
     places: list[tuple[dict[str, Any], str]] = field(default_factory=list)
 
@@ -69,8 +70,12 @@ class Stack:
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
 
-    def put_on(self, optimizers: Sequence[Optimizer] = ()) -> None:
+    def put_on(self, optimizers: Sequence[Optimizer] = (), compiled: bool = False) -> None:
         """Gives the module and its optimizers the stacked tensors in place of its own.
+
+        Args:
+            optimizers: Those that step its parameters.
+            compiled: Whether most steps will be compiled ones.
 
         Raises:
             NotStackable: If an optimizer is not known to act element by element.
@@ -82,6 +87,9 @@ class Stack:
         stacked: dict[Tensor, Tensor] = {}
         for slot in self._slots:
             value = self._stacked(slot)
+            if slot.is_of_linear and not compiled:
+                # As the batched product gives its gradient: else each step would copy that into another order.
+                value = value.mT.contiguous().mT
             if slot.is_parameter:
                 value = nn.Parameter(value, requires_grad=slot.own.requires_grad)
                 value.__dict__.update(slot.own.__dict__)
@@ -209,6 +217,7 @@ def _slots(module: nn.Module) -> list[_Slot]:
             for key, tensor in store.items():
                 if tensor is not None:
                     slot = slots.setdefault(id(tensor), _Slot(tensor, is_parameter))
+                    slot.is_of_linear |= isinstance(child, nn.Linear) and key == "weight"
                     slot.names.append(f"{prefix}.{key}" if prefix else key)
                     slot.places.append((store, key))
     return list(slots.values())

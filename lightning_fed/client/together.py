@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -16,6 +19,9 @@ from lightning_fed.data import ClientLoaders
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.weights import Weights
 
+# How many clients are trained as one where nobody says: more of them gain little.
+_MOST = 64
+
 Data = Callable[[int, int], ClientLoaders]
 
 
@@ -23,13 +29,14 @@ class Together:
     """Decides once a run whether clients can be trained (and evaluated) as one, and does it.
 
     Args:
-        limit: At most so many at once.
-        required: Whether clients that cannot be trained as one are an error.
+        wanted: How many at once; ``True`` for as many as fit memory, where that is expected to be faster; ``"require"``
+            for that many in any case, or an error.
         compiled: The module's compiled step, or ``None``.
+        workers: How many processes train at a time.
     """
 
-    def __init__(self, limit: int, required: bool, compiled: CompiledStep | None) -> None:
-        self.limit, self.required, self._compiled = limit, required, compiled
+    def __init__(self, wanted: int | str, compiled: CompiledStep | None = None, workers: int = 1) -> None:
+        self.wanted, self._compiled, self._workers = wanted, compiled, workers
         self._verdicts: dict[str, Verdict] = {}
         self._said: set[str] = set()
 
@@ -40,6 +47,8 @@ class Together:
             ConfigurationError: If clients cannot be trained as one, and that is required.
         """
         loaders = [data(client, 1) for client in range(min(clients, 2))]
+        self._memory = _memory(case.device)
+        case = replace(case, must_pay=self.wanted is True)
         verdict = self._verdicts[case.stage] = decide(case, loaders, weights, seed)
         if verdict.reason is None:
             if verdict.draws and self._compiled is not None and case.stage == "train":
@@ -47,7 +56,7 @@ class Together:
                     "compile_clients: clients train uncompiled, for their steps draw random numbers (Dropout, ...)."
                 )
             return
-        if self.required and case.stage == "train":
+        if self.wanted == "require" and case.stage == "train":
             raise ConfigurationError(
                 f"vectorize_clients='require': clients cannot be trained as one: {verdict.reason}. Write"
                 " vectorize_clients=True to train them one after the other where that is so."
@@ -57,7 +66,11 @@ class Together:
     def size(self, stage: str) -> int:
         """How many clients to serve at once."""
         verdict = self._verdicts.get(stage)
-        return 1 if verdict is None or verdict.reason is not None else self.limit
+        if verdict is None or verdict.reason is not None:
+            return 1
+        if self.wanted is not True and isinstance(self.wanted, int):
+            return self.wanted
+        return max(2, min(_MOST, self._memory // self._workers // max(1, verdict.bytes_each)))
 
     def run(
         self,
@@ -100,3 +113,12 @@ class Together:
         if what not in self._said:
             self._said.add(what)
             rank_zero_warn(what)
+
+
+def _memory(device: torch.device) -> int:
+    """The bytes that stacks may take: a part of what there is, not of what is free, which changes from run to run."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) // 2
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    return 1 << 30

@@ -9,10 +9,14 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torchmetrics import Metric
 
 from lightning_fed.client.local_fit import local_evaluate, local_fit
@@ -39,6 +43,8 @@ _OF_BOTH = ("configure_model", "on_before_batch_transfer", "transfer_batch_to_de
 # Trainer arguments that clients trained as one cannot share.
 _ARGUMENTS = ("overfit_batches", "reload_dataloaders_every_n_epochs", "plugins", "detect_anomaly")
 _BATCHES = 2
+# Up to so many bytes of weights a stack of clients is no slower on a CPU.
+_FAST_BYTES = 1 << 20
 _TOLERANCE = 0.02
 
 
@@ -49,21 +55,33 @@ class Verdict:
     Attributes:
         reason: Why clients cannot be trained as one, a clause; ``None`` if they can.
         draws: Whether their steps draw random numbers.
+        bytes_each: About how much memory each client takes: weights, gradients, optimizer, what backward passes need.
     """
 
     reason: str | None = None
     draws: bool = False
+    bytes_each: int = 0
 
 
 @dataclass
 class Case:
-    """What is tried: everything that a client's work has in common with the others'."""
+    """What is tried: everything that a client's work has in common with the others'.
+
+    Attributes:
+        module: The module.
+        datamodule: The server's, or ``None``.
+        options: Those of local runs.
+        stage: ``"train"`` or ``"evaluate"``.
+        has_mods: Whether there are client mods in this stage.
+        must_pay: Refuse also what can be done but is expected to be slower.
+    """
 
     module: LightningModule
     datamodule: LightningDataModule | None
     options: LocalOptions
     stage: str
     has_mods: bool = False
+    must_pay: bool = False
 
     def refuse(self) -> None:
         """Looks at what is written.
@@ -88,6 +106,8 @@ class Case:
         for child in module.modules():
             if isinstance(child, nn.RNNBase):
                 yield f"nn.{type(child).__name__} keeps its weights where they cannot be stacked"
+        if self.must_pay:
+            yield from self._slower()
         yield from (f"{argument}={arguments[argument]!r}" for argument in _ARGUMENTS if arguments.get(argument))
         if str(arguments.get("precision", "")).startswith(("16-mixed", "16")):
             yield f"precision={arguments['precision']!r} scales the loss of all clients by one number"
@@ -104,6 +124,27 @@ class Case:
                 if hasattr(Callback, hook) and _wrote(callback, Callback, hook):
                     yield f"the client callback {type(callback).__name__} writes {hook}"
 
+    def _slower(self) -> Iterator[str]:
+        """Measured on CPUs, see ``docs/vectorized.md``."""
+        if self.device.type != "cpu":
+            return
+        own = "(vectorize_clients=8, or another number, does it all the same)"
+        if any(isinstance(child, nn.modules.conv._ConvNd) for child in self.module.modules()):
+            yield f"on a CPU, convolutions of many clients at once are slower {own}"
+        if (size := weight_bytes(self.module)) > _FAST_BYTES:
+            yield f"on a CPU, stacks of {size / 2**20:.1f} MiB of weights a client are slower {own}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where clients train."""
+        trainer: Any = self.module.trainer
+        return trainer.strategy.root_device  # type: ignore[no-any-return]
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """The bytes of all parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
 
 def decide(case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed: int) -> Verdict:
     """Tries two clients as one against each alone, on their first batches.
@@ -118,8 +159,10 @@ def decide(case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed:
         case.refuse()
         loaders = _two(loaders, case.stage)
         verdict = Verdict()
+        saved: dict[int, int] = {}
         try:
-            together = _run(case, loaders, weights, seed, draws=False)
+            with saved_tensors_hooks(partial(_count, saved), lambda tensor: tensor):
+                together = _run(case, loaders, weights, seed, draws=False)
         except RuntimeError as error:
             if "randomness" not in str(error):
                 raise
@@ -136,7 +179,15 @@ def decide(case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed:
             _compare(together[:1], among_others[:1], weights)
     except Exception as error:
         return Verdict(reason=explain(error))
+    verdict.bytes_each = 4 * weight_bytes(case.module) + sum(saved.values()) // 2
     return verdict
+
+
+def _count(saved: dict[int, int], tensor: Tensor) -> Tensor:
+    """Takes note of memory that a backward pass needs."""
+    storage = tensor.untyped_storage()
+    saved[storage.data_ptr()] = storage.nbytes()
+    return tensor
 
 
 def _two(loaders: Sequence[ClientLoaders], stage: str) -> list[ClientLoaders]:

@@ -185,7 +185,7 @@ class CohortHooks(LocalHooks):
         assert isinstance(trainer, CohortTrainer)
         if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
             raise NotStackable("its ReduceLROnPlateau follows each client's own metric")
-        trainer.stack.put_on(trainer.optimizers)
+        trainer.stack.put_on(trainer.optimizers, compiled=trainer.compiled is not None)
         super().on_train_start(trainer, pl_module)
 
 

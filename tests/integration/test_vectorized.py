@@ -492,6 +492,40 @@ def test_what_does_not_qualify_trains_one_by_one_and_says_why(name: str, counter
     torch.testing.assert_close(tried[0], alone[0], rtol=0, atol=0)
 
 
+SLOWER: dict[str, tuple[Callable[[], L.LightningModule], str]] = {
+    "convolutions": (CASES["CNN with BatchNorm"], "convolutions of many clients at once are slower"),
+    "large weights": (
+        lambda: Lit(nn.Sequential(nn.Linear(6, 600), nn.Linear(600, 600), nn.Linear(600, 3))),
+        r"stacks of 1\.4 MiB of weights a client are slower",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SLOWER)
+def test_what_would_be_slower_is_done_only_where_a_number_says_so(name: str, counter: Counter) -> None:
+    build, reason = SLOWER[name]
+    with pytest.warns(UserWarning, match=f"clients train one after the other: on a CPU, {reason}"):
+        run(build, vectorize_clients=True, max_rounds=1)
+    assert counter.train == 0
+    run(build, vectorize_clients=4, max_rounds=1)
+    assert counter.train > 0
+
+
+def test_how_many_at_once_follows_from_memory(monkeypatch: pytest.MonkeyPatch, counter: Counter) -> None:
+    sizes: list[int] = []
+    fit = together.vectorized_fit
+    monkeypatch.setattr(together, "vectorized_fit", lambda *args: sizes.append(len(args[2])) or fit(*args))
+    loaders = [train for train, _ in data(sizes=[16] * 9)]
+    run(CASES["MLP"], vectorize_clients=True, max_rounds=1, loaders=loaders)
+    assert sizes == [9]
+    sizes.clear()
+    each = 4 * 4 * sum(p.numel() for p in mlp().parameters())
+    monkeypatch.setattr(together, "_memory", lambda device: 12 * each)
+    run(CASES["MLP"], vectorize_clients=True, max_rounds=1, loaders=loaders)
+    assert len(sizes) > 1
+    assert max(sizes) <= 12
+
+
 def test_what_does_not_qualify_is_an_error_where_it_is_required() -> None:
     with pytest.raises(ConfigurationError, match=r"vectorize_clients='require'.*Manual optimizes manually"):
         run(Manual, vectorize_clients="require")
