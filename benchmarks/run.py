@@ -7,7 +7,7 @@
 
 A round's seconds are those after the first three, which warm up, as median, minimum and maximum over all repeats. A
 ratio is that of the medians of two peers within one repeat, as median, minimum and maximum over repeats: below 1 ours
-is faster.
+is faster. What was compiled in an earlier run is in torch's cache.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,20 +31,22 @@ sys.path.insert(0, str(HERE))
 
 from peers import version  # noqa: E402
 
+# Clients trained as one, in one process and in one for each core.
+AS_ONE = ["ours_vectorized:2", "ours_processes_vectorized:1", "ours_compiled:2", "ours_processes_compiled:1"]
 # What a user would pick, with its threads; ours first.
 CHOICE = {
     "W1": [
-        *("ours:1", "ours_processes:1", "loop:1", "loop:2", "central:1"),
+        *("ours:1", "ours_processes:1", *AS_ONE, "loop:1", "loop:2", "central:1"),
         *("flower:1", "flower_lightning:1", "pfl:1", "pfl:2"),
     ],
-    "W2": ["ours:1", "ours_processes:1", "loop:1", "jax:2"],
-    "W3": ["ours:1", "ours_processes:1", "loop:1", "loop:2", "pfl:1", "pfl:2"],
-    "W4": ["ours:1", "ours_processes:1", "loop:1", "flower:1", "pfl:1"],
+    "W2": ["ours:1", "ours_processes:1", "ours_vectorized:1", "ours_compiled:1", "loop:1", "jax:2"],
+    "W3": ["ours:1", "ours_processes:1", *AS_ONE, "loop:1", "loop:2", "pfl:1", "pfl:2"],
+    "W4": ["ours:1", "ours_processes:1", *AS_ONE, "loop:1", "flower:1", "pfl:1"],
     "W5": ["ours:1", "ours_processes:1", "steps:1", "loop:1", "flower:1"],
-    "W6-10": ["ours:1", "ours_processes:1", "steps:1", "pfl:1"],
-    "W6-100": ["ours:1", "ours_processes:1", "steps:1", "pfl:1"],
-    "W6-1000": ["ours:1", "ours_processes:1", "steps:1", "pfl:1"],
-    "W6-100-of-1000": ["ours:1", "ours_processes:1", "steps:1", "pfl:1"],
+    "W6-10": ["ours:1", "ours_processes:1", "ours_vectorized:1", "steps:1", "pfl:1"],
+    "W6-100": ["ours:1", "ours_processes:1", "ours_vectorized:1", "steps:1", "pfl:1"],
+    "W6-1000": ["ours:1", "ours_processes:1", "ours_vectorized:1", "steps:1", "pfl:1"],
+    "W6-100-of-1000": ["ours:1", "ours_processes:1", "ours_vectorized:1", "steps:1", "pfl:1"],
 }  # fmt: skip
 PACKAGES = ("torch", "lightning", "flwr", "ray", "pfl", "jax", "flax", "optax")
 NEEDS = {"flower": "ray", "flower_lightning": "ray", "pfl": "pfl", "jax": "jax"}
@@ -98,35 +101,42 @@ def table(workload: str, results: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = [
         f"### {workload}",
         "",
-        "| peer:threads | start s | s a round | total s | peak MB | metric"
-        " | ours / it, a round | processes / it, a round | processes / it, total |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| peer:threads | start s | first round s | s a round | total s | peak MB | metric |",
+        "|---|---|---|---|---|---|---|",
     ]
-
-    def ratio(mine: str, theirs: str, of: Any) -> str:
-        pairs = zip(results.get(mine, []), results[theirs], strict=False)
-        values = [of(a) / of(b) for a, b in pairs if "error" not in a and "error" not in b]
-        return spread(values) if values and mine != theirs else ""
-
     for peer, runs in results.items():
         good = [run for run in runs if "error" not in run]
         if not good:
-            lines.append(f"| {peer} | {runs[0]['error']} |" + " |" * 7)
+            lines.append(f"| {peer} | {runs[0]['error']} |" + " |" * 5)
             continue
-        each = [second for run in good for second in warm(run["rounds"])]
-        round_of, total_of = (lambda run: median(warm(run["rounds"]))), (lambda run: run["total"])
         cells = [
             peer,
             spread([run["start"] for run in good]),
-            spread(each),
+            spread([run["rounds"][0] for run in good]),
+            spread([second for run in good for second in warm(run["rounds"])]),
             spread([run["total"] for run in good]),
             f"{max(run['peak'] for run in good):.0f}",
             spread([run["metric"] for run in good]),
-            ratio("ours:1", peer, round_of),
-            ratio("ours_processes:1", peer, round_of),
-            ratio("ours_processes:1", peer, total_of),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return [
+        *lines,
+        *ratios("a round", results, lambda run: median(warm(run["rounds"]))),
+        *ratios("in total", results, lambda run: run["total"]),
+    ]
+
+
+def ratios(what: str, results: dict[str, list[dict[str, Any]]], of: Callable[[dict[str, Any]], float]) -> list[str]:
+    """Ours over each peer, pairwise within a repeat."""
+    mine = [peer for peer in results if peer.startswith("ours")]
+    lines = ["", f"| {what}: ours / it | {' | '.join(mine)} |", "|---" * (len(mine) + 1) + "|"]
+    for peer in results:
+        cells = []
+        for one in mine:
+            pairs = zip(results[one], results[peer], strict=False)
+            values = [of(a) / of(b) for a, b in pairs if "error" not in a and "error" not in b]
+            cells.append(spread(values) if values and one != peer else "")
+        lines.append(f"| {peer} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 

@@ -18,7 +18,7 @@ from torch.func import vmap
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_fed.client.streams import DrawsApart, Streams
+from lightning_fed.client.streams import DrawsApart, NotStackable, Streams
 from lightning_fed.weights import Weights
 
 # What they do to an element of a parameter depends on that element's gradients alone.
@@ -26,10 +26,6 @@ ELEMENTWISE = frozenset(
     getattr(torch.optim, name)
     for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop")
 )
-
-
-class NotStackable(Exception):
-    """Clients cannot be trained as one; the message is a clause that says why."""
 
 
 @dataclass

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_fed.client.stack import NotStackable
-from lightning_fed.client.streams import Streams
+from lightning_fed.client.streams import NotStackable, Streams
 from lightning_fed.data import Gathered, TensorBatches, gathering
 
 

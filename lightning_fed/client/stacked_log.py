@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from torch import Tensor
 
 from lightning_fed.client.local_trainer import how_logged
-from lightning_fed.client.stack import NotStackable
+from lightning_fed.client.streams import NotStackable
 from lightning_fed.metrics import MetricState, catch_each
 
 

@@ -15,6 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _State = tuple[Any, ...]
 
 
+class NotStackable(Exception):
+    """Clients cannot be trained as one; the message is a clause that says why."""
+
+
 class Streams:
     """The states of Python's, NumPy's and torch's generators, for each client.
 
@@ -23,9 +27,11 @@ class Streams:
     Args:
         seeds: With what each client's generators are seeded.
         device: Whose generator is the client's own, besides the CPU's.
+        is_watched: Whether to notice what is drawn from nobody's stream.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+    def __init__(self, seeds: Sequence[int], device: torch.device, is_watched: bool = False) -> None:
+        self._is_watched, self._left = is_watched, torch.default_generator.get_state()
         self._seeds, self._cuda = seeds, device if device.type == "cuda" else None
         self._torch: list[_State | None] = [None] * len(seeds)
         self._others: list[_State | None] = [None] * len(seeds)
@@ -33,6 +39,7 @@ class Streams:
     @contextmanager
     def torch_of(self, client: int) -> Iterator[None]:
         """In the block torch draws from a client's stream."""
+        self.check()
         generators = [torch.default_generator]
         if self._cuda is not None:
             generators.append(torch.cuda.default_generators[self._cuda.index or 0])
@@ -45,7 +52,15 @@ class Streams:
         try:
             yield
         finally:
-            self._torch[client] = tuple(generator.get_state() for generator in generators)
+            self._torch[client] = state = tuple(generator.get_state() for generator in generators)
+            self._left = state[0]
+
+    def check(self) -> None:
+        """Raises:
+        NotStackable: If streams are watched, and something was drawn from none of them.
+        """
+        if self._is_watched and not torch.equal(torch.default_generator.get_state(), self._left):
+            raise NotStackable("random numbers are drawn outside of its step, where they are nobody's own")
 
     @contextmanager
     def of(self, client: int) -> Iterator[None]:

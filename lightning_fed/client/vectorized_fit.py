@@ -30,10 +30,10 @@ from lightning_fed.client.local_run import (
     start_at_epoch,
 )
 from lightning_fed.client.local_trainer import ClientView, LocalTask, LocalTrainer
-from lightning_fed.client.stack import NotStackable, Stack, clip_each_by_norm, share_weights
+from lightning_fed.client.stack import Stack, clip_each_by_norm, share_weights
 from lightning_fed.client.stacked_data import Part, StackedLoader
 from lightning_fed.client.stacked_log import Entry, Logged, StackedLog
-from lightning_fed.client.streams import Streams
+from lightning_fed.client.streams import NotStackable, Streams
 from lightning_fed.data import ClientLoaders, count_examples
 from lightning_fed.metrics import MetricState, scalar
 from lightning_fed.seeding import seed_for
@@ -197,6 +197,7 @@ def vectorized_fit(
     options: LocalOptions,
     draws: bool,
     compiled: CompiledStep | None = None,
+    is_trial: bool = False,
 ) -> list[LocalResult]:
     """Trains clients with equally many batches as one; else as ``local_fit``.
 
@@ -208,6 +209,7 @@ def vectorized_fit(
         options: As in ``local_fit``.
         draws: Whether steps draw random numbers, as Dropout does.
         compiled: The module's compiled step, or ``None``.
+        is_trial: Whether to look for draws that are nobody's own.
 
     Raises:
         NotStackable: If it cannot be done; the module is as it was.
@@ -215,11 +217,12 @@ def vectorized_fit(
     first_epoch = options.first_epoch(tasks[0].round)
     callbacks: list[Callback] = [CohortHooks(options, first_epoch), *options.method_callbacks()]
     with local_run(module, datamodule, tasks[0], "train", CohortView):
-        trainer = _cohort_trainer(module, loaders, tasks, options, callbacks, "train", draws)
+        trainer = _cohort_trainer(module, loaders, tasks, options, callbacks, "train", draws, is_trial)
         trainer.compiled = compiled
         start_at_epoch(trainer, first_epoch)
         try:
             call(trainer.fit, trainer, module, datamodule, train=True)
+            trainer.stack.streams.check()
             weights = trainer.stack.results()
         finally:
             let_go(trainer, module)
@@ -238,6 +241,7 @@ def vectorized_evaluate(
     options: LocalOptions,
     draws: bool,
     compiled: CompiledStep | None = None,
+    is_trial: bool = False,
 ) -> list[LocalResult]:
     """Validates clients with equally many batches as one; takes the arguments of ``vectorized_fit``.
 
@@ -247,7 +251,9 @@ def vectorized_evaluate(
     if not share_weights([task.weights for task in tasks]):
         raise NotStackable("clients evaluate weights of their own")
     with local_run(module, datamodule, tasks[0], "evaluate", CohortView):
-        trainer = _cohort_trainer(module, loaders, tasks, options, [LocalHooks(options, 0)], "evaluate", draws)
+        trainer = _cohort_trainer(
+            module, loaders, tasks, options, [LocalHooks(options, 0)], "evaluate", draws, is_trial
+        )
         start_at_epoch(trainer, options.first_epoch(tasks[0].round + 1) - 1)
         call(trainer.validate, trainer, module, datamodule, train=False)
         return [
@@ -264,12 +270,12 @@ def _cohort_trainer(
     callbacks: Sequence[Callback],
     stage: str,
     draws: bool,
-    compiled: CompiledStep | None = None,
+    is_trial: bool,
 ) -> CohortTrainer:
     trainer = build_trainer(tasks[0], ClientLoaders(), module, options, callbacks, stage != "train", CohortTrainer)
     assert isinstance(trainer, CohortTrainer)
     seeds = [seed_for(task.seed, stage, round=task.round, client=task.client) for task in tasks]
-    streams = Streams(seeds, trainer.strategy.root_device)
+    streams = Streams(seeds, trainer.strategy.root_device, is_trial)
     trainer.stack = Stack(module, [task.weights for task in tasks], streams, draws)
     if stage == "train":
         trainer.loaders.train = StackedLoader([one.train for one in loaders], streams)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fed.client.stack import NotStackable, Stack, clip_each_by_norm, share_weights
-from lightning_fed.client.streams import Streams
+from lightning_fed.client.stack import Stack, clip_each_by_norm, share_weights
+from lightning_fed.client.streams import NotStackable, Streams
 
 
 def stacked(module: nn.Module, count: int = 3) -> Stack:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from lightning_fed.client.streams import DrawsApart, Streams
+from lightning_fed.client.streams import DrawsApart, NotStackable, Streams
 
 SEEDS = (11, 12, 13)
 X = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -83,3 +83,14 @@ def test_the_streams_of_python_numpy_and_torch() -> None:
         np.random.seed(SEEDS[client])
         torch.manual_seed(SEEDS[client])
         assert got == [draw() for _ in got]
+
+
+def test_watched_streams_notice_what_is_drawn_from_none_of_them() -> None:
+    streams = Streams(SEEDS, torch.device("cpu"), is_watched=True)
+    for client in (0, 1, 0):
+        with streams.torch_of(client):
+            torch.rand(2)
+    streams.check()
+    torch.rand(1)
+    with pytest.raises(NotStackable, match="drawn outside of its step"), streams.torch_of(1):
+        pass

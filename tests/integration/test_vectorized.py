@@ -439,6 +439,14 @@ class ByNorm(Callback):
             p.grad /= norm
 
 
+class Noise(Callback):
+    """Draws outside of the step."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        for p in pl_module.parameters():
+            p.grad += 1e-6 * torch.randn_like(p)
+
+
 class Plateau(Lit):
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
@@ -469,6 +477,7 @@ REFUSED: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], str]] 
         {"client_callbacks": [ByNorm()]},
         "clients trained as one would get another 'net",
     ),
+    "callback that draws": (CASES["MLP"], {"client_callbacks": [Noise()]}, "drawn outside of its step"),
     "plateau": (lambda: Plateau(mlp()), {}, "ReduceLROnPlateau follows each client's own metric"),
     "carried optimizers": (CASES["MLP"], {"client_state": "carry"}, "client_state='carry'"),
     "local validation": (CASES["MLP"], {"local_validation": True}, "local_validation=True"),
