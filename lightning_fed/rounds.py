@@ -312,8 +312,10 @@ def quiet_flower() -> Iterator[None]:
     """Keeps Flower's INFO lines of every round off the console, unless FLWR_LOG_LEVEL asks for them."""
     logger = logging.getLogger("flwr")
     level = logger.level
-    if "FLWR_LOG_LEVEL" not in os.environ:
-        logger.setLevel(logging.WARNING)
+    if "FLWR_LOG_LEVEL" in os.environ or level == logging.WARNING:  # to set a level makes all loggers forget theirs
+        yield
+        return
+    logger.setLevel(logging.WARNING)
     try:
         yield
     finally:

@@ -32,6 +32,7 @@ from lightning_fed.deal import Deal
 from lightning_fed.engines import Engine, InProcess, Processes, Ray
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.federation import Federation, Owners
+from lightning_fed.rounds import quiet_flower
 from lightning_fed.seeding import run_seed, seed_for, seeded
 from lightning_fed.server import RoundLoader, ServerDataView, ServerView
 from lightning_fed.views import laid_over
@@ -285,6 +286,7 @@ class FederatedTrainer(Trainer):
         with ExitStack() as stack:
             # What setup draws (a random split, layers) is the run's, too, and the same in every process.
             stack.enter_context(seeded(seed_for(self.seed, "setup")))
+            stack.enter_context(quiet_flower())
             stack.enter_context(warnings.catch_warnings())
             # Said of the server's one-item loader and of every client's, these are noise.
             for message in ("The 'train_dataloader' does not have many workers", "Found .* in eval mode at the start"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -75,7 +76,7 @@ def _is_finite(tensor: Tensor) -> bool:
         tensor = tensor.float()
     # aminmax carries NaN and Inf through and needs no scratch memory, which isfinite().all() does.
     low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) and torch.isfinite(high))
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def check_update(update: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_fed.client.stack import Stack
 from lightning_fed.client.stacked_log import Entry
+from lightning_fed.client.streams import NotStackable
 
 # Shapes of batches beyond these are not compiled: clients of ever new sizes would compile for ever.
 MOST_SHAPES = 8
@@ -94,9 +95,7 @@ class CompiledStep:
         return total, known.entries, [values[entry.name] for entry in known.entries]
 
     def _compile(self, module: nn.Module, step: Any) -> Any:
-        whole = _Whole(module, step)
-
-        here = self._here
+        whole, here = _Whole(module, step), self._here
 
         def one(trained: Any, fixed: Any, batch: Any) -> Any:
             values: dict[str, Tensor] = {}
@@ -145,7 +144,7 @@ class _Given(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> Any:  # type: ignore[override]
         gradients, ctx.gradients = ctx.gradients, None
-        if float(factor) != 1.0:
+        if factor.device.type != "cpu" or float(factor) != 1.0:  # to look at a number on a device is to wait for it
             gradients = [gradient * factor for gradient in gradients]
         return None, None, *gradients
 
@@ -172,6 +171,8 @@ def _leaves_of(total: Tensor) -> set[int]:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, NotStackable):  # run as written, where nobody takes note of what it logs
+        return "the step was compiled too often, for it reads what changes (the epoch, an attribute of the module)"
     text = " ".join(str(error).split())
     if "compiler" in text.lower() and "found" in text.lower():
         return "no C++ compiler was found (install g++ or clang, or set CXX)"

@@ -63,6 +63,7 @@ class Stack:
         self._weights = weights
         self._slots: list[_Slot] = []
         self._values: list[Tensor] = []
+        self._optimizers: Sequence[Optimizer] = ()
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
 
@@ -94,13 +95,18 @@ class Stack:
         self._values = list(stacked.values())
         for slot, value in zip(self._slots, self._values, strict=True):
             (self.parameters if slot.is_parameter else self.buffers)[slot.names[0]] = value
+        self._optimizers = optimizers
         for optimizer in optimizers:
             self._move(optimizer, stacked)
 
     def take_off(self) -> None:
-        """Gives the module its own tensors back."""
+        """Gives the module its own tensors back, and lets the stacked ones go, which reference cycles would keep."""
         for slot in self._slots:
             slot.hold(slot.own)
+        self._slots, self._values, self.parameters, self.buffers = [], [], {}, {}
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = []
 
     def results(self) -> list[Weights]:
         """Each client's weights, rows of the stacked tensors."""

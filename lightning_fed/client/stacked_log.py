@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,8 @@ class StackedLog:
 
     def __init__(self, clients: int, check: Callable[[Entry, Tensor], _ResultMetric]) -> None:
         self._clients, self._check = clients, check
-        self._results: dict[str, tuple[Any, _ResultMetric]] = {}
+        self._checked: dict[str, tuple[Any, _ResultMetric]] = {}
+        self._results: dict[str, _ResultMetric] = {}  # those of this epoch
 
     def add(self, logged: Sequence[Logged]) -> None:
         """Takes in what all clients logged in one step.
@@ -71,7 +73,7 @@ class StackedLog:
 
     def end_epoch(self) -> list[list[MetricState]]:
         """What each client logged in the epoch, which is over."""
-        caught = catch_each([result for _, result in self._results.values()], self._clients)
+        caught = catch_each(self._results.values(), self._clients)
         self._results = {}
         return caught
 
@@ -87,15 +89,21 @@ class StackedLog:
 
     def _update(self, entry: Entry, value: Tensor, batch_size: Any) -> None:
         how = how_logged(entry.args, entry.kwargs)
-        known, result = self._results.get(entry.name, (None, None))
+        known, result = self._checked.get(entry.name, (None, None))
         if result is None or known != how:
-            result = _stacked(self._check(entry, value[0]), value)
-            self._results[entry.name] = how, result
-        _ResultMetric.update(result, value, batch_size)  # past torchmetrics' wrapper, which takes most of the time
+            result = self._check(entry, value[0])
+            self._checked[entry.name] = how, result
+        if entry.name not in self._results:
+            self._results[entry.name] = _stacked(result, value)
+        _ResultMetric.update(self._results[entry.name], value, batch_size)  # past torchmetrics' costly wrapper
 
 
 def _stacked(result: _ResultMetric, like: Tensor) -> _ResultMetric:
-    """A result metric like Lightning's, with a value for each client."""
-    stacked = _ResultMetric(result.meta, is_tensor=True)
-    stacked.value = stacked.value.to(like.device).expand(len(like)).clone()
+    """A result metric like one of Lightning's, with a value for each client and nothing in it yet."""
+    stacked = copy.copy(result)
+    defaults: dict[str, Any] = result._defaults
+    stacked.value = defaults["value"].to(like.device).expand(len(like))
+    if "cumulated_batch_size" in defaults:
+        stacked.cumulated_batch_size = defaults["cumulated_batch_size"].to(like.device)
+    stacked._forward_cache = None
     return stacked

@@ -109,7 +109,7 @@ class Case:
         if self.must_pay:
             yield from self._slower()
         yield from (f"{argument}={arguments[argument]!r}" for argument in _ARGUMENTS if arguments.get(argument))
-        if str(arguments.get("precision", "")).startswith(("16-mixed", "16")):
+        if str(arguments.get("precision")) in ("16", "16-mixed"):
             yield f"precision={arguments['precision']!r} scales the loss of all clients by one number"
         if self.stage == "evaluate":
             return

@@ -113,7 +113,7 @@ class Exchange:
         self.until = None if timeout is None else time.monotonic() + timeout
         together = min(at_once(grid.client_app, sent[0]), -(-len(sent) // len(grid.pool.workers))) if sent else 1
         self.waiting = deque(range(first, min(first + together, len(sent))) for first in range(0, len(sent), together))
-        self.ahead = AHEAD * len(grid.pool.workers) * together
+        self.ahead = max(AHEAD, together) * len(grid.pool.workers)
         self.at: dict[Worker, range] = {}  # what each busy worker does
         self.there: dict[int, Message] = {}
         self.shared: dict[int, tuple[int, transport.Packed]] = {}

@@ -57,6 +57,14 @@ def test_other_engines_give_what_one_process_gives(engine: str) -> None:
     torch.testing.assert_close(dict(other.state_dict()), dict(one.state_dict()), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+def test_clients_trained_as_one_give_what_each_gives_alone(compiles: bool) -> None:
+    _, one = fit("cuda")
+    trainer, other = fit("cuda", vectorize_clients="require", compile_clients=compiles)
+    assert trainer.global_step == 3
+    torch.testing.assert_close(dict(other.state_dict()), dict(one.state_dict()), rtol=1e-3, atol=1e-5)
+
+
 def test_clients_do_not_leave_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[str] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: moved.append("empty_cache"))

@@ -1,11 +1,14 @@
-"""Prints the peak memory of a round above the idle module, in module sizes, for each number of clients given."""
+"""Prints the peak memory of a round above the idle module, in module sizes, for each number of clients given.
+
+``--at-once K`` trains K clients as one.
+"""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -32,10 +35,11 @@ class Wide(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def fit(module: Wide, clients: int, width: int) -> None:
+def fit(module: Wide, clients: int, width: int, at_once: int) -> None:
     trainer = FederatedTrainer(
         max_rounds=1,
         num_clients=clients,
+        vectorize_clients=at_once,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -49,7 +53,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak(clients: int) -> float:
+def peak(clients: int, at_once: int) -> float:
     module = Wide(WIDTH)
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     gc.collect()
@@ -61,13 +65,17 @@ def peak(clients: int) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    fit(module, clients, WIDTH)
+    fit(module, clients, WIDTH, at_once)
     done.set()
     watcher.join()
     return (max(samples) - idle) / size
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("clients", type=int, nargs="+")
+    parser.add_argument("--at-once", type=int, default=False)
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    peak(5)  # whatever is loaded or allocated on first use is there
-    print(json.dumps([peak(int(clients)) for clients in sys.argv[1:]]))
+    peak(5, args.at_once)  # whatever is loaded or allocated on first use is there
+    print(json.dumps([peak(clients, args.at_once) for clients in args.clients]))

@@ -697,6 +697,19 @@ def test_without_a_compiler_clients_train_uncompiled(monkeypatch: pytest.MonkeyP
     assert_close(as_one, run(CASES["MLP"]))
 
 
+class EverNew(ByEpoch):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * (1 + 0.01 * batch_idx * (self.current_epoch + 1))
+
+
+def test_a_step_that_would_be_compiled_for_ever_runs_uncompiled(compiled_without_inductor: list[int]) -> None:
+    loaders = [train for train, _ in data(torch.float64, sizes=[48] * 3)]
+    options: dict[str, Any] = {"dtype": torch.float64, "loaders": loaders}
+    with pytest.warns(UserWarning, match="clients train uncompiled: the step was compiled too often"):
+        as_one = run(lambda: EverNew(mlp()), vectorize_clients="require", compile_clients=True, **options)
+    assert_close(as_one, run(lambda: EverNew(mlp()), **options), torch.float64)
+
+
 @pytest.mark.slow
 def test_compiled_by_inductor() -> None:
     torch._dynamo.reset()
