@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,7 @@ class StackedLoader(DataLoader[Any]):
         # Lightning asks anything but a DataLoader for an iterator to see whether it can, and loaders would draw.
         super().__init__(range(len(loaders[0])), batch_size=1)  # type: ignore[arg-type]
         self._own, self._streams = [gathering(loader) for loader in loaders], streams
+        self._batches: Generator[list[Part], None, None] | None = None
         self._are_tensors = all(
             type(loader) is DataLoader
             and type(loader.dataset) is Gathered
@@ -67,9 +68,15 @@ class StackedLoader(DataLoader[Any]):
         for client, loader in enumerate(self._own):
             with self._streams.torch_of(client) if self._are_tensors else self._streams.of(client):
                 iterators.append(iter(loader))
-        return self._of_tensors() if self._are_tensors else self._of_anything(iterators)
+        self._batches = self._of_tensors() if self._are_tensors else self._of_anything(iterators)
+        return self._batches
 
-    def _of_tensors(self) -> Iterator[list[Part]]:
+    def let_go(self) -> None:
+        """Lets the last batch go, which a trainer that is over would keep."""
+        if self._batches is not None:
+            self._batches.close()
+
+    def _of_tensors(self) -> Generator[list[Part], None, None]:
         """Tensor data sets: an epoch's order is drawn at once, and a batch is one indexing call."""
         orders = []
         for client, loader in enumerate(self._own):
@@ -83,7 +90,7 @@ class StackedLoader(DataLoader[Any]):
                 for rows, clients in _alike([len(order[step]) for order in orders])
             ]
 
-    def _of_anything(self, iterators: list[Iterator[Any]]) -> Iterator[list[Part]]:
+    def _of_anything(self, iterators: list[Iterator[Any]]) -> Generator[list[Part], None, None]:
         for _ in range(len(self)):
             batches = []
             for client, iterator in enumerate(iterators):

@@ -20,7 +20,7 @@ from lightning_fed.errors import ConfigurationError
 from lightning_fed.weights import Weights
 
 # How many clients are trained as one where nobody says: more of them gain little.
-_MOST = 64
+_MOST = 32
 
 Data = Callable[[int, int], ClientLoaders]
 

@@ -77,6 +77,7 @@ class CohortTrainer(LocalTrainer):
         self.each_caught: list[list[MetricState]] = []
         self._noted: list[tuple[Entry, Tensor]] | None = None
         self._steps: dict[str, Any] = {}
+        self._batch: Any = None
         self.precision_plugin.clip_grad_by_norm = clip_each_by_norm  # type: ignore[method-assign]
 
     @property
@@ -158,6 +159,14 @@ class CohortTrainer(LocalTrainer):
         assert self._results is not None
         return self._results[f"{module._current_fx_name}.{entry.name}"]  # type: ignore[no-any-return]
 
+    def let_go(self) -> None:
+        """Gives the module its own weights back, and lets go what is large."""
+        self.stack.take_off()
+        self._batch = None
+        for loader in (self.loaders.train, self.loaders.val):
+            if loader is not None:
+                loader.let_go()
+
     def keep_logged(self, module: LightningModule) -> None:
         """Keeps what each client logged in the epoch that is just ending."""
         self.each_caught = self.stacked_log.end_epoch()
@@ -226,7 +235,7 @@ def vectorized_fit(
             weights = trainer.stack.results()
         finally:
             let_go(trainer, module)
-            trainer.stack.take_off()
+            trainer.let_go()
         return [
             LocalResult(own, int(one.num_examples or 0), _scalars(states), states)
             for own, one, states in zip(weights, loaders, trainer.each_caught, strict=True)
@@ -256,6 +265,7 @@ def vectorized_evaluate(
         )
         start_at_epoch(trainer, options.first_epoch(tasks[0].round + 1) - 1)
         call(trainer.validate, trainer, module, datamodule, train=False)
+        trainer.let_go()
         return [
             LocalResult({}, count_examples(one.val) or 0, _scalars(states), states)
             for one, states in zip(loaders, trainer.each_caught, strict=True)
