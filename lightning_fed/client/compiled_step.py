@@ -1,8 +1,8 @@
 """The steps of clients that are trained as one, compiled: losses, gradients and logged values in one graph.
 
-``torch.compile`` guards on whatever the user's code reads (the epoch, an attribute of the module) and compiles anew
-where that changes. Batches of each shape run uncompiled once, which tells what is logged and which parameters have
-gradients.
+``torch.compile`` guards on whatever the user's code reads (the epoch, an attribute of the module) and compiles another
+graph where that changes. Beside each graph the step runs uncompiled once, which tells what is logged and which
+parameters a loss reaches.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_flatten
 
@@ -27,7 +28,7 @@ MOST_SHAPES = 8
 
 @dataclass
 class _Known:
-    """What is known of batches of one shape: what is logged, and by name the parameters that a loss reaches."""
+    """What is known of a graph: what is logged, and by name the parameters that a loss reaches."""
 
     entries: list[Entry]
     reached: list[str]
@@ -42,23 +43,32 @@ class CompiledStep:
 
     def __init__(self, backend: str = "inductor") -> None:
         self._backend = backend
-        self._known: dict[Any, _Known] = {}
-        self._compiled: Any = None
+        self._shapes: set[Any] = set()
+        self._known: dict[tuple[int, ...], _Known] = {}
         self._is_off = False
         self._here = _Here()
+        self._compiled: Any = None
+        self._graphs = 0
+        self._ran: tuple[int, ...] = ()  # the graphs that the last call ran
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": None}  # another process compiles for itself
+        return {"_backend": self._backend}  # another process compiles for itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        CompiledStep.__init__(self, state["_backend"])
 
     def learn(self, stack: Stack, batch: Any, entries: Sequence[Entry], total: Tensor) -> None:
         """Takes note of a step that ran uncompiled."""
-        names = [entry.name for entry in entries]
+        if self._is_off or len({entry.name for entry in entries}) < len(entries):
+            return
         shape = _shape(batch)
-        if self._is_off or shape in self._known or len(self._known) >= MOST_SHAPES or len(set(names)) < len(names):
+        if shape not in self._shapes:
+            if len(self._shapes) < MOST_SHAPES:
+                self._shapes.add(shape)
             return
         leaves = _leaves_of(total)
         reached = [name for name, parameter in stack.parameters.items() if id(parameter) in leaves]
-        self._known[shape] = _Known(list(entries), reached)
+        self._known[self._ran] = _Known(list(entries), reached)
 
     def run(
         self, stack: Stack, step: Any, batch: Any, batch_idx: int
@@ -71,28 +81,46 @@ class CompiledStep:
             batch: Every leaf a tensor with the clients in front.
             batch_idx: Its index.
         """
-        known = None if self._is_off else self._known.get(_shape(batch))
-        if known is None:
+        if self._is_off or _shape(batch) not in self._shapes:
             return None
         self._compiled = self._compiled or self._compile(stack.module, step)
-        fixed = {name: value.detach() for name, value in stack.parameters.items()}
-        trained = {name: fixed.pop(name) for name in known.reached}
+        trained = {name: value.detach() for name, value in stack.parameters.items() if value.requires_grad}
+        fixed = {name: value.detach() for name, value in stack.parameters.items() if not value.requires_grad}
         fixed.update(stack.buffers)
-        self._here.batch_idx = batch_idx
+        self._here.batch_idx, self._ran = batch_idx, ()
         try:
             with torch.no_grad():
                 gradients, (losses, (values, buffers)) = self._compiled(trained, fixed, batch)
         except Exception as error:
-            self._is_off = True
-            rank_zero_warn(f"compile_clients: clients train uncompiled: {_reason(error)}.")
+            self._turn_off(_reason(error))
             return None
-        if values.keys() != {entry.name for entry in known.entries}:
+        if not self._ran:  # torch gave it up
+            self._turn_off(_TOO_OFTEN)
+            return None
+        known = self._known.get(self._ran)
+        if known is None:
             return None
         for name, buffer in stack.buffers.items():
             buffer.copy_(buffers[name])
-        parameters = (stack.parameters[name] for name in trained)
-        total = _Given.apply(losses, [gradients[name] for name in trained], *parameters)
+        parameters = (stack.parameters[name] for name in known.reached)
+        total = _Given.apply(losses, [gradients[name] for name in known.reached], *parameters)
         return total, known.entries, [values[entry.name] for entry in known.entries]
+
+    def _turn_off(self, reason: str) -> None:
+        self._is_off = True
+        rank_zero_warn(f"compile_clients: clients train uncompiled: {reason}.")
+
+    def _numbered(self, graph: Any, inputs: Any) -> Any:
+        """A backend of ``torch.compile`` whose graphs tell when they run."""
+        made = lookup_backend(self._backend)(graph, inputs)
+        number = self._graphs
+        self._graphs += 1
+
+        def run(*args: Any) -> Any:
+            self._ran += (number,)
+            return made(*args)
+
+        return run
 
     def _compile(self, module: nn.Module, step: Any) -> Any:
         whole, here = _Whole(module, step), self._here
@@ -111,7 +139,7 @@ class CompiledStep:
             return loss.reshape(()), (logged, buffers)
 
         mapped = vmap(grad_and_value(one, has_aux=True), in_dims=(0, 0, 0))
-        return torch.compile(mapped, dynamic=False, backend=self._backend)
+        return torch.compile(mapped, dynamic=False, backend=self._numbered)
 
 
 class _Here:
@@ -170,9 +198,14 @@ def _leaves_of(total: Tensor) -> set[int]:
     return found
 
 
+_TOO_OFTEN = "the step was compiled too often, for it reads what changes (the epoch, an attribute of the module)"
+
+
 def _reason(error: Exception) -> str:
-    if isinstance(error, NotStackable):  # run as written, where nobody takes note of what it logs
-        return "the step was compiled too often, for it reads what changes (the epoch, an attribute of the module)"
+    if isinstance(
+        error, NotStackable
+    ):  # torch gave it up and ran it as written, where nobody takes note of what it logs
+        return _TOO_OFTEN
     text = " ".join(str(error).split())
     if "compiler" in text.lower() and "found" in text.lower():
         return "no C++ compiler was found (install g++ or clang, or set CXX)"

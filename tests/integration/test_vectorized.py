@@ -669,6 +669,7 @@ COMPILED = {
 } | {
     "AdamW, two groups, schedule by step": CASES["AdamW, two groups, schedule by step"],
     "by epoch": lambda: ByEpoch(mlp()),
+    "other parameters and names by epoch": lambda: Thawing(mlp(), partial(momentum, weight_decay=0.1)),
 }
 
 
@@ -695,6 +696,18 @@ def test_without_a_compiler_clients_train_uncompiled(monkeypatch: pytest.MonkeyP
     with pytest.warns(UserWarning, match=r"clients train uncompiled: no C\+\+ compiler was found \(install g\+\+"):
         as_one = run(CASES["MLP"], vectorize_clients="require", compile_clients=True)
     assert_close(as_one, run(CASES["MLP"]))
+
+
+class Thawing(Lit):
+    """Its first layer is trained from the second epoch of a round on, and logged then."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        hidden = torch.tanh(self.net[0](batch[0]))
+        if self.current_epoch % 2:
+            self.log("thawed", hidden.mean(), on_step=False, on_epoch=True)
+        else:
+            hidden = hidden.detach()
+        return nn.functional.cross_entropy(self.net[2](hidden), batch[1])
 
 
 class EverNew(ByEpoch):
