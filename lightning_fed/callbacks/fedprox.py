@@ -40,6 +40,8 @@ class ProximalTerm(Callback):
         mu: The strength of the term.
     """
 
+    acts_elementwise = True  # so clients that are trained as one may have it
+
     def __init__(self, mu: float) -> None:
         self.mu = mu
         self._anchor: dict[Tensor, Tensor] = {}

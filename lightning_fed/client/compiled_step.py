@@ -92,6 +92,7 @@ class CompiledStep:
             with torch.no_grad():
                 gradients, (losses, (values, buffers)) = self._compiled(trained, fixed, batch)
         except Exception as error:
+            torch._C._autograd._saved_tensors_hooks_enable()  # which a transform that broke off leaves disabled
             self._turn_off(_reason(error))
             return None
         if not self._ran:  # torch gave it up

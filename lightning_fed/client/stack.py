@@ -110,6 +110,8 @@ class Stack:
 
     def results(self) -> list[Weights]:
         """Each client's weights, rows of the stacked tensors."""
+        if any(slot.own.grad is not None for slot in self._slots):
+            raise NotStackable("its step uses parameters that are kept in an attribute, too")
         state = {name: value.detach() for name, value in self.module.state_dict().items() if isinstance(value, Tensor)}
         for name, value in state.items():
             if not value.dim() or len(value) != self.size:
@@ -230,7 +232,7 @@ def clip_each_by_norm(optimizer: Optimizer, clip_val: float) -> None:
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not grads:
         return
-    norms = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads])
+    norms = torch.stack([torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in grads])
     factor = (clip_val / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(factor.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))

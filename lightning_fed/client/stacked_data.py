@@ -128,7 +128,11 @@ def _alike(kinds: Sequence[Any]) -> list[tuple[Tensor | None, list[int]]]:
 
 
 def _kind(leaf: Any) -> Any:
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype
+    if leaf is None or isinstance(leaf, (str, bytes, int, float, bool)):
+        return leaf
+    raise NotStackable(f"a batch holds a {type(leaf).__name__}")
 
 
 def _stack(batches: list[list[Any]]) -> list[Any]:

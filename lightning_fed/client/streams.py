@@ -31,7 +31,7 @@ class Streams:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device, is_watched: bool = False) -> None:
-        self._is_watched, self._left = is_watched, torch.default_generator.get_state()
+        self.is_watched, self._left = is_watched, torch.default_generator.get_state()
         self._seeds, self._cuda = seeds, device if device.type == "cuda" else None
         self._torch: list[_State | None] = [None] * len(seeds)
         self._others: list[_State | None] = [None] * len(seeds)
@@ -59,7 +59,7 @@ class Streams:
         """Raises:
         NotStackable: If streams are watched, and something was drawn from none of them.
         """
-        if self._is_watched and not torch.equal(torch.default_generator.get_state(), self._left):
+        if self.is_watched and not torch.equal(torch.default_generator.get_state(), self._left):
             raise NotStackable("random numbers are drawn outside of its step, where they are nobody's own")
 
     @contextmanager
@@ -77,6 +77,16 @@ class Streams:
                 yield
         finally:
             self._others[client] = random.getstate(), np.random.get_state()
+
+    @contextmanager
+    def nothing_else_drawn(self) -> Iterator[None]:
+        """Raises:
+        NotStackable: If streams are watched, and the block draws from Python's or NumPy's generator.
+        """
+        before = (random.getstate(), repr(np.random.get_state())) if self.is_watched else None
+        yield
+        if before is not None and before != (random.getstate(), repr(np.random.get_state())):
+            raise NotStackable("its step draws from Python's or NumPy's generator, once for all clients")
 
 
 class DrawsApart(TorchDispatchMode):  # type: ignore[no-untyped-call]

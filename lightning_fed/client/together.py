@@ -47,7 +47,12 @@ class Together:
         Raises:
             ConfigurationError: If clients cannot be trained as one, and that is required.
         """
-        loaders = [data(client, 1) for client in range(min(clients, 2))]
+        try:
+            loaders = [data(client, 1) for client in range(min(clients, 2))]
+        except Exception as error:  # that is the client's own, when its turn comes
+            self._verdicts[case.stage] = Verdict(explain(error))
+            self._say(f"vectorize_clients: clients {case.stage} one after the other: {explain(error)}.")
+            return
         if case.stage == "evaluate" and all(one.val is None and one.datamodule is None for one in loaders):
             return
         self._memory = _memory(case.device)

@@ -39,6 +39,12 @@ _HOOKS = {
         *("on_validation_epoch_end", "on_validation_end"),
     ),
 }
+# Hooks that see stacked parameters and gradients, which is right where they act element by element: who writes them
+# says so by ``acts_elementwise = True``. A norm over all clients may be harmless in a trial and wrong later.
+_ELEMENTWISE_HOOKS = (
+    *("on_fit_start", "on_fit_end", "on_train_start", "on_train_end", "on_train_epoch_start"),
+    *("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"),
+)
 _OF_BOTH = ("configure_model", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "log")
 # Trainer arguments that clients trained as one cannot share.
 _ARGUMENTS = ("overfit_batches", "reload_dataloaders_every_n_epochs", "plugins", "detect_anomaly")
@@ -99,6 +105,8 @@ class Case:
         name = type(module).__name__
         names = (*_HOOKS[self.stage], *_OF_BOTH)
         yield from (f"{name} writes {hook}" for hook in names if _wrote(module, LightningModule, hook))
+        if self.stage == "train":
+            yield from _undeclared(module, LightningModule, name)
         if self.datamodule is not None:
             hooks = (hook for hook in _OF_BOTH if hasattr(LightningDataModule, hook))
             kind = type(self.datamodule).__name__
@@ -111,6 +119,13 @@ class Case:
         yield from (f"{argument}={arguments[argument]!r}" for argument in _ARGUMENTS if arguments.get(argument))
         if str(arguments.get("precision")) in ("16", "16-mixed"):
             yield f"precision={arguments['precision']!r} scales the loss of all clients by one number"
+        for callback in (*self.options.callbacks, *self.options.method_callbacks()):
+            kind = f"the client callback {type(callback).__name__}"
+            for hook in _HOOKS[self.stage]:
+                if hasattr(Callback, hook) and _wrote(callback, Callback, hook):
+                    yield f"{kind} writes {hook}"
+            if self.stage == "train":
+                yield from _undeclared(callback, Callback, kind)
         if self.stage == "evaluate":
             return
         if not module._automatic_optimization:  # the server's view has none
@@ -119,10 +134,6 @@ class Case:
             yield "client_state='carry' keeps optimizers apart"
         if self.options.local_validation:
             yield "local_validation=True"
-        for callback in (*self.options.callbacks, *self.options.method_callbacks()):
-            for hook in _HOOKS[self.stage]:
-                if hasattr(Callback, hook) and _wrote(callback, Callback, hook):
-                    yield f"the client callback {type(callback).__name__} writes {hook}"
 
     def _slower(self) -> Iterator[str]:
         """Measured on CPUs, see ``docs/vectorized.md``."""
@@ -139,6 +150,13 @@ class Case:
         """Where clients train."""
         trainer: Any = self.module.trainer
         return trainer.strategy.root_device  # type: ignore[no-any-return]
+
+
+def _undeclared(instance: object, base: type, name: str) -> Iterator[str]:
+    if not getattr(instance, "acts_elementwise", False):
+        for hook in _ELEMENTWISE_HOOKS:
+            if _wrote(instance, base, hook):
+                yield f"{name} writes {hook}, and does not say acts_elementwise = True"
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -220,7 +238,8 @@ def _run(
     clients: tuple[int, int] = (0, 1),
 ) -> list[LocalResult]:
     """Two clients' results, trained as one, or each alone where ``draws`` is ``None``."""
-    stage, tasks = case.stage, [LocalTask(client, 1, seed, weights) for client in clients]
+    stage = case.stage
+    tasks = [LocalTask(client, 1, seed, own) for client, own in zip(clients, _apart(weights, stage), strict=True)]
     limit = "limit_train_batches" if stage == "train" else "limit_val_batches"
     given = case.options.trainer.get(limit)
     few = {limit: min(given, _BATCHES) if type(given) is int else _BATCHES}
@@ -234,12 +253,20 @@ def _run(
     return together(*common, loaders, tasks, options, draws, is_trial=True)
 
 
+def _apart(weights: Weights, stage: str) -> tuple[Weights, Weights]:
+    """What two clients begin with: not the same, so that what belongs to the other is noticed at once."""
+    if stage == "evaluate":
+        return weights, weights
+    return weights, {name: value * 1.2 if is_averaged(value) else value for name, value in weights.items()}
+
+
 def _compare(together: Sequence[LocalResult], alone: Sequence[LocalResult], weights: Weights) -> None:
-    for one, other in zip(together, alone, strict=True):
+    begun = _apart(weights, "train")
+    for one, other, before in zip(together, alone, begun, strict=False):
         names = [[(state.name, state.kind) for state in result.metrics] for result in (one, other)]
         if sorted(names[0]) != sorted(names[1]):
             raise NotStackable(f"it logs {names[0]} where one client alone logs {names[1]}")
-        _compare_weights(one.weights, other.weights, weights)
+        _compare_weights(one.weights, other.weights, before)
 
 
 def _compare_weights(one: Weights, other: Weights, before: Weights) -> None:

@@ -6,7 +6,8 @@ the clients of a ``Stack``. What cannot be done for all clients at once raises `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_fed.client.compiled_step import CompiledStep
@@ -72,10 +73,11 @@ class CohortTrainer(LocalTrainer):
     stack: Stack
     compiled: CompiledStep | None = None
 
+    _noted: list[tuple[Entry, Tensor]] | None = None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.each_caught: list[list[MetricState]] = []
-        self._noted: list[tuple[Entry, Tensor]] | None = None
         self._steps: dict[str, Any] = {}
         self._batch: Any = None
         self.precision_plugin.clip_grad_by_norm = clip_each_by_norm  # type: ignore[method-assign]
@@ -86,6 +88,26 @@ class CohortTrainer(LocalTrainer):
         NotStackable: There are many clients.
         """
         raise NotStackable("it reads trainer.client_id")
+
+    @property
+    def train_dataloader(self) -> Any:
+        """Raises:
+        NotStackable: In a step: it is none of the clients' own.
+        """
+        self._refuse_in_step("train_dataloader")
+        return super().train_dataloader
+
+    @property
+    def callback_metrics(self) -> Any:
+        """Raises:
+        NotStackable: In a step: they are none of the clients' own.
+        """
+        self._refuse_in_step("callback_metrics")
+        return super().callback_metrics
+
+    def _refuse_in_step(self, name: str) -> None:
+        if self._noted is not None:
+            raise NotStackable(f"it reads trainer.{name}")
 
     @cached_property
     def stacked_log(self) -> StackedLog:
@@ -125,7 +147,8 @@ class CohortTrainer(LocalTrainer):
             loss = [_loss(given)] if self.training else []
             return [*loss, *(value for _, value in noted)]
 
-        values = self.stack.call(one, part.batch, part.rows)
+        with self.stack.streams.nothing_else_drawn(), attributes_unchanged(module, self.stack.streams.is_watched):
+            values = self.stack.call(one, part.batch, part.rows)
         if not self.training:
             return [], entries, values
         total = values.pop(0).sum()
@@ -170,6 +193,26 @@ class CohortTrainer(LocalTrainer):
     def keep_logged(self, module: LightningModule) -> None:
         """Keeps what each client logged in the epoch that is just ending."""
         self.each_caught = self.stacked_log.end_epoch()
+
+
+@contextmanager
+def attributes_unchanged(module: LightningModule, is_watched: bool) -> Iterator[None]:
+    """Raises:
+    NotStackable: In a trial, if the block sets an attribute: it would be one for all clients, set once a part.
+    """
+    before = [(child, _attributes(child)) for child in module.modules()] if is_watched else []
+    yield
+    for child, attributes in before:
+        for name, value in _attributes(child).items():
+            if name not in attributes or attributes[name] != value:
+                raise NotStackable(f"its step sets {type(child).__name__}.{name}")
+
+
+def _attributes(child: nn.Module) -> dict[str, tuple[int, int]]:
+    """What identifies the values of a module's attributes; parameters, buffers and what Lightning sets left out."""
+    theirs = ("_parameters", "_buffers", "_modules", "_current_fx_name", "_logged_here", "_metric_attributes")
+    kept = {name: value for name, value in vars(child).items() if name not in theirs}
+    return {n: (id(v), len(v) if isinstance(v, (list, dict, set)) else 0) for n, v in kept.items()}
 
 
 def _without_index(step: Any, module: LightningModule, batch: Any, batch_idx: int) -> Any:

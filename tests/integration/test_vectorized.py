@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torchmetrics
@@ -433,6 +434,8 @@ class Own(torch.optim.SGD):
 class ByNorm(Callback):
     """Scales by the norm of all gradients, which are those of all clients."""
 
+    acts_elementwise = True  # which is not so
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         norm = torch.stack([p.grad.norm() for p in pl_module.parameters()]).norm()
         for p in pl_module.parameters():
@@ -442,9 +445,59 @@ class ByNorm(Callback):
 class Noise(Callback):
     """Draws outside of the step."""
 
+    acts_elementwise = True
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         for p in pl_module.parameters():
             p.grad += 1e-6 * torch.randn_like(p)
+
+
+class Clips(Callback):
+    """Harmless in a trial whose gradients are small."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        nn.utils.clip_grad_norm_(pl_module.parameters(), 2.0)
+
+
+class Counting(Lit):
+    steps = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.steps += 1
+        return super().training_step(batch, batch_idx) * min(1.0, self.steps / 12)
+
+
+class Mixup(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        share, order = np.random.beta(1, 1), torch.randperm(len(batch[0]))
+        return super().training_step((share * batch[0] + (1 - share) * batch[0][order], batch[1]), batch_idx)
+
+
+class Keeps(Lit):
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.matrices = [p for p in self.parameters() if p.ndim > 1]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + 1e-3 * sum(p.square().sum() for p in self.matrices)
+
+
+class Anchored(Lit):
+    def on_train_start(self) -> None:
+        self.anchors = [p.detach().clone() for p in self.parameters()]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        pairs = zip(self.parameters(), self.anchors, strict=True)
+        return super().training_step(batch, batch_idx) + 0.05 * sum((p - a).square().sum() for p, a in pairs)
+
+
+class DeclaredAnchored(Anchored):
+    acts_elementwise = True  # which is not so: the step sees all clients' anchors
+
+
+class BySize(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * (1 + 1 / len(self.trainer.train_dataloader.dataset))
 
 
 class Plateau(Lit):
@@ -478,6 +531,17 @@ REFUSED: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], str]] 
         "clients trained as one would get another 'net",
     ),
     "callback that draws": (CASES["MLP"], {"client_callbacks": [Noise()]}, "drawn outside of its step"),
+    "undeclared callback": (
+        CASES["MLP"],
+        {"client_callbacks": [Clips()]},
+        "client callback Clips writes on_before_optimizer_step, and does not say acts_elementwise = True",
+    ),
+    "counting steps": (lambda: Counting(mlp()), {}, "its step sets Counting.steps"),
+    "mixup": (lambda: Mixup(mlp()), {}, "draws from Python's or NumPy's generator"),
+    "kept parameters": (Keeps, {}, "parameters that are kept in an attribute"),
+    "anchors": (lambda: Anchored(mlp()), {}, "Anchored writes on_train_start, and does not say"),
+    "anchors, declared": (lambda: DeclaredAnchored(mlp()), {}, ""),
+    "by size of the data": (lambda: BySize(mlp()), {}, "reads trainer.train_dataloader"),
     "plateau": (lambda: Plateau(mlp()), {}, "ReduceLROnPlateau follows each client's own metric"),
     "carried optimizers": (CASES["MLP"], {"client_state": "carry"}, "client_state='carry'"),
     "local validation": (CASES["MLP"], {"local_validation": True}, "local_validation=True"),
@@ -614,6 +678,21 @@ def test_a_client_that_fails_is_named_and_the_others_go_on() -> None:
     assert all(torch.isfinite(value).all() for value in as_one[0].values())
 
 
+def test_data_that_cannot_be_opened_for_the_trial_is_the_clients_own_failure() -> None:
+    loaders = [train for train, _ in data(sizes=(16, 16, 16))]
+
+    def client(number: int) -> Any:
+        if number == 0:
+            raise OSError("no disk")
+        return loaders[number]
+
+    history = History()
+    callbacks = [ClientData(client, num_clients=3), FaultTolerance(min_results=2), history]
+    with pytest.warns(UserWarning, match="one after the other: OSError: no disk"):
+        FederatedTrainer(max_rounds=1, vectorize_clients=True, callbacks=callbacks, **QUIET).fit(Lit(mlp()))
+    assert len(history.rows) == 1
+
+
 def test_a_client_whose_numbers_explode_spoils_nobody_else(counter: Counter) -> None:
     def loaders() -> list[Any]:
         made = [train for train, _ in data(sizes=(16, 16, 16))]
@@ -655,6 +734,7 @@ def compiled_without_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
 class ByEpoch(Lit):
     """A loss that depends on the epoch and on an attribute that a hook changes."""
 
+    acts_elementwise = True
     factor = 1.0
 
     def on_train_epoch_start(self) -> None:
