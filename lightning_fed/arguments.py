@@ -147,9 +147,8 @@ def engine_faults(engine: object, known: Iterable[str], numbers: dict[str, int |
 def vectorize_faults(vectorize: object, compiles: bool, on_ray: bool) -> list[str]:
     """A sentence for each fault in ``vectorize_clients=`` and ``compile_clients=``."""
     if vectorize is False:
-        return ["compile_clients=True compiles clients that are trained as one: write vectorize_clients=True, too."][
-            : int(compiles)
-        ]
+        alone = "compile_clients=True compiles clients that are trained as one: write vectorize_clients=True, too."
+        return [alone] if compiles else []
     counts = isinstance(vectorize, int) and vectorize > 1
     if not (vectorize is True or vectorize == "require" or counts):
         return [f"vectorize_clients={vectorize!r}: write True, 'require', or how many at once, at least 2."]

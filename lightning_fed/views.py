@@ -51,6 +51,11 @@ def user_class(instance: object) -> type:
     return getattr(type(instance), "_user_class", type(instance))
 
 
+def wrote(instance: object, base: type, name: str) -> bool:
+    """Whether somebody wrote a hook: in the class, whichever view lies over it, or on the instance itself."""
+    return getattr(user_class(instance), name, None) is not getattr(base, name, None) or name in vars(instance)
+
+
 # Kept, because torch.compile guards on the class: a new one each round would compile anew each round.
 @lru_cache(maxsize=256)
 def _view_class(view: type, cls: type) -> type:

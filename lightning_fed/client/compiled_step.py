@@ -203,9 +203,7 @@ _TOO_OFTEN = "the step was compiled too often, for it reads what changes (the ep
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(
-        error, NotStackable
-    ):  # torch gave it up and ran it as written, where nobody takes note of what it logs
+    if isinstance(error, NotStackable):  # torch gave it up: run as written, nobody takes note of what it logs
         return _TOO_OFTEN
     text = " ".join(str(error).split())
     if "compiler" in text.lower() and "found" in text.lower():

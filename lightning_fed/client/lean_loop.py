@@ -25,6 +25,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_fed.views import wrote
+
 _OF_A_STEP = (
     "on_train_batch_start",
     "on_before_zero_grad",
@@ -42,8 +44,8 @@ class _Hooks:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, self._module = trainer, trainer.lightning_module
-        self._callbacks = {name for name in _OF_A_STEP if any(_wrote(c, Callback, name) for c in trainer.callbacks)}  # type: ignore[attr-defined]
-        self._own = {name for name in _OF_A_STEP if _wrote(self._module, LightningModule, name)}
+        self._callbacks = {name for name in _OF_A_STEP if any(wrote(c, Callback, name) for c in trainer.callbacks)}  # type: ignore[attr-defined]
+        self._own = {name for name in _OF_A_STEP if wrote(self._module, LightningModule, name)}
 
     def __contains__(self, name: str) -> bool:
         return name in self._callbacks or name in self._own
@@ -64,10 +66,10 @@ class LeanOptimization(_AutomaticOptimization):
         """Looks, once an epoch, whether there is anything that needs Lightning's own way."""
         module = self.trainer.lightning_module
         usual = is_plain and not self._skip_backward and self.trainer.strategy.model is module
-        usual = usual and not any(_wrote(module, LightningModule, name) for name in _OF_OPTIMIZATION)
+        usual = usual and not any(wrote(module, LightningModule, name) for name in _OF_OPTIMIZATION)
         self.hooks = hooks if usual else None
         self._clips = bool(self.trainer.gradient_clip_val)
-        self._clips = self._clips or _wrote(module, LightningModule, "configure_gradient_clipping")
+        self._clips = self._clips or wrote(module, LightningModule, "configure_gradient_clipping")
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
         """As Lightning's; what the step gave is there only for an ``on_train_batch_end`` that somebody wrote."""
@@ -135,8 +137,8 @@ class LeanEpochLoop(_TrainingEpochLoop):
         self.automatic_optimization.prepare(self._hooks, is_plain)
         self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        transfers = any(_wrote(module, LightningModule, name) for name in _OF_TRANSFER) or (
-            data is not None and any(_wrote(data, LightningDataModule, name) for name in _OF_TRANSFER)
+        transfers = any(wrote(module, LightningModule, name) for name in _OF_TRANSFER) or (
+            data is not None and any(wrote(data, LightningDataModule, name) for name in _OF_TRANSFER)
         )
         self._transfers = transfers or not is_plain
 
@@ -213,8 +215,3 @@ def make_lean(trainer: Trainer) -> None:
 def _is_at(part: Any, device: torch.device) -> bool:
     """Whether a part of a batch is known to be at a device; stacked batches know it."""
     return part.device == device if type(part) is Tensor else hasattr(part, "is_at") and part.is_at(device)
-
-
-def _wrote(instance: object, base: type, name: str) -> bool:
-    """Whether somebody wrote a hook: in the instance's class, or on the instance itself."""
-    return getattr(type(instance), name, None) is not getattr(base, name) or name in vars(instance)

@@ -50,8 +50,7 @@ class Together:
         try:
             loaders = [data(client, 1) for client in range(min(clients, 2))]
         except Exception as error:  # that is the client's own, when its turn comes
-            self._verdicts[case.stage] = Verdict(explain(error))
-            self._say(f"vectorize_clients: clients {case.stage} one after the other: {explain(error)}.")
+            self._give_up(case.stage, Verdict(explain(error)))
             return
         if case.stage == "evaluate" and all(one.val is None and one.datamodule is None for one in loaders):
             return
@@ -69,7 +68,11 @@ class Together:
                 f"vectorize_clients='require': clients cannot be trained as one: {verdict.reason}. Write"
                 " vectorize_clients=True to train them one after the other where that is so."
             )
-        self._say(f"vectorize_clients: clients {case.stage} one after the other: {verdict.reason}.")
+        self._give_up(case.stage, verdict)
+
+    def _give_up(self, stage: str, verdict: Verdict) -> None:
+        self._verdicts[stage] = verdict
+        self._say(f"vectorize_clients: clients {stage} one after the other: {verdict.reason}.")
 
     def size(self, stage: str) -> int:
         """How many clients to serve at once."""

@@ -17,7 +17,6 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torchmetrics import Metric
 
 from lightning_fed.client.local_fit import local_evaluate, local_fit
 from lightning_fed.client.local_run import LocalOptions, LocalResult
@@ -26,6 +25,7 @@ from lightning_fed.client.stacked_data import batches_of
 from lightning_fed.client.streams import NotStackable
 from lightning_fed.client.vectorized_fit import vectorized_evaluate, vectorized_fit
 from lightning_fed.data import ClientLoaders
+from lightning_fed.views import wrote
 from lightning_fed.weights import Weights, is_averaged
 
 # Hooks that see a stacked batch, a summed loss or all clients' numbers at once.
@@ -104,13 +104,13 @@ class Case:
             yield "client mods work on one client's message"
         name = type(module).__name__
         names = (*_HOOKS[self.stage], *_OF_BOTH)
-        yield from (f"{name} writes {hook}" for hook in names if _wrote(module, LightningModule, hook))
+        yield from (f"{name} writes {hook}" for hook in names if wrote(module, LightningModule, hook))
         if self.stage == "train":
             yield from _undeclared(module, LightningModule, name)
         if self.datamodule is not None:
             hooks = (hook for hook in _OF_BOTH if hasattr(LightningDataModule, hook))
             kind = type(self.datamodule).__name__
-            yield from (f"{kind} writes {hook}" for hook in hooks if _wrote(self.datamodule, LightningDataModule, hook))
+            yield from (f"{kind} writes {hook}" for hook in hooks if wrote(self.datamodule, LightningDataModule, hook))
         for child in module.modules():
             if isinstance(child, nn.RNNBase):
                 yield f"nn.{type(child).__name__} keeps its weights where they cannot be stacked"
@@ -122,7 +122,7 @@ class Case:
         for callback in (*self.options.callbacks, *self.options.method_callbacks()):
             kind = f"the client callback {type(callback).__name__}"
             for hook in _HOOKS[self.stage]:
-                if hasattr(Callback, hook) and _wrote(callback, Callback, hook):
+                if hasattr(Callback, hook) and wrote(callback, Callback, hook):
                     yield f"{kind} writes {hook}"
             if self.stage == "train":
                 yield from _undeclared(callback, Callback, kind)
@@ -155,7 +155,7 @@ class Case:
 def _undeclared(instance: object, base: type, name: str) -> Iterator[str]:
     if not getattr(instance, "acts_elementwise", False):
         for hook in _ELEMENTWISE_HOOKS:
-            if _wrote(instance, base, hook):
+            if wrote(instance, base, hook):
                 yield f"{name} writes {hook}, and does not say acts_elementwise = True"
 
 
@@ -299,10 +299,3 @@ def explain(error: Exception) -> str:
 def _is_library(filename: str) -> bool:
     own = str(Path(__file__).parents[1])
     return "site-packages" in filename or filename.startswith((own, "<"))
-
-
-def _wrote(instance: object, base: type, name: str) -> bool:
-    own = getattr(type(instance), "_user_class", type(instance))
-    return getattr(own, name, None) is not getattr(base, name, None) or (
-        name in vars(instance) and not isinstance(instance, Metric)
-    )
