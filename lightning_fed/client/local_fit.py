@@ -19,7 +19,6 @@ from lightning_fed.client.local_run import (
     build_trainer,
     call,
     explain_monitor,
-    let_go,
     local_run,
     scalars,
     start_at_epoch,
@@ -53,7 +52,7 @@ def set_up(
         trainer = build_trainer(replace(task, set_up=True), loaders, module, bare, [])
         trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = 0, -1
         call(trainer.fit, trainer, module, datamodule, train=True)
-        let_go(trainer, module)
+        trainer.let_go(module)
     module.trainer = None
 
 
@@ -94,7 +93,7 @@ def local_fit(
         except MisconfigurationException as error:
             raise explain_monitor(error, trainer) or error from None
         state = fit_state.save(trainer) if options.client_state == "carry" else None
-        let_go(trainer, module)
+        trainer.let_go(module)
         examples = loaders.num_examples
         if examples is None:
             examples = count_examples(trainer.train_dataloader) or counter.seen
@@ -120,4 +119,5 @@ def local_evaluate(
         call(trainer.validate, trainer, module, datamodule, train=False)
         loader = trainer.val_dataloaders
         examples = sum(count_examples(one) or 0 for one in (loader if isinstance(loader, list) else [loader]))
+        trainer.let_go(module)
         return LocalResult({}, examples, scalars(trainer), trainer.caught)

@@ -235,10 +235,3 @@ def explain_monitor(error: MisconfigurationException, trainer: LocalTrainer) -> 
                 f" {sorted(trainer.callback_metrics)}."
             )
     return None
-
-
-def let_go(trainer: Trainer, module: LightningModule) -> None:
-    """A trainer is full of reference cycles: what is large is let go at once, not at the next garbage collection."""
-    module.zero_grad(set_to_none=True)
-    for optimizer in trainer.optimizers:
-        optimizer.state.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -192,6 +192,13 @@ class LocalTrainer(Trainer):
     def training(self, value: bool) -> None:
         assert Trainer.training.fset is not None  # type: ignore[attr-defined]
         Trainer.training.fset(self, value)  # type: ignore[attr-defined]
+
+    def let_go(self, module: LightningModule) -> None:
+        """Lets go at once what is large: a trainer's reference cycles would keep it until a garbage collection."""
+        self.task = replace(self.task, weights={}, state=None)
+        module.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
 
     def keep_logged(self, module: LightningModule) -> None:
         """Keeps what was logged in the epoch that is just ending, before Lightning resets it."""

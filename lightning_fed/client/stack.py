@@ -103,7 +103,7 @@ class Stack:
         """Gives the module its own tensors back, and lets the stacked ones go, which reference cycles would keep."""
         for slot in self._slots:
             slot.hold(slot.own)
-        self._slots, self._values, self.parameters, self.buffers = [], [], {}, {}
+        self._weights, self._slots, self._values, self.parameters, self.buffers = [], [], [], {}, {}
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["params"] = []

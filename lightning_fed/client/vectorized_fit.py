@@ -26,7 +26,6 @@ from lightning_fed.client.local_run import (
     LocalResult,
     build_trainer,
     call,
-    let_go,
     local_run,
     start_at_epoch,
 )
@@ -182,8 +181,9 @@ class CohortTrainer(LocalTrainer):
         assert self._results is not None
         return self._results[f"{module._current_fx_name}.{entry.name}"]  # type: ignore[no-any-return]
 
-    def let_go(self) -> None:
-        """Gives the module its own weights back, and lets go what is large."""
+    def let_go(self, module: LightningModule) -> None:
+        """As ``LocalTrainer``; gives the module its own weights back, too."""
+        super().let_go(module)
         self.stack.take_off()
         self._batch = None
         for loader in (self.loaders.train, self.loaders.val):
@@ -277,8 +277,7 @@ def vectorized_fit(
             trainer.stack.streams.check()
             weights = trainer.stack.results()
         finally:
-            let_go(trainer, module)
-            trainer.let_go()
+            trainer.let_go(module)
         return [
             LocalResult(own, int(one.num_examples or 0), _scalars(states), states)
             for own, one, states in zip(weights, loaders, trainer.each_caught, strict=True)
@@ -308,7 +307,7 @@ def vectorized_evaluate(
         )
         start_at_epoch(trainer, options.first_epoch(tasks[0].round + 1) - 1)
         call(trainer.validate, trainer, module, datamodule, train=False)
-        trainer.let_go()
+        trainer.let_go(module)
         return [
             LocalResult({}, count_examples(one.val) or 0, _scalars(states), states)
             for one, states in zip(loaders, trainer.each_caught, strict=True)

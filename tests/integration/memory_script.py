@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -49,26 +47,19 @@ def fit(module: Wide, clients: int, width: int, at_once: int) -> None:
     trainer.fit(module, DataLoader(TensorDataset(torch.randn(clients, width)), batch_size=1))
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def memory(kind: str) -> int:
+    """Bytes of this process, as the kernel counts them."""
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0])
 
 
 def peak(clients: int, at_once: int) -> float:
     module = Wide(WIDTH)
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     gc.collect()
-    idle, samples, done = resident(), [], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            samples.append(resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    idle = memory("VmRSS")
     fit(module, clients, WIDTH, at_once)
-    done.set()
-    watcher.join()
-    return (max(samples) - idle) / size
+    return (memory("VmHWM") - idle) / size
 
 
 if __name__ == "__main__":
