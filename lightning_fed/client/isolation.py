@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_module
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -63,13 +64,16 @@ def attributes_kept(datamodule: LightningDataModule) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps Lightning from telling the same about every client's trainer."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    logger = rank_zero_module.log
+    logger.addFilter(_is_warning)  # to set its level would make all loggers forget theirs
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_warning)
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
 
 
 def signal_handlers() -> dict[int, Any]:

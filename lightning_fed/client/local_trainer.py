@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.trainer import setup
 from lightning.pytorch.trainer.connectors import callback_connector
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -130,14 +131,15 @@ def how_logged(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]
 
 
 @contextmanager
-def _no_external_callbacks() -> Iterator[None]:
-    """Callbacks that other packages register act at the server; looking for them costs more than a small fit."""
-    look_for = callback_connector._load_external_callbacks
+def _nothing_looked_for() -> Iterator[None]:
+    """A server's trainer looks for callbacks of other packages and for devices to tell of: a quarter of a small fit."""
+    look_for, tell = callback_connector._load_external_callbacks, setup._log_device_info
     callback_connector._load_external_callbacks = lambda group: []
+    setup._log_device_info = lambda trainer: None
     try:
         yield
     finally:
-        callback_connector._load_external_callbacks = look_for
+        callback_connector._load_external_callbacks, setup._log_device_info = look_for, tell
 
 
 def _leave_signals() -> None:
@@ -173,7 +175,7 @@ class LocalTrainer(Trainer):
         self.caught: list[MetricState] = []
         self.computed: set[str] = set()
         self.module_metrics = [child for child in module.modules() if isinstance(child, Metric)]
-        with _no_external_callbacks():
+        with _nothing_looked_for():
             super().__init__(profiler=_NoProfiler(), **kwargs)
         make_lean(self)
         self.strategy.teardown = _stay  # type: ignore[method-assign]
