@@ -7,7 +7,8 @@ parameters a loss reaches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,13 @@ class CompiledStep:
         leaves = _leaves_of(total)
         reached = [name for name, parameter in stack.parameters.items() if id(parameter) in leaves]
         self._known[self._ran] = _Known(list(entries), reached)
+
+    @staticmethod
+    @contextmanager
+    def static_shapes() -> Iterator[None]:
+        """For a fit: as ``torch.compile(dynamic=False)``, which at each call takes as long as its guards."""
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True):
+            yield
 
     def run(
         self, stack: Stack, step: Any, batch: Any, batch_idx: int
@@ -140,7 +148,7 @@ class CompiledStep:
             return loss.reshape(()), (logged, buffers)
 
         mapped = vmap(grad_and_value(one, has_aux=True), in_dims=(0, 0, 0))
-        return torch.compile(mapped, dynamic=False, backend=self._numbered)
+        return torch.compile(mapped, backend=self._numbered)
 
 
 class _Here:

@@ -7,7 +7,7 @@ the clients of a ``Stack``. What cannot be done for all clients at once raises `
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -273,7 +273,8 @@ def vectorized_fit(
         trainer.compiled = compiled
         start_at_epoch(trainer, first_epoch)
         try:
-            call(trainer.fit, trainer, module, datamodule, train=True)
+            with nullcontext() if compiled is None else compiled.static_shapes():
+                call(trainer.fit, trainer, module, datamodule, train=True)
             trainer.stack.streams.check()
             weights = trainer.stack.results()
         finally:
