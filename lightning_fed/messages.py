@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BytesIO
 from typing import Any, TypeVar
 
@@ -51,11 +52,8 @@ class TensorArray(Array):
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        dtype = torch.float32 if tensor.dtype in _NARROW else tensor.dtype
-        self.__dict__["tensor"] = tensor.detach()
-        self.__dict__["dtype"] = str(dtype).removeprefix("torch.")
-        self.__dict__["shape"] = tuple(tensor.shape)
-        self.__dict__["stype"] = "numpy.ndarray"
+        shape, dtype = tuple(tensor.shape), _dtype_name(tensor.dtype)
+        self.__dict__.update(tensor=tensor.detach(), dtype=dtype, shape=shape, stype="numpy.ndarray")
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
@@ -81,6 +79,11 @@ class TensorArray(Array):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Array, (self.dtype, self.shape, self.stype, self.data)
+
+
+@lru_cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(torch.float32 if dtype in _NARROW else dtype).removeprefix("torch.")
 
 
 # Flower writes the class's name into the bytes it sends: on the other side a plain Array comes out.

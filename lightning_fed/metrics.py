@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
@@ -72,28 +73,33 @@ def catch(trainer: Trainer, module: LightningModule, computed: Iterable[str] = (
 
 
 @dataclass
-class _Row:
-    """One client's part of a logged value that is stacked."""
+class Accumulated:
+    """What Lightning's ``_ResultMetric`` accumulates of a logged number, of one client or (clients,) of many."""
 
     meta: Any
     value: Tensor
     cumulated_batch_size: Tensor | None
-    _forward_cache: Tensor | None
+    _forward_cache: Tensor | None = None
+    is_tensor: ClassVar[bool] = True
+
+    def update(self, value: Tensor, batch_size: Any) -> None:
+        """Takes a step's value in, as Lightning does."""
+        _ResultMetric.update(self, value, batch_size)  # type: ignore[arg-type]
 
 
-def catch_each(results: Iterable[Any], clients: int) -> list[list[MetricState]]:
+def catch_each(results: Iterable[Accumulated], clients: int) -> list[list[MetricState]]:
     """As ``catch``, for clients that are trained as one.
 
     Args:
-        results: Lightning's result metrics whose values have the clients in front, (clients,).
+        results: Logged numbers, (clients,).
         clients: How many there are.
     """
     caught: list[list[MetricState]] = [[] for _ in range(clients)]
     for result in results:
-        parts = [result.value, getattr(result, "cumulated_batch_size", None), result._forward_cache]
+        parts = [result.value, result.cumulated_batch_size, result._forward_cache]
         rows = [[None] * clients if part is None else part.detach().expand(clients).unbind() for part in parts]
         for states, value, examples, last in zip(caught, *rows, strict=True):
-            states.extend(_scalar_states(_name(result.meta), _Row(result.meta, value, examples, last)))
+            states.extend(_scalar_states(_name(result.meta), Accumulated(result.meta, value, examples, last)))
     return caught
 
 

@@ -83,10 +83,8 @@ class Stack:
         self._slots = _slots(self.module)
         stacked: dict[Tensor, Tensor] = {}
         for slot in self._slots:
-            value = self._stacked(slot)
-            if slot.is_of_linear and not compiled:
-                # As the batched product gives its gradient: else each step would copy that into another order.
-                value = value.mT.contiguous().mT
+            # As the batched product gives its gradient: else each step would copy that into another order.
+            value = self._stacked(slot, transposed=slot.is_of_linear and not compiled)
             if slot.is_parameter:
                 value = nn.Parameter(value, requires_grad=slot.own.requires_grad)
                 value.__dict__.update(slot.own.__dict__)
@@ -179,13 +177,19 @@ class Stack:
         place, key = slot.places[0]
         return place[key]  # type: ignore[no-any-return]
 
-    def _stacked(self, slot: _Slot) -> Tensor:
+    def _stacked(self, slot: _Slot, transposed: bool) -> Tensor:
         name = next((name for name in slot.names if name in self._weights[0]), None)
         given = [slot.own.detach()] if name is None else [weights[name] for weights in self._weights]
-        first = given[0].to(slot.own.device, slot.own.dtype)
-        if all(_is_same(given[0], other) for other in given):
-            return first.expand(self.size, *first.shape).clone(memory_format=torch.contiguous_format)
-        return torch.stack([other.to(first.device, first.dtype) for other in given])
+        alike = all(_is_same(given[0], other) for other in given)
+        own = [one.to(slot.own.device, slot.own.dtype) for one in (given[:1] if alike else given)]
+        if transposed:
+            own = [one.mT for one in own]
+        stacked = own[0].new_empty(self.size, *own[0].shape)
+        if alike:
+            stacked.copy_(own[0])
+        else:
+            torch.stack(own, out=stacked)
+        return stacked.mT if transposed else stacked
 
     def _move(self, optimizer: Optimizer, stacked: Mapping[Tensor, Tensor]) -> None:
         for group in optimizer.param_groups:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from lightning_fed.client.local_trainer import how_logged
 from lightning_fed.client.streams import NotStackable
-from lightning_fed.metrics import MetricState, catch_each
+from lightning_fed.metrics import Accumulated, MetricState, catch_each
 
 
 @dataclass
@@ -52,7 +51,7 @@ class StackedLog:
     def __init__(self, clients: int, check: Callable[[Entry, Tensor], _ResultMetric]) -> None:
         self._clients, self._check = clients, check
         self._checked: dict[str, tuple[Any, _ResultMetric]] = {}
-        self._results: dict[str, _ResultMetric] = {}  # those of this epoch
+        self._results: dict[str, Accumulated] = {}  # those of this epoch
 
     def add(self, logged: Sequence[Logged]) -> None:
         """Takes in what all clients logged in one step.
@@ -95,15 +94,12 @@ class StackedLog:
             self._checked[entry.name] = how, result
         if entry.name not in self._results:
             self._results[entry.name] = _stacked(result, value)
-        _ResultMetric.update(self._results[entry.name], value, batch_size)  # past torchmetrics' costly wrapper
+        self._results[entry.name].update(value, batch_size)
 
 
-def _stacked(result: _ResultMetric, like: Tensor) -> _ResultMetric:
-    """A result metric like one of Lightning's, with a value for each client and nothing in it yet."""
-    stacked = copy.copy(result)
+def _stacked(result: _ResultMetric, like: Tensor) -> Accumulated:
+    """As one of Lightning's result metrics, with a value for each client and nothing in it yet."""
     defaults: dict[str, Any] = result._defaults
-    stacked.value = defaults["value"].to(like.device).expand(len(like))
-    if "cumulated_batch_size" in defaults:
-        stacked.cumulated_batch_size = defaults["cumulated_batch_size"].to(like.device)
-    stacked._forward_cache = None
-    return stacked
+    batch_size = defaults.get("cumulated_batch_size")
+    value = defaults["value"].to(like.device).expand(len(like))
+    return Accumulated(result.meta, value, None if batch_size is None else batch_size.to(like.device))
