@@ -11,6 +11,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.accelerators import Accelerator, CUDAAccelerator
 
 from lightning_fed.callbacks.base import Decision, FederatedCallback
+from lightning_fed.errors import ConfigurationError
 
 CLIENTS = (
     "gradient_clip_val",
@@ -68,7 +69,18 @@ def refusals(arguments: dict[str, Any]) -> list[str]:
     return faults
 
 
-def split(arguments: dict[str, Any], cuda: list[int]) -> dict[str, Any]:
+def refuse(*found: Sequence[str]) -> None:
+    """Reports all faults together.
+
+    Raises:
+        ConfigurationError: If there are any.
+    """
+    faults = [fault for some in found for fault in some]
+    if faults:
+        raise ConfigurationError("FederatedTrainer cannot start:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def split(arguments: dict[str, Any], cuda: list[int], local_epochs: int) -> dict[str, Any]:
     """Takes the clients' arguments out of ``arguments``, which then are the server's, and returns them.
 
     A server trains nothing: what steers training is the clients' alone, what steers numerics is for both.
@@ -76,6 +88,7 @@ def split(arguments: dict[str, Any], cuda: list[int]) -> dict[str, Any]:
     Args:
         arguments: Those of a ``Trainer``, by name.
         cuda: The CUDA devices that they ask for.
+        local_epochs: The epochs of a client in a round.
     """
     for name in REFUSED:
         arguments.pop(name, None)
@@ -84,6 +97,8 @@ def split(arguments: dict[str, Any], cuda: list[int]) -> dict[str, Any]:
     arguments["devices"] = cuda[:1] or (arguments.get("devices", "auto") if custom else 1)
     clients = {name: arguments.pop(name) for name in CLIENTS if name in arguments}
     clients.update({name: arguments[name] for name in BOTH if name in arguments})
+    if every := clients.get("reload_dataloaders_every_n_epochs"):  # the server's are validation loaders
+        arguments["reload_dataloaders_every_n_epochs"] = max(1, every // local_epochs)
     return clients
 
 
@@ -142,6 +157,11 @@ def engine_faults(engine: object, known: Iterable[str], numbers: dict[str, int |
                 " out."
             )
     return found
+
+
+def choice_faults(name: str, value: object, known: Iterable[str]) -> list[str]:
+    """A sentence if an argument is none of the words that it may be."""
+    return [] if value in (words := tuple(known)) else [f"{name}={value!r} is unknown: write one of {words}."]
 
 
 def vectorize_faults(vectorize: object, compiles: bool, on_ray: bool) -> list[str]:

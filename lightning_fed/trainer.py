@@ -30,7 +30,6 @@ from lightning_fed.client.together import Together
 from lightning_fed.data import gathering
 from lightning_fed.deal import Deal
 from lightning_fed.engines import Engine, InProcess, Processes, Ray
-from lightning_fed.errors import ConfigurationError
 from lightning_fed.federation import Federation, Owners
 from lightning_fed.rounds import quiet_flower
 from lightning_fed.seeding import run_seed, seed_for, seeded
@@ -109,7 +108,6 @@ class FederatedTrainer(Trainer):
             own.append(RichRoundBar())
         federated = [callback for callback in own if isinstance(callback, FederatedCallback)]
         dev_run = int(kwargs.get("fast_dev_run") or 0)
-        faults = arguments.refusals(kwargs) + arguments.misplaced(own, local) + arguments.double_owners(federated)
         numbers = {
             "max_rounds": max_rounds,
             "num_clients": num_clients,
@@ -118,28 +116,25 @@ class FederatedTrainer(Trainer):
             "num_workers": num_workers,
             "clients_per_device": clients_per_device,
         }
-        faults += arguments.faults(numbers, federated, endless=bool(kwargs.get("max_time") or dev_run))
-        faults += arguments.engine_faults(engine, ENGINES, numbers)
-        faults += arguments.vectorize_faults(
-            vectorize_clients, compile_clients, engine == "ray" or isinstance(engine, Ray)
+        arguments.refuse(
+            arguments.refusals(kwargs),
+            arguments.misplaced(own, local),
+            arguments.double_owners(federated),
+            arguments.faults(numbers, federated, endless=bool(kwargs.get("max_time") or dev_run)),
+            arguments.engine_faults(engine, ENGINES, numbers),
+            arguments.vectorize_faults(vectorize_clients, compile_clients, engine == "ray" or isinstance(engine, Ray)),
+            arguments.choice_faults("client_state", client_state, get_args(ClientState)),
         )
-        if client_state not in (states := get_args(ClientState)):
-            faults.append(f"client_state={client_state!r} is unknown: write one of {states}.")
-        if faults:
-            raise ConfigurationError("FederatedTrainer cannot start:\n" + "\n".join(f"  - {fault}" for fault in faults))
-
         devices = kwargs.get("devices", "auto")
         cuda = arguments.cuda_devices(kwargs.get("accelerator", "auto"), devices)
-        client_kwargs = arguments.split(kwargs, cuda)
-        if every := client_kwargs.get("reload_dataloaders_every_n_epochs"):  # the server's are validation loaders
-            kwargs["reload_dataloaders_every_n_epochs"] = max(1, every // (local_epochs or 1))
+        client_kwargs = arguments.split(kwargs, cuda, local_epochs or 1)
         if dev_run:
             local_epochs, local_steps = 1, None
             client_kwargs |= {"limit_train_batches": dev_run, "limit_val_batches": dev_run}
         self.engine = _engine(engine, cuda, num_workers, clients_per_device or 1)
-        if cuda and (isinstance(self.engine, Ray) or (isinstance(self.engine, Processes) and self.engine.devices)):
-            client_kwargs["devices"] = [0]  # the only one that a worker sees
-        if isinstance(self.engine, InProcess) and len(cuda) > 1 and devices != "auto":
+        if cuda and self.engine.shows_one_device:
+            client_kwargs["devices"] = [0]
+        elif isinstance(self.engine, InProcess) and len(cuda) > 1 and devices != "auto":
             rank_zero_warn(
                 f"devices={devices!r}: clients train in this process one after the other, on cuda:{cuda[0]}. Write"
                 " engine='processes' to use all."

@@ -22,6 +22,11 @@ class Engine(ABC):
 
     name: str
 
+    @property
+    def shows_one_device(self) -> bool:
+        """Whether each client sees one CUDA device only, whichever that is."""
+        return False
+
     @abstractmethod
     def run(self, main: Callable[[Grid], T], client_app: ClientApp, num_clients: Callable[[], int]) -> T:
         """Runs ``main`` and returns what it returns.

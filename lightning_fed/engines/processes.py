@@ -72,6 +72,11 @@ class Processes(Engine):
         self.num_workers, self.threads = num_workers or _cores(), threads
         self.devices, self.start_method = devices or [], start_method
 
+    @property
+    def shows_one_device(self) -> bool:
+        """See ``Engine``."""
+        return bool(self.devices)
+
     def run(self, main: Callable[[Grid], T], client_app: ClientApp, num_clients: Callable[[], int]) -> T:
         """See ``Engine``."""
         if start_method(self.start_method, self.threads) == "forkserver":

@@ -66,6 +66,11 @@ class Ray(Engine):
         self.num_workers, self.address = num_workers, address
         self.client_resources = {"num_cpus": 1, "num_gpus": 0} | (client_resources or {})
 
+    @property
+    def shows_one_device(self) -> bool:
+        """See ``Engine``."""
+        return True
+
     def run(self, main: Callable[[Grid], T], client_app: ClientApp, num_clients: Callable[[], int]) -> T:
         """See ``Engine``.
 
