@@ -81,11 +81,11 @@ class Streams:
     @contextmanager
     def nothing_else_drawn(self) -> Iterator[None]:
         """Raises:
-        NotStackable: If streams are watched, and the block draws from Python's or NumPy's generator.
+        NotStackable: If the block draws from Python's or NumPy's generator.
         """
-        before = (random.getstate(), repr(np.random.get_state())) if self.is_watched else None
+        before = random.getstate(), repr(np.random.get_state())
         yield
-        if before is not None and before != (random.getstate(), repr(np.random.get_state())):
+        if before != (random.getstate(), repr(np.random.get_state())):
             raise NotStackable("its step draws from Python's or NumPy's generator, once for all clients")
 
 

@@ -14,7 +14,7 @@ from lightning_fed.client.compiled_step import CompiledStep
 from lightning_fed.client.local_run import LocalOptions, LocalResult
 from lightning_fed.client.local_trainer import LocalTask
 from lightning_fed.client.trial import Case, Verdict, count_batches, decide, explain
-from lightning_fed.client.vectorized_fit import vectorized_evaluate, vectorized_fit
+from lightning_fed.client.vectorized_fit import AsOne, vectorized_evaluate, vectorized_fit
 from lightning_fed.data import ClientLoaders
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.weights import Weights
@@ -103,15 +103,14 @@ class Together:
             except Exception:
                 continue
         together = vectorized_fit if stage == "train" else vectorized_evaluate
+        draws = self._verdicts[stage].draws
+        how = AsOne(draws, None if draws else self._compiled)
         for members in groups.values():
             if len(members) == 1:
                 continue
             own = [loaders[i] for i in members], [tasks[i] for i in members]
             try:
-                verdict = self._verdicts[stage]
-                found = together(
-                    module, datamodule, *own, options, verdict.draws, None if verdict.draws else self._compiled
-                )
+                found = together(module, datamodule, *own, options, how)
             except Exception as error:
                 here = f"in round {tasks[0].round} clients"
                 self._say(f"vectorize_clients: {here} {stage} one after the other: {explain(error)}.")

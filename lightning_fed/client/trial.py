@@ -23,7 +23,7 @@ from lightning_fed.client.local_run import LocalOptions, LocalResult
 from lightning_fed.client.local_trainer import LocalTask
 from lightning_fed.client.stacked_data import batches_of
 from lightning_fed.client.streams import NotStackable
-from lightning_fed.client.vectorized_fit import vectorized_evaluate, vectorized_fit
+from lightning_fed.client.vectorized_fit import AsOne, vectorized_evaluate, vectorized_fit
 from lightning_fed.data import ClientLoaders
 from lightning_fed.views import wrote
 from lightning_fed.weights import Weights, is_averaged
@@ -250,7 +250,7 @@ def _run(
         alone: Callable[..., LocalResult] = local_fit if stage == "train" else local_evaluate
         return [alone(*common, one, task, options) for one, task in zip(loaders, tasks, strict=True)]
     together = vectorized_fit if stage == "train" else vectorized_evaluate
-    return together(*common, loaders, tasks, options, draws, is_trial=True)
+    return together(*common, loaders, tasks, options, AsOne(draws, is_trial=True))
 
 
 def _apart(weights: Weights, stage: str) -> tuple[Weights, Weights]:

@@ -1,24 +1,14 @@
-"""Many clients' local fits as one Lightning fit over stacked weights: it knows the Trainer and not Flower.
-
-Hooks, loops, optimizers and schedulers are those of one local fit; ``CohortView`` runs the user's step under vmap, over
-the clients of a ``Stack``. What cannot be done for all clients at once raises ``NotStackable``.
-"""
+"""Many clients' local fits as one Lightning fit over stacked weights: it knows the Trainer and not Flower."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import cached_property, partial
-from typing import Any
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 
-import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
-from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
-from torchmetrics import Metric
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
+from lightning_fed.client.cohort import CohortHooks, CohortTrainer, CohortView
 from lightning_fed.client.compiled_step import CompiledStep
 from lightning_fed.client.local_run import (
     LocalHooks,
@@ -29,216 +19,28 @@ from lightning_fed.client.local_run import (
     local_run,
     start_at_epoch,
 )
-from lightning_fed.client.local_trainer import ClientView, LocalTask, LocalTrainer
-from lightning_fed.client.stack import Stack, clip_each_by_norm, share_weights
-from lightning_fed.client.stacked_data import Part, StackedLoader
-from lightning_fed.client.stacked_log import Entry, Logged, StackedLog
+from lightning_fed.client.local_trainer import LocalTask
+from lightning_fed.client.stack import Stack, share_weights
+from lightning_fed.client.stacked_data import StackedLoader
 from lightning_fed.client.streams import NotStackable, Streams
 from lightning_fed.data import ClientLoaders, count_examples
 from lightning_fed.metrics import MetricState, scalar
 from lightning_fed.seeding import seed_for
-from lightning_fed.views import user_class
-
-_Outcome = tuple[list[Tensor], list[Entry], list[Tensor]]
 
 
-class CohortView(ClientView):
-    """A module as many clients see it at once."""
+@dataclass
+class AsOne:
+    """How clients are run as one.
 
-    trainer: CohortTrainer
-
-    def training_step(self, batch: list[Part], batch_idx: int) -> Tensor:
-        # Each client's gradient is in its row of the gradient of the sum.
-        totals = self.trainer.run_step("training_step", batch, batch_idx)
-        return torch.stack(totals).sum() if len(totals) > 1 else totals[0]
-
-    def validation_step(self, batch: list[Part], batch_idx: int) -> None:
-        self.trainer.run_step("validation_step", batch, batch_idx)
-
-    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            self.__dict__["_logged_here"][name] = _number(value)
-        else:
-            self.trainer.note(name, value, args, kwargs)
-
-    def log_once(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Lightning's own ``log``, which checks the arguments."""
-        LightningModule.log(self, name, value, *args, **kwargs)  # type: ignore[arg-type]
-
-
-class CohortTrainer(LocalTrainer):
-    """The trainer of many clients at once."""
-
-    stack: Stack
-    compiled: CompiledStep | None = None
-
-    _noted: list[tuple[Entry, Tensor]] | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.each_caught: list[list[MetricState]] = []
-        self._steps: dict[str, Any] = {}
-        self._batch: Any = None
-        self.precision_plugin.clip_grad_by_norm = clip_each_by_norm  # type: ignore[method-assign]
-
-    @property
-    def client_id(self) -> int:
-        """Raises:
-        NotStackable: There are many clients.
-        """
-        raise NotStackable("it reads trainer.client_id")
-
-    @property
-    def train_dataloader(self) -> Any:
-        """Raises:
-        NotStackable: In a step: it is none of the clients' own.
-        """
-        self._refuse_in_step("train_dataloader")
-        return super().train_dataloader
-
-    @property
-    def callback_metrics(self) -> Any:
-        """Raises:
-        NotStackable: In a step: they are none of the clients' own.
-        """
-        self._refuse_in_step("callback_metrics")
-        return super().callback_metrics
-
-    def _refuse_in_step(self, name: str) -> None:
-        if self._noted is not None:
-            raise NotStackable(f"it reads trainer.{name}")
-
-    @cached_property
-    def stacked_log(self) -> StackedLog:
-        """What the clients log in an epoch."""
-        return StackedLog(self.stack.size, self._check)
-
-    def run_step(self, name: str, batch: list[Part], batch_idx: int) -> list[Tensor]:
-        """Runs the user's step for all clients, and logs what it logs; gives sums of their losses."""
-        step = self._step(name)
-        totals, logged = [], []
-        for part in batch:
-            total, entries, values = self._compiled(step, part, batch_idx) or self._mapped(step, part, batch_idx)
-            totals += total
-            logged.append(Logged(part.rows, entries, values))
-        self.stacked_log.add(logged)
-        return totals
-
-    def _step(self, name: str) -> Any:
-        """The user's step, as a function of module, batch and its index."""
-        if name not in self._steps:
-            function = getattr(user_class(self.lightning_module), name)
-            takes_index = is_param_in_hook_signature(function, "batch_idx", min_args=2)
-            self._steps[name] = function if takes_index else partial(_without_index, function)
-        return self._steps[name]
-
-    def _mapped(self, step: Any, part: Part, batch_idx: int) -> _Outcome:
-        module = self.lightning_module
-        entries: list[Entry] = []
-
-        def one(own: Any) -> list[Tensor]:
-            self._batch, self._noted = own, []
-            try:
-                given, noted = step(module, own, batch_idx), self._noted
-            finally:
-                self._noted = None
-            entries[:] = [entry for entry, _ in noted]
-            loss = [_loss(given)] if self.training else []
-            return [*loss, *(value for _, value in noted)]
-
-        with self.stack.streams.nothing_else_drawn(), attributes_unchanged(module, self.stack.streams.is_watched):
-            values = self.stack.call(one, part.batch, part.rows)
-        if not self.training:
-            return [], entries, values
-        total = values.pop(0).sum()
-        if self.compiled is not None and part.rows is None:
-            self.compiled.learn(self.stack, part.batch, entries, total)
-        return [total], entries, values
-
-    def _compiled(self, step: Any, part: Part, batch_idx: int) -> _Outcome | None:
-        if self.compiled is None or part.rows is not None or not self.training:
-            return None
-        found = self.compiled.run(self.stack, step, part.batch, batch_idx)
-        return None if found is None else ([found[0]], *found[1:])
-
-    def note(self, name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Takes note of a call of ``self.log``.
-
-        Raises:
-            NotStackable: If it is not in a step, or logs a metric object.
-        """
-        if self._noted is None:
-            raise NotStackable(f"it logs {name!r} outside of its step")
-        if isinstance(value, Metric):
-            raise NotStackable(f"it logs the torchmetrics object {name!r} in its step")
-        size = kwargs.get("batch_size")
-        entry = Entry(name, args, kwargs, extract_batch_size(self._batch) if size is None else size)
-        self._noted.append((entry, _number(value)))
-
-    def _check(self, entry: Entry, value: Tensor) -> _ResultMetric:
-        module = self.lightning_module
-        module.log_once(entry.name, value, *entry.args, **{"batch_size": 1, **entry.kwargs})  # type: ignore[operator]
-        assert self._results is not None
-        return self._results[f"{module._current_fx_name}.{entry.name}"]  # type: ignore[no-any-return]
-
-    def let_go(self, module: LightningModule) -> None:
-        """As ``LocalTrainer``; gives the module its own weights back, too."""
-        super().let_go(module)
-        self.stack.take_off()
-        self._batch = None
-        for loader in (self.loaders.train, self.loaders.val):
-            if loader is not None:
-                loader.let_go()
-
-    def keep_logged(self, module: LightningModule) -> None:
-        """Keeps what each client logged in the epoch that is just ending."""
-        self.each_caught = self.stacked_log.end_epoch()
-
-
-@contextmanager
-def attributes_unchanged(module: LightningModule, is_watched: bool) -> Iterator[None]:
-    """Raises:
-    NotStackable: In a trial, if the block sets an attribute: it would be one for all clients, set once a part.
+    Attributes:
+        draws: Whether their steps draw random numbers, as Dropout does.
+        compiled: The module's compiled training step, or ``None``.
+        is_trial: Whether to look for draws that are nobody's own, and for attributes that a step sets.
     """
-    before = [(child, _attributes(child)) for child in module.modules()] if is_watched else []
-    yield
-    for child, attributes in before:
-        for name, value in _attributes(child).items():
-            if name not in attributes or attributes[name] != value:
-                raise NotStackable(f"its step sets {type(child).__name__}.{name}")
 
-
-def _attributes(child: nn.Module) -> dict[str, tuple[int, int]]:
-    """What identifies the values of a module's attributes; parameters, buffers and what Lightning sets left out."""
-    theirs = ("_parameters", "_buffers", "_modules", "_current_fx_name", "_logged_here", "_metric_attributes")
-    kept = {name: value for name, value in vars(child).items() if name not in theirs}
-    return {n: (id(v), len(v) if isinstance(v, (list, dict, set)) else 0) for n, v in kept.items()}
-
-
-def _without_index(step: Any, module: LightningModule, batch: Any, batch_idx: int) -> Any:
-    return step(module, batch)
-
-
-def _number(value: Any) -> Tensor:
-    return value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
-
-
-def _loss(given: Any) -> Tensor:
-    loss = given.get("loss") if isinstance(given, dict) else given
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise NotStackable(f"its training_step gives {type(loss).__name__} and not a loss")
-    return loss.reshape(())
-
-
-class CohortHooks(LocalHooks):
-    """As ``LocalHooks``; puts the stacked weights on once optimizers are made, and before anything else sees them."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(trainer, CohortTrainer)
-        if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
-            raise NotStackable("its ReduceLROnPlateau follows each client's own metric")
-        trainer.stack.put_on(trainer.optimizers, compiled=trainer.compiled is not None)
-        super().on_train_start(trainer, pl_module)
+    draws: bool = False
+    compiled: CompiledStep | None = None
+    is_trial: bool = False
 
 
 def vectorized_fit(
@@ -247,9 +49,7 @@ def vectorized_fit(
     loaders: Sequence[ClientLoaders],
     tasks: Sequence[LocalTask],
     options: LocalOptions,
-    draws: bool,
-    compiled: CompiledStep | None = None,
-    is_trial: bool = False,
+    how: AsOne,
 ) -> list[LocalResult]:
     """Trains clients with equally many batches as one; else as ``local_fit``.
 
@@ -259,9 +59,7 @@ def vectorized_fit(
         loaders: Each client's data.
         tasks: Each client's task, of one round.
         options: As in ``local_fit``.
-        draws: Whether steps draw random numbers, as Dropout does.
-        compiled: The module's compiled step, or ``None``.
-        is_trial: Whether to look for draws that are nobody's own.
+        how: How they are run.
 
     Raises:
         NotStackable: If it cannot be done; the module is as it was.
@@ -269,11 +67,11 @@ def vectorized_fit(
     first_epoch = options.first_epoch(tasks[0].round)
     callbacks: list[Callback] = [CohortHooks(options, first_epoch), *options.method_callbacks()]
     with local_run(module, datamodule, tasks[0], "train", CohortView):
-        trainer = _cohort_trainer(module, loaders, tasks, options, callbacks, "train", draws, is_trial)
-        trainer.compiled = compiled
+        trainer = _cohort_trainer(module, loaders, tasks, options, callbacks, "train", how)
+        trainer.compiled = how.compiled
         start_at_epoch(trainer, first_epoch)
         try:
-            with nullcontext() if compiled is None else compiled.static_shapes():
+            with nullcontext() if how.compiled is None else how.compiled.static_shapes():
                 call(trainer.fit, trainer, module, datamodule, train=True)
             trainer.stack.streams.check()
             weights = trainer.stack.results()
@@ -291,9 +89,7 @@ def vectorized_evaluate(
     loaders: Sequence[ClientLoaders],
     tasks: Sequence[LocalTask],
     options: LocalOptions,
-    draws: bool,
-    compiled: CompiledStep | None = None,
-    is_trial: bool = False,
+    how: AsOne,
 ) -> list[LocalResult]:
     """Validates clients with equally many batches as one; takes the arguments of ``vectorized_fit``.
 
@@ -303,9 +99,7 @@ def vectorized_evaluate(
     if not share_weights([task.weights for task in tasks]):
         raise NotStackable("clients evaluate weights of their own")
     with local_run(module, datamodule, tasks[0], "evaluate", CohortView):
-        trainer = _cohort_trainer(
-            module, loaders, tasks, options, [LocalHooks(options, 0)], "evaluate", draws, is_trial
-        )
+        trainer = _cohort_trainer(module, loaders, tasks, options, [LocalHooks(options, 0)], "evaluate", how)
         start_at_epoch(trainer, options.first_epoch(tasks[0].round + 1) - 1)
         call(trainer.validate, trainer, module, datamodule, train=False)
         trainer.let_go(module)
@@ -322,14 +116,13 @@ def _cohort_trainer(
     options: LocalOptions,
     callbacks: Sequence[Callback],
     stage: str,
-    draws: bool,
-    is_trial: bool,
+    how: AsOne,
 ) -> CohortTrainer:
     trainer = build_trainer(tasks[0], ClientLoaders(), module, options, callbacks, stage != "train", CohortTrainer)
     assert isinstance(trainer, CohortTrainer)
     seeds = [seed_for(task.seed, stage, round=task.round, client=task.client) for task in tasks]
-    streams = Streams(seeds, trainer.strategy.root_device, is_trial)
-    trainer.stack = Stack(module, [task.weights for task in tasks], streams, draws)
+    streams = Streams(seeds, trainer.strategy.root_device, how.is_trial)
+    trainer.stack = Stack(module, [task.weights for task in tasks], streams, how.draws)
     if stage == "train":
         trainer.loaders.train = StackedLoader([one.train for one in loaders], streams)
     else:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_fed.client.local_fit import local_evaluate, local_fit
 from lightning_fed.client.local_run import LocalOptions
 from lightning_fed.client.local_trainer import LocalTask
-from lightning_fed.client.vectorized_fit import vectorized_evaluate, vectorized_fit
+from lightning_fed.client.vectorized_fit import AsOne, vectorized_evaluate, vectorized_fit
 from lightning_fed.data import ClientLoaders
 from lightning_fed.testing import ToyModule, toy_data
 from lightning_fed.weights import read
@@ -68,7 +68,7 @@ def alone(run: Any) -> Any:
 
 
 def as_one(run: Any) -> Any:
-    return lambda module, loaders, tasks, options: run(module, None, loaders, tasks, options, draws=False)
+    return lambda module, loaders, tasks, options: run(module, None, loaders, tasks, options, AsOne())
 
 
 @pytest.mark.usefixtures("_no_collection")
