@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 DATA = Path(os.environ.get("LIGHTNING_FED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CACHE = Path(__file__).parent / ".cache"
+SEED = int(os.environ.get("BENCH_SEED", 0))  # of initial weights, cohorts and batch orders; data is dealt out alike
 Examples = tuple[Tensor, Tensor]
 
 
@@ -52,7 +53,7 @@ class Workload:
 
     def initial(self) -> nn.Module:
         """The module with the weights that all peers start from."""
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         return self.model()
 
     def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:

@@ -17,8 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import numpy as np
 import torch
-from common import Clock, Workload
+from common import SEED, Clock, Workload
 from torch import Tensor, nn
 from workloads import WORKLOADS
 
@@ -58,7 +59,7 @@ def loop(w: Workload, clock: Clock, average: bool = True) -> float:
     for round in range(1, w.rounds + 1):
         before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         mean: dict[str, Tensor] = {}
-        for client in sorted(random.Random(round).sample(range(w.population), w.cohort)):
+        for client in sorted(random.Random(f"{SEED}/{round}").sample(range(w.population), w.cohort)):
             if average:
                 module.load_state_dict(before)
             train(w, module, *w.client(client))
@@ -153,6 +154,7 @@ def ours(w: Workload, clock: Clock, engine: str = "in_process", **more: Any) -> 
         max_rounds=w.rounds,
         local_epochs=w.local_epochs,
         engine=engine,
+        seed=SEED,
         check_val_every_n_epoch=w.evaluate_every,
         callbacks=[
             laps(clock),
@@ -355,7 +357,7 @@ def jax(w: Workload, clock: Clock) -> float:
 
     parts = [tuple(jnp.asarray(t.numpy()) for t in w.client(k)) for k in range(w.population)]
     net = Net()
-    parameters = net.init(jax.random.PRNGKey(0), jnp.ones((1, 1)))["params"]
+    parameters = net.init(jax.random.PRNGKey(SEED), jnp.ones((1, 1)))["params"]
     state = TrainState.create(apply_fn=net.apply, params=parameters, tx=optax.sgd(w.lr, momentum=w.momentum))
 
     def loss(parameters: Any, x: Any, y: Any) -> Any:
@@ -419,6 +421,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(args.threads)
+    random.seed(SEED)
+    np.random.seed(SEED)
     w, clock = WORKLOADS[args.workload](), Clock()
     w.rounds = args.rounds or w.rounds
     clock.report(PEERS[args.peer](w, clock))

@@ -5,9 +5,10 @@
     python benchmarks/run.py W1 W4 --repeats 3
     python benchmarks/run.py W1 --peers ours_processes pfl --rounds 5 --out /tmp/table.md
 
-A round's seconds are those after the first three, which warm up, as median, minimum and maximum over all repeats. A
-ratio is that of the medians of two peers within one repeat, as median, minimum and maximum over repeats: below 1 ours
-is faster. What was compiled in an earlier run is in torch's cache.
+Each repeat has a seed of its own: the spread of a metric is that over seeds, and ``differs`` says that a peer's lies
+apart from all of ours. A round's seconds are those after the first three, which warm up, as median, minimum and maximum
+over all repeats. A ratio is that of the medians of two peers within one repeat, as median, minimum and maximum over
+repeats: below 1 ours is faster. What was compiled in an earlier run is in torch's cache.
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ def memory_of(pid: int) -> float:
     return total / 1024
 
 
-def run_one(workload: str, peer: str, rounds: int | None, device: str) -> dict[str, Any]:
+def run_one(workload: str, peer: str, rounds: int | None, device: str, seed: int) -> dict[str, Any]:
     name, threads = peer.split(":")
     command = [sys.executable, str(HERE / "peers.py"), workload, name, "--threads", threads]
     command += ["--rounds", str(rounds)] if rounds else []
     env = {**os.environ, "BENCH_BEGAN": str(time.time()), "OMP_NUM_THREADS": threads}
-    env |= {"BENCH_DEVICE": device, "PFL_PYTORCH_DEVICE": device}
+    env |= {"BENCH_SEED": str(seed), "BENCH_DEVICE": device, "PFL_PYTORCH_DEVICE": device}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     peak, over = [0.0], threading.Event()
 
@@ -116,7 +117,7 @@ def table(workload: str, results: dict[str, list[dict[str, Any]]]) -> list[str]:
             spread([second for run in good for second in warm(run["rounds"])]),
             spread([run["total"] for run in good]),
             f"{max(run['peak'] for run in good):.0f}",
-            spread([run["metric"] for run in good]),
+            spread([run["metric"] for run in good]) + differs(good, results),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [
@@ -124,6 +125,13 @@ def table(workload: str, results: dict[str, list[dict[str, Any]]]) -> list[str]:
         *ratios("a round", results, lambda run: median(warm(run["rounds"]))),
         *ratios("in total", results, lambda run: run["total"]),
     ]
+
+
+def differs(runs: list[dict[str, Any]], results: dict[str, list[dict[str, Any]]]) -> str:
+    """Says so where a peer's metrics lie apart from all of ours, over all seeds."""
+    ours = [run["metric"] for peer in results if peer.startswith("ours") for run in results[peer] if "metric" in run]
+    own = [run["metric"] for run in runs]
+    return " differs" if ours and (min(own) > max(ours) or max(own) < min(ours)) else ""
 
 
 def ratios(what: str, results: dict[str, list[dict[str, Any]]], of: Callable[[dict[str, Any]], float]) -> list[str]:
@@ -167,7 +175,7 @@ def main() -> None:
                 if missing and "missing" in version(missing):
                     results.setdefault(peer, []).append({"error": f"{missing} is not installed"})
                     continue
-                results.setdefault(peer, []).append(run_one(workload, peer, args.rounds, args.device))
+                results.setdefault(peer, []).append(run_one(workload, peer, args.rounds, args.device, repeat))
                 last = results[peer][-1]
                 said = (
                     last.get("error") or f"{median(warm(last['rounds'])):.3f} s a round, {last['total']:.1f} s in all"
