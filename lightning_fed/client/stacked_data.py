@@ -22,7 +22,6 @@ class Part:
     Attributes:
         rows: Which they are, (clients,) int64; ``None`` for all.
         batch: Their batches, every tensor (clients, ...).
-        size: The examples in a client's batch, where that is known.
     """
 
     rows: Tensor | None
@@ -82,11 +81,10 @@ class StackedLoader(DataLoader[Any]):
         for client, loader in enumerate(self._own):
             with self._streams.torch_of(client):
                 orders.append([loader.dataset.where(indices) for indices in loader.batch_sampler])
-        tensors = [loader.dataset.tensors for loader in self._own]
-        common = all(all(one is other for one, other in zip(tensors[0], own, strict=True)) for own in tensors[1:])
+        gather = _Gather([loader.dataset.tensors for loader in self._own])
         for step in range(len(self)):
             yield [
-                Part(rows, _gather(tensors, [orders[client][step] for client in clients], clients, common))
+                Part(rows, gather(clients, [orders[client][step] for client in clients]))
                 for rows, clients in _alike([len(order[step]) for order in orders])
             ]
 
@@ -103,18 +101,30 @@ class StackedLoader(DataLoader[Any]):
             ]
 
 
-def _gather(tensors: list[Any], indices: list[Tensor], clients: list[int], common: bool) -> list[Tensor]:
-    if common:
-        chosen = torch.stack(indices)
-        return [
-            tensor.index_select(0, chosen.flatten().to(tensor.device)).view(*chosen.shape, *tensor.shape[1:])
-            for tensor in tensors[0]
-        ]
-    columns = zip(*(tensors[client] for client in clients), strict=True)
-    return [
-        torch.stack([own.index_select(0, i.to(own.device)) for own, i in zip(column, indices, strict=True)])
-        for column in columns
-    ]
+class _Gather:
+    """Takes clients' examples out of their tensors; batches of one shape lie in the same memory, one after the other.
+
+    Fresh memory for each would have to be mapped page by page, which takes longer than the copy.
+    """
+
+    def __init__(self, tensors: Sequence[Sequence[Tensor]]) -> None:
+        self._tensors = tensors
+        self._memory: dict[tuple[int, int, int], Tensor] = {}
+
+    def __call__(self, clients: Sequence[int], chosen: Sequence[Tensor]) -> list[Tensor]:
+        """The chosen examples of some clients, each tensor (clients, examples, ...)."""
+        columns = zip(*(self._tensors[client] for client in clients), strict=True)
+        return [self._rows(number, column, chosen) for number, column in enumerate(columns)]
+
+    def _rows(self, number: int, column: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
+        key = number, len(column), len(chosen[0])
+        if key not in self._memory:
+            if len({(own.shape[1:], own.dtype) for own in column}) > 1:
+                raise NotStackable("clients' examples have different shapes or dtypes")
+            self._memory[key] = column[0].new_empty(*key[1:], *column[0].shape[1:])
+        for own, indices, rows in zip(column, chosen, self._memory[key], strict=True):
+            torch.index_select(own, 0, indices.to(own.device), out=rows)
+        return self._memory[key]
 
 
 def _alike(kinds: Sequence[Any]) -> list[tuple[Tensor | None, list[int]]]:
