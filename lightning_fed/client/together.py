@@ -19,9 +19,6 @@ from lightning_fed.data import ClientLoaders
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.weights import Weights
 
-# How many clients are trained as one where nobody says: more of them gain little.
-_MOST = 32
-
 Data = Callable[[int, int], ClientLoaders]
 
 
@@ -38,7 +35,7 @@ class Together:
     def __init__(self, wanted: int | str, compiled: CompiledStep | None = None, workers: int = 1) -> None:
         self.wanted, self._compiled, self._workers = wanted, compiled, workers
         self._verdicts: dict[str, Verdict] = {}
-        self._memory = 0
+        self._device = torch.device("cpu")
         self._said: set[str] = set()
 
     def decide(self, case: Case, data: Data, clients: int, weights: Weights, seed: int) -> None:
@@ -54,7 +51,7 @@ class Together:
             return
         if case.stage == "evaluate" and all(one.val is None and one.datamodule is None for one in loaders):
             return
-        self._memory = _memory(case.device)
+        self._device = case.device
         case = replace(case, must_pay=self.wanted is True)
         verdict = self._verdicts[case.stage] = decide(case, loaders, weights, seed)
         if verdict.reason is None:
@@ -81,7 +78,7 @@ class Together:
             return 1
         if self.wanted is not True and isinstance(self.wanted, int):
             return self.wanted
-        return max(2, min(_MOST, self._memory // self._workers // max(1, verdict.bytes_each)))
+        return verdict.cost.at_once(self._device, _memory(self._device) // self._workers, self.wanted is True)
 
     def run(
         self,

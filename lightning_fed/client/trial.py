@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
 
 from lightning_fed.client.local_fit import local_evaluate, local_fit
 from lightning_fed.client.local_run import LocalOptions, LocalResult
 from lightning_fed.client.local_trainer import LocalTask
+from lightning_fed.client.stack_cost import Kept, StackCost, Written, weight_bytes
 from lightning_fed.client.stacked_data import batches_of
 from lightning_fed.client.streams import NotStackable
 from lightning_fed.client.vectorized_fit import AsOne, vectorized_evaluate, vectorized_fit
@@ -49,8 +48,6 @@ _OF_BOTH = ("configure_model", "on_before_batch_transfer", "transfer_batch_to_de
 # Trainer arguments that clients trained as one cannot share.
 _ARGUMENTS = ("overfit_batches", "reload_dataloaders_every_n_epochs", "plugins", "detect_anomaly")
 _BATCHES = 2
-# Up to so many bytes of weights a stack of clients is no slower on a CPU.
-_FAST_BYTES = 1 << 20
 _TOLERANCE = 0.02
 
 
@@ -61,12 +58,12 @@ class Verdict:
     Attributes:
         reason: Why clients cannot be trained as one, a clause; ``None`` if they can.
         draws: Whether their steps draw random numbers.
-        bytes_each: About how much memory each client takes: weights, gradients, optimizer, what backward passes need.
+        cost: What each client adds to a stack.
     """
 
     reason: str | None = None
     draws: bool = False
-    bytes_each: int = 0
+    cost: StackCost = field(default_factory=StackCost)
 
 
 @dataclass
@@ -114,8 +111,6 @@ class Case:
         for child in module.modules():
             if isinstance(child, nn.RNNBase):
                 yield f"nn.{type(child).__name__} keeps its weights where they cannot be stacked"
-        if self.must_pay:
-            yield from self._slower()
         yield from (f"{argument}={arguments[argument]!r}" for argument in _ARGUMENTS if arguments.get(argument))
         if str(arguments.get("precision")) in ("16", "16-mixed"):
             yield f"precision={arguments['precision']!r} scales the loss of all clients by one number"
@@ -135,15 +130,17 @@ class Case:
         if self.options.local_validation:
             yield "local_validation=True"
 
-    def _slower(self) -> Iterator[str]:
-        """Measured on CPUs, see ``docs/vectorized.md``."""
-        if self.device.type != "cpu":
-            return
-        own = "(vectorize_clients=8, or another number, does it all the same)"
-        if any(isinstance(child, nn.modules.conv._ConvNd) for child in self.module.modules()):
-            yield f"on a CPU, convolutions of many clients at once are slower {own}"
-        if (size := weight_bytes(self.module)) > _FAST_BYTES:
-            yield f"on a CPU, stacks of {size / 2**20:.1f} MiB of weights a client are slower {own}"
+    def check_cost(self, kept: int = 0) -> StackCost:
+        """What a client costs, of whom a pass keeps so many bytes.
+
+        Raises:
+            NotStackable: If training so is expected to be slower, and it must pay.
+        """
+        cost = StackCost(weight_bytes(self.module), kept)
+        reason = cost.why_slower(self.device) if self.must_pay and self.stage == "train" else None
+        if reason is not None:
+            raise NotStackable(reason)
+        return cost
 
     @property
     def device(self) -> torch.device:
@@ -159,11 +156,6 @@ def _undeclared(instance: object, base: type, name: str) -> Iterator[str]:
                 yield f"{name} writes {hook}, and does not say acts_elementwise = True"
 
 
-def weight_bytes(module: nn.Module) -> int:
-    """The bytes of all parameters and buffers."""
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
 def decide(case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed: int) -> Verdict:
     """Tries two clients as one against each alone, on their first batches.
 
@@ -175,37 +167,38 @@ def decide(case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed:
     """
     try:
         case.refuse()
+        case.check_cost()
         loaders = _two(loaders, case.stage)
-        verdict = Verdict()
-        saved: dict[int, int] = {}
         try:
-            with saved_tensors_hooks(partial(_count, saved), lambda tensor: tensor):
-                together = _run(case, loaders, weights, seed, draws=False)
+            draws = False
+            together, kept = _measure(case, loaders, weights, seed, draws)
         except RuntimeError as error:
             if "randomness" not in str(error):
                 raise
-            verdict = Verdict(draws=True)
-            together = _run(case, loaders, weights, seed, draws=True)
+            draws = True
+            together, kept = _measure(case, loaders, weights, seed, draws)
+        cost = case.check_cost(kept // 2)
         alone = _run(case, loaders, weights, seed, draws=None)
         try:
             _compare(together, alone, weights)
         except NotStackable:
-            if not verdict.draws:
+            if not draws:
                 raise
             # The same numbers may be drawn in another order (of a transposed tensor). Nobody else may matter, though.
             among_others = _run(case, [loaders[0]] * 2, weights, seed, draws=True, clients=(0, 2))
             _compare(together[:1], among_others[:1], weights)
     except Exception as error:
         return Verdict(reason=explain(error))
-    verdict.bytes_each = 4 * weight_bytes(case.module) + sum(saved.values()) // 2
-    return verdict
+    return Verdict(draws=draws, cost=cost)
 
 
-def _count(saved: dict[int, int], tensor: Tensor) -> Tensor:
-    """Takes note of memory that a backward pass needs."""
-    storage = tensor.untyped_storage()
-    saved[storage.data_ptr()] = storage.nbytes()
-    return tensor
+def _measure(
+    case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed: int, draws: bool
+) -> tuple[list[LocalResult], int]:
+    """Two clients' results, trained as one, and the bytes that a pass keeps of both."""
+    passes = Kept() if case.stage == "train" else Written()
+    with passes.measured():
+        return _run(case, loaders, weights, seed, draws), passes.bytes
 
 
 def _two(loaders: Sequence[ClientLoaders], stage: str) -> list[ClientLoaders]:
