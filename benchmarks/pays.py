@@ -46,13 +46,13 @@ class Encoder(nn.Module):
         return self.head(self.encoder(self.embed(tokens)).mean(1))
 
 
-def cnn(channels: int, first: int, second: int, side: int, dense: int = 10) -> nn.Module:
+def cnn(channels: int, first: int, second: int, side: int) -> nn.Module:
     """Convolution, pool, convolution, pool, dense; pictures of (channels, side, side)."""
     rest = ((side - 2) // 2 - 2) // 2
     return nn.Sequential(
         *(nn.Conv2d(channels, first, 3), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(first, second, 3), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(second * rest**2, dense)),
+        *(nn.Flatten(), nn.Linear(second * rest**2, 10)),
     )
 
 

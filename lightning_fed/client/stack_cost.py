@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,17 +55,14 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-class Kept:
+class Kept(saved_tensors_hooks):
     """Measures the ``bytes`` that a pass keeps: the most that is kept for a backward pass."""
 
     def __init__(self) -> None:
+        super().__init__(self._keep, self._give)
         self.bytes = 0
         self._live: dict[int, int] = {}
         self._is_over = False
-
-    def measured(self) -> AbstractContextManager[Any]:
-        """Passes in the block count."""
-        return saved_tensors_hooks(self._keep, self._give)
 
     def _keep(self, tensor: Tensor) -> Tensor:
         if self._is_over:  # what comes now may lie where the last pass' tensors lay
@@ -88,10 +84,6 @@ class Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
-
-    def measured(self) -> AbstractContextManager[Any]:
-        """Passes in the block count."""
-        return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

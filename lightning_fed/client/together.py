@@ -35,7 +35,7 @@ class Together:
     def __init__(self, wanted: int | str, compiled: CompiledStep | None = None, workers: int = 1) -> None:
         self.wanted, self._compiled, self._workers = wanted, compiled, workers
         self._verdicts: dict[str, Verdict] = {}
-        self._device = torch.device("cpu")
+        self._most: dict[str, int] = {}
         self._said: set[str] = set()
 
     def decide(self, case: Case, data: Data, clients: int, weights: Weights, seed: int) -> None:
@@ -51,10 +51,11 @@ class Together:
             return
         if case.stage == "evaluate" and all(one.val is None and one.datamodule is None for one in loaders):
             return
-        self._device = case.device
         case = replace(case, must_pay=self.wanted is True)
         verdict = self._verdicts[case.stage] = decide(case, loaders, weights, seed)
         if verdict.reason is None:
+            memory = _memory(case.device) // self._workers
+            self._most[case.stage] = verdict.cost.at_once(case.device, memory, case.must_pay)
             if verdict.draws and self._compiled is not None and case.stage == "train":
                 self._say(
                     "compile_clients: clients train uncompiled, for their steps draw random numbers (Dropout, ...)."
@@ -78,7 +79,7 @@ class Together:
             return 1
         if self.wanted is not True and isinstance(self.wanted, int):
             return self.wanted
-        return verdict.cost.at_once(self._device, _memory(self._device) // self._workers, self.wanted is True)
+        return self._most[stage]
 
     def run(
         self,

@@ -197,7 +197,7 @@ def _measure(
 ) -> tuple[list[LocalResult], int]:
     """Two clients' results, trained as one, and the bytes that a pass keeps of both."""
     passes = Kept() if case.stage == "train" else Written()
-    with passes.measured():
+    with passes:
         return _run(case, loaders, weights, seed, draws), passes.bytes
 
 

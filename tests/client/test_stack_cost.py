@@ -14,7 +14,7 @@ MB = 1 << 20
 def test_what_the_largest_pass_keeps_counts() -> None:
     kept = Kept()
     weight = torch.ones(1000, requires_grad=True)
-    with kept.measured():
+    with kept:
         for size in (1000, 1, 1000):
             for _ in range(3):
                 (weight * torch.ones(size, 1000)).sum().backward()
@@ -23,7 +23,7 @@ def test_what_the_largest_pass_keeps_counts() -> None:
 
 def test_what_a_pass_without_gradients_writes_counts() -> None:
     written = Written()
-    with torch.no_grad(), written.measured():
+    with torch.no_grad(), written:
         (torch.ones(1000, 1) * torch.ones(1000)).sum()
     assert written.bytes == 2 * 4 * 1000 * 1000
 
