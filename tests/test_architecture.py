@@ -22,7 +22,7 @@ LEVELS = [
     ["_version", "errors", "seeding", "views"],
     [
         *("weights", "metrics", "data", "client", "client.isolation", "client.fit_state"),
-        *("client.lean_loop", "client.logged", "client.stack_cost", "client.streams"),
+        *("client.heap", "client.lean_loop", "client.logged", "client.stack_cost", "client.streams"),
     ],
     ["messages", "client.local_trainer", "client.stack"],
     ["strategies.mean", "roster", "client.local_run", "client.stacked_data", "client.stacked_log"],

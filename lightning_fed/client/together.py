@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed.client.compiled_step import CompiledStep
+from lightning_fed.client.heap import Heap
 from lightning_fed.client.local_run import LocalOptions, LocalResult
 from lightning_fed.client.local_trainer import LocalTask
 from lightning_fed.client.trial import Case, Verdict, count_batches, decide, explain
@@ -37,6 +38,7 @@ class Together:
         self._verdicts: dict[str, Verdict] = {}
         self._most: dict[str, int] = {}
         self._said: set[str] = set()
+        self._heap = Heap()
 
     def decide(self, case: Case, data: Data, clients: int, weights: Weights, seed: int) -> None:
         """Finds out, before the first round.
@@ -115,6 +117,7 @@ class Together:
                 continue
             for i, result in zip(members, found, strict=True):
                 results[i] = result
+        self._heap.tidy()
         return results
 
     def _say(self, what: str) -> None:

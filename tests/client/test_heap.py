@@ -1,0 +1,42 @@
+"""What the C library's heap keeps is given back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_fed.client import heap
+from lightning_fed.client.heap import Heap
+
+MIB = 1 << 20
+
+
+@pytest.mark.skipif(heap._trim() is None, reason="the C library is not glibc")
+def test_memory_that_the_heap_keeps_goes_back() -> None:
+    tidy = Heap()
+    tidy.tidy()
+    before = heap._resident()
+    tensors = [torch.ones(16 << 10) for _ in range(3200)]  # 200 MiB, each too small for pages of its own
+    outlives = torch.ones(16)
+    del tensors
+    if heap._resident() < before + 100 * MIB:
+        pytest.fail("nothing was kept: this test tells nothing")
+    tidy.tidy()
+    assert heap._resident() < before + 64 * MIB
+    assert outlives.sum() == 16
+
+
+def test_nothing_is_done_unless_the_process_has_grown_by_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident, trims = [300 * MIB], []
+    monkeypatch.setattr(heap, "_resident", lambda: resident[0])
+    monkeypatch.setattr(heap, "_trim", lambda: trims.append)
+    tidy = Heap()
+    for resident[0], count in [(300 * MIB, 1), (340 * MIB, 1), (370 * MIB, 2), (400 * MIB, 2), (200 * MIB, 2)]:
+        tidy.tidy()
+        assert len(trims) == count
+
+
+def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heap, "_trim", lambda: None)
+    monkeypatch.setattr(heap, "_resident", lambda: pytest.fail("there may be no /proc"))
+    Heap().tidy()
