@@ -67,8 +67,8 @@ class FederatedTrainer(Trainer):
             ``clients_per_device`` for each device.
         clients_per_device: How many clients they train at a time on one CUDA device; 1 by default.
         vectorize_clients: Train clients as one, their weights stacked, where module and callbacks allow for it: at most
-            so many at once, or ``True`` for a number that fits memory. Where they do not, clients train one after the
-            other, and one line says why; with ``"require"`` that is an error.
+            so many at once, or ``True`` for a number that fits memory, and only where that is expected to be faster.
+            Else clients train one after the other, and one line says why; with ``"require"`` that is an error.
         compile_clients: Compile the step of clients that are trained as one; takes some seconds at the run's start.
         client_callbacks: Lightning callbacks for the clients' trainers; each local fit gets copies.
         client_state: ``"reset"`` begins each round with new optimizers and schedulers, ``"carry"`` keeps them with the

@@ -169,14 +169,7 @@ def decide(case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed:
         case.refuse()
         case.check_cost()
         loaders = _two(loaders, case.stage)
-        try:
-            draws = False
-            together, kept = _measure(case, loaders, weights, seed, draws)
-        except RuntimeError as error:
-            if "randomness" not in str(error):
-                raise
-            draws = True
-            together, kept = _measure(case, loaders, weights, seed, draws)
+        draws, together, kept = _measure(case, loaders, weights, seed)
         cost = case.check_cost(kept // 2)
         alone = _run(case, loaders, weights, seed, draws=None)
         try:
@@ -193,12 +186,17 @@ def decide(case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed:
 
 
 def _measure(
-    case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed: int, draws: bool
-) -> tuple[list[LocalResult], int]:
-    """Two clients' results, trained as one, and the bytes that a pass keeps of both."""
+    case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed: int, draws: bool = False
+) -> tuple[bool, list[LocalResult], int]:
+    """Whether steps draw random numbers, two clients' results, trained as one, and the bytes a pass keeps of both."""
     passes = Kept() if case.stage == "train" else Written()
-    with passes:
-        return _run(case, loaders, weights, seed, draws), passes.bytes
+    try:
+        with passes:
+            return draws, _run(case, loaders, weights, seed, draws), passes.bytes
+    except RuntimeError as error:
+        if draws or "randomness" not in str(error):
+            raise
+    return _measure(case, loaders, weights, seed, draws=True)
 
 
 def _two(loaders: Sequence[ClientLoaders], stage: str) -> list[ClientLoaders]:
