@@ -54,7 +54,10 @@ NEEDS = {"flower": "ray", "flower_lightning": "ray", "pfl": "pfl", "jax": "jax"}
 
 
 def memory_of(pid: int) -> float:
-    """The memory of a process and all below it, in MB; what they share counts once (PSS)."""
+    """The memory of a process and all below it, in MB; what they share counts once (PSS).
+
+    Looked at twice a second; of the first process its own peak is known, too, with all that it shares with others.
+    """
     total, todo = 0, [pid]
     while todo:
         one = todo.pop()
@@ -87,7 +90,8 @@ def run_one(workload: str, peer: str, rounds: int | None, device: str, seed: int
     lines = [line for line in out.splitlines() if line.startswith("RESULT ")]
     if not lines:
         return {"error": (err.strip().splitlines() or ["no result"])[-1][:120]}
-    return {**json.loads(lines[-1].removeprefix("RESULT ")), "peak": peak[0]}
+    result = json.loads(lines[-1].removeprefix("RESULT "))
+    return {**result, "peak": max(peak[0], result["peak"])}
 
 
 def warm(rounds: list[float]) -> list[float]:
