@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_fed import messages, weights
+from lightning_fed import weights
 from lightning_fed.callbacks.base import CohortOwner, FailureOwner, FederatedCallback, PartitionOwner
 from lightning_fed.callbacks.flower_strategy import (
     FlowerStrategy,
@@ -26,6 +26,7 @@ from lightning_fed.callbacks.flower_strategy import (
 from lightning_fed.client.app import ClientSide
 from lightning_fed.deal import Deal
 from lightning_fed.errors import ConfigurationError
+from lightning_fed.plain import from_plain, to_plain
 from lightning_fed.rounds import Rounds
 from lightning_fed.seeding import seed_all, seed_for
 from lightning_fed.strategies import ServerOptimizer
@@ -174,7 +175,7 @@ class Federation(Callback):
         state: dict[str, Any] = {"seed": self.seed, "strategy": strategy}
         if self._is_ours:
             kept = self._grid.client_states(before_round=self._before is not None)  # type: ignore[union-attr]
-            state["clients"] = {client: messages.to_plain(record) for client, record in kept.items()}
+            state["clients"] = {client: to_plain(record) for client, record in kept.items()}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -199,7 +200,7 @@ class Federation(Callback):
             load_strategy_state(self._strategy, state["strategy"])
         if self._is_ours:
             records: dict[int, RecordDict] = {
-                int(client): messages.from_plain(record) for client, record in state.get("clients", {}).items()
+                int(client): from_plain(record) for client, record in state.get("clients", {}).items()
             }
             self._grid.load_client_states(records)  # type: ignore[union-attr]
 

@@ -25,7 +25,7 @@ LEVELS = [
         *("client.heap", "client.lean_loop", "client.logged", "client.stack_cost", "client.streams"),
     ],
     ["messages", "client.local_trainer", "client.stack"],
-    ["strategies.mean", "roster", "client.local_run", "client.stacked_data", "client.stacked_log"],
+    ["strategies.mean", "plain", "roster", "client.local_run", "client.stacked_data", "client.stacked_log"],
     ["strategies.*", "client.local_fit", "client.compiled_step"],
     ["strategies", "engines.base", "client.cohort"],
     ["callbacks.base", "client.vectorized_fit"],
@@ -46,7 +46,7 @@ LEVELS = [
 # Third party -> the modules that may import it.
 DOORS = {
     "flwr": [
-        *("messages", "roster", "rounds", "federation", "trainer", "testing", "client.app"),
+        *("messages", "plain", "roster", "rounds", "federation", "trainer", "testing", "client.app"),
         *("strategies.*", "callbacks.*", "engines.*"),
     ],
     "ray": ["engines.ray"],

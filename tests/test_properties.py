@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_fed.callbacks import FaultTolerance, PartialParticipation, Partition
-from lightning_fed.messages import from_plain, to_plain
+from lightning_fed.plain import from_plain, to_plain
 from lightning_fed.seeding import seed_for
 from lightning_fed.weights import RunningMean
 

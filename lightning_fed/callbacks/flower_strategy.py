@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_fed import messages
 from lightning_fed.callbacks.base import FederatedCallback, Stage
 from lightning_fed.errors import ConfigurationError
+from lightning_fed.plain import from_plain, to_plain
 
 
 class FlowerStrategy(FederatedCallback):
@@ -157,7 +158,7 @@ def _state_of(strategy: Strategy) -> tuple[dict[str, Any], set[str]]:
             unknown |= more
         elif not (inspect.isroutine(value) or isinstance(value, (type, functools.partial))):
             try:
-                state[name] = messages.to_plain(value)
+                state[name] = to_plain(value)
             except TypeError:
                 unknown.add(name)
     return state, unknown
@@ -168,4 +169,4 @@ def _load_state(strategy: Strategy, state: dict[str, Any]) -> None:
         if isinstance(value, dict) and "__strategy__" in value:
             load_strategy_state(getattr(strategy, name), value["__strategy__"])
         else:
-            setattr(strategy, name, messages.from_plain(value))
+            setattr(strategy, name, from_plain(value))
