@@ -177,16 +177,16 @@ class TensorBatches(BatchSampler):
     """The batches of a BatchSampler, each as one tensor of indices."""
 
     def __iter__(self) -> Iterator[Any]:
-        yield from _order(self.sampler).split(self.batch_size)[: len(self)]  # type: ignore[no-untyped-call]
+        yield from self.order().split(self.batch_size)[: len(self)]  # type: ignore[no-untyped-call]
 
-
-def _order(sampler: Any) -> Tensor:
-    """What a sampler gives that ``_draws_at_once``, (n,) int64: the same draws, without a number after the other."""
-    count = len(sampler.data_source)
-    if type(sampler) is SequentialSampler:
-        return torch.arange(count)
-    seed = int(torch.empty((), dtype=torch.int64).random_().item())
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    def order(self) -> Tensor:
+        """What its sampler gives in an epoch, (n,) int64: the same draws, without a number after the other."""
+        sampler: Any = self.sampler
+        count = len(sampler.data_source)
+        if type(sampler) is SequentialSampler:
+            return torch.arange(count)
+        seed = int(torch.empty((), dtype=torch.int64).random_().item())
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -77,11 +77,12 @@ class StackedLoader(DataLoader[Any]):
 
     def _of_tensors(self) -> Generator[list[Part], None, None]:
         """Tensor data sets: an epoch's order is drawn at once, and a batch is one indexing call."""
-        orders = []
-        for client, loader in enumerate(self._own):
-            with self._streams.torch_of(client):
-                orders.append([loader.dataset.where(indices) for indices in loader.batch_sampler])
         gather = _Gather([loader.dataset.tensors for loader in self._own])
+        orders = []
+        for client, (loader, begin) in enumerate(zip(self._own, gather.begins, strict=True)):
+            with self._streams.torch_of(client):
+                order = loader.dataset.where(loader.batch_sampler.order()) + begin
+            orders.append(order.to(loader.dataset.tensors[0].device).split(loader.batch_size))
         for step in range(len(self)):
             yield [
                 Part(rows, gather(clients, [orders[client][step] for client in clients]))
@@ -104,27 +105,65 @@ class StackedLoader(DataLoader[Any]):
 class _Gather:
     """Takes clients' examples out of their tensors; batches of one shape lie in the same memory, one after the other.
 
-    Fresh memory for each would have to be mapped page by page, which takes longer than the copy.
+    Fresh memory for each would have to be mapped page by page, which takes longer than the copy. Where all clients'
+    tensors are parts of one, as those of a ``Partition`` are, a batch is one indexing call for all clients.
+
+    Args:
+        tensors: Each client's.
+
+    Attributes:
+        begins: What to add to each client's indices.
     """
 
     def __init__(self, tensors: Sequence[Sequence[Tensor]]) -> None:
         self._tensors = tensors
+        self._wholes: list[Tensor] = []
         self._memory: dict[tuple[int, int, int], Tensor] = {}
+        self.begins = [0] * len(tensors)
+        wholes, begins = zip(*(_whole(column) for column in zip(*tensors, strict=True)), strict=True)
+        if begins[0] is not None and all(begin == begins[0] for begin in begins):
+            self._wholes, self.begins = list(wholes), begins[0]
 
     def __call__(self, clients: Sequence[int], chosen: Sequence[Tensor]) -> list[Tensor]:
         """The chosen examples of some clients, each tensor (clients, examples, ...)."""
+        size = len(clients), len(chosen[0])
+        if self._wholes:
+            where = [torch.cat(list(chosen))]
+            return [self._rows(number, [whole], where, size) for number, whole in enumerate(self._wholes)]
         columns = zip(*(self._tensors[client] for client in clients), strict=True)
-        return [self._rows(number, column, chosen) for number, column in enumerate(columns)]
+        return [self._rows(number, column, chosen, size) for number, column in enumerate(columns)]
 
-    def _rows(self, number: int, column: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
-        key = number, len(column), len(chosen[0])
+    def _rows(self, number: int, sources: Sequence[Tensor], chosen: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        key = number, *size
         if key not in self._memory:
-            if len({(own.shape[1:], own.dtype) for own in column}) > 1:
+            if len({(own.shape[1:], own.dtype) for own in sources}) > 1:
                 raise NotStackable("clients' examples have different shapes or dtypes")
-            self._memory[key] = column[0].new_empty(*key[1:], *column[0].shape[1:])
-        for own, indices, rows in zip(column, chosen, self._memory[key], strict=True):
+            self._memory[key] = sources[0].new_empty(*size, *sources[0].shape[1:])
+        memory = self._memory[key]
+        for own, indices, rows in zip(
+            sources, chosen, memory if len(sources) > 1 else [memory.flatten(0, 1)], strict=True
+        ):
             torch.index_select(own, 0, indices.to(own.device), out=rows)
-        return self._memory[key]
+        return memory
+
+
+def _whole(parts: Sequence[Tensor]) -> tuple[Tensor, list[int] | None]:
+    """A tensor that all are parts of, and the row at which each begins; ``None`` if they do not lie in one."""
+    first, row = parts[0], parts[0].stride(0)
+    if row <= 0 or any(not _lies_with(first, part) for part in parts):
+        return first, None
+    start = min(part.storage_offset() for part in parts)
+    begins = [int(part.storage_offset() - start) // row for part in parts]
+    rows = max(begin + len(part) for begin, part in zip(begins, parts, strict=True))
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), start), begins
+
+
+def _lies_with(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors lie in the same memory, whole rows apart."""
+    if (one.shape[1:], one.stride(), one.dtype) != (other.shape[1:], other.stride(), other.dtype):
+        return False
+    apart = int(one.storage_offset() - other.storage_offset())
+    return apart % one.stride(0) == 0 and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _alike(kinds: Sequence[Any]) -> list[tuple[Tensor | None, list[int]]]:
