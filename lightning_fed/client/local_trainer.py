@@ -11,9 +11,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer import setup
+from lightning.pytorch.trainer import trainer as lightning_trainer
 from lightning.pytorch.trainer.connectors import callback_connector
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -194,6 +196,17 @@ class LocalTrainer(Trainer):
     def training(self, value: bool) -> None:
         assert Trainer.training.fset is not None  # type: ignore[attr-defined]
         Trainer.training.fset(self, value)  # type: ignore[attr-defined]
+
+    def _run_stage(self) -> Any:
+        # For a sanity check that a client never makes, Lightning keeps and puts back all random states of all devices.
+        lightning_trainer.isolate_rng = nullcontext  # type: ignore[assignment]
+        try:
+            return super()._run_stage()
+        finally:
+            lightning_trainer.isolate_rng = isolate_rng
+
+    def _run_sanity_check(self) -> None:
+        lightning_trainer.isolate_rng = isolate_rng  # what comes next may be the user's
 
     def let_go(self, module: LightningModule) -> None:
         """Lets go at once what is large: a trainer's reference cycles would keep it until a garbage collection."""

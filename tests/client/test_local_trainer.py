@@ -1,0 +1,64 @@
+"""What a client's trainer leaves out of Lightning's, it leaves out for itself alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer import trainer as lightning_trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader
+
+from lightning_fed.client.local_fit import local_fit
+from lightning_fed.client.local_run import LocalOptions
+from lightning_fed.client.local_trainer import LocalTask
+from lightning_fed.data import ClientLoaders
+from lightning_fed.testing import ToyModule, toy_data
+from lightning_fed.weights import read
+from tests.helpers import QUIET
+
+
+class Looks(ToyModule):
+    """Looks at what Lightning would keep random states with."""
+
+    fails = False
+
+    def on_train_start(self) -> None:
+        self.found.append(lightning_trainer.isolate_rng)
+        if self.fails:
+            raise ValueError("no")
+
+
+def fit(module: Looks) -> Any:
+    module.found = []
+    Trainer(max_epochs=0, **QUIET, devices=1).fit(module, DataLoader(toy_data()))
+    task = LocalTask(0, 1, 0, read(module), set_up=False)
+    loaders = ClientLoaders(DataLoader(toy_data(16)), None, None, 16)
+    return local_fit(module, None, loaders, task, LocalOptions(trainer={"accelerator": "cpu", "devices": 1}))
+
+
+def test_no_random_states_are_kept_for_a_sanity_check_that_is_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(include_cuda: bool = True) -> Any:
+        asked.append(include_cuda)
+        return isolate_rng(include_cuda)
+
+    monkeypatch.setattr("lightning_fed.client.local_trainer.isolate_rng", counted)
+    monkeypatch.setattr(lightning_trainer, "isolate_rng", counted)
+    fit(Looks())
+    assert asked == [True]  # by Lightning's own trainer, which sets the module up
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_trainer_that_the_user_starts_meanwhile_or_later_is_lightnings(fails: bool) -> None:
+    module = Looks()
+    module.fails = fails
+    if fails:
+        with pytest.raises(ValueError, match="no"):
+            fit(module)
+    else:
+        fit(module)
+    assert module.found == [isolate_rng]
+    assert lightning_trainer.isolate_rng is isolate_rng
