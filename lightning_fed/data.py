@@ -156,7 +156,7 @@ class Gathered(TensorDataset):
 
     def __init__(self, tensors: Sequence[Tensor], indices: Sequence[int] | None) -> None:
         super().__init__(*tensors)
-        self._indices = None if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        self._indices = None if indices is None else _within(indices, len(tensors[0]))
 
     def __len__(self) -> int:
         return len(self.tensors[0]) if self._indices is None else len(self._indices)
@@ -171,6 +171,22 @@ class Gathered(TensorDataset):
     def __getitems__(self, indices: Sequence[int] | Tensor) -> list[Tensor]:
         chosen = self.where(torch.as_tensor(indices))
         return [tensor.index_select(0, chosen.to(tensor.device)) for tensor in self.tensors]
+
+
+def _within(indices: Sequence[int], count: int) -> Tensor:
+    """Indices as a tensor, (n,) int64, those from the end counted from the beginning.
+
+    Raises:
+        IndexError: If one is not of ``count`` examples.
+    """
+    given = torch.as_tensor(indices, dtype=torch.int64)
+    if not len(given):
+        return given
+    lowest, highest = (int(bound) for bound in torch.aminmax(given))
+    if lowest < -count or highest >= count:
+        wrong = lowest if lowest < -count else highest
+        raise IndexError(f"index {wrong} of a Subset is out of range: its dataset has {count} examples")
+    return given if lowest >= 0 else given.where(given >= 0, given + count)
 
 
 class TensorBatches(BatchSampler):

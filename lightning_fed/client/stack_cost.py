@@ -79,7 +79,10 @@ class Kept(saved_tensors_hooks):
 
 
 class Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Measures the ``bytes`` of a pass without gradients: an operation's result, and as much that it is made of."""
+    """Measures the ``bytes`` of a pass without gradients: an operation's result, and as much that it is made of.
+
+    A view is no result: its memory may be a whole data set's.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -87,6 +90,11 @@ class Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        sizes = [leaf.untyped_storage().nbytes() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        read = {storage.data_ptr() for storage in _storages((args, kwargs))}
+        sizes = [storage.nbytes() for storage in _storages(result) if storage.data_ptr() not in read]
         self.bytes = max(self.bytes, 2 * max(sizes, default=0))
         return result
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

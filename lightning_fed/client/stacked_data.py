@@ -82,7 +82,7 @@ class StackedLoader(DataLoader[Any]):
         for client, (loader, begin) in enumerate(zip(self._own, gather.begins, strict=True)):
             with self._streams.torch_of(client):
                 order = loader.dataset.where(loader.batch_sampler.order()) + begin
-            orders.append(order.to(loader.dataset.tensors[0].device).split(loader.batch_size))
+            orders.append(order.to(loader.dataset.tensors[0].device).split(loader.batch_sampler.batch_size))
         for step in range(len(self)):
             yield [
                 Part(rows, gather(clients, [orders[client][step] for client in clients]))
@@ -116,6 +116,8 @@ class _Gather:
     """
 
     def __init__(self, tensors: Sequence[Sequence[Tensor]]) -> None:
+        if len({len(own) for own in tensors}) > 1:
+            raise NotStackable("clients' examples have different numbers of tensors")
         self._tensors = tensors
         self._wholes: list[Tensor] = []
         self._memory: dict[tuple[int, int, int], Tensor] = {}
@@ -160,10 +162,16 @@ def _whole(parts: Sequence[Tensor]) -> tuple[Tensor, list[int] | None]:
 
 def _lies_with(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors lie in the same memory, whole rows apart."""
-    if (one.shape[1:], one.stride(), one.dtype) != (other.shape[1:], other.stride(), other.dtype):
-        return False
     apart = int(one.storage_offset() - other.storage_offset())
-    return apart % one.stride(0) == 0 and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return _layout(one) == _layout(other) and apart % one.stride(0) == 0
+
+
+def _layout(part: Tensor) -> tuple[Any, ...]:
+    memory = part.untyped_storage()
+    return (
+        *(memory.data_ptr(), memory.nbytes(), part.shape[1:], part.stride()),
+        *(part.dtype, part.is_conj(), part.is_neg()),
+    )
 
 
 def _alike(kinds: Sequence[Any]) -> list[tuple[Tensor | None, list[int]]]:

@@ -28,6 +28,15 @@ def test_what_a_pass_without_gradients_writes_counts() -> None:
     assert written.bytes == 2 * 4 * 1000 * 1000
 
 
+def test_a_view_of_what_is_there_costs_nothing() -> None:
+    data = torch.ones(1000, 1000)
+    written = Written()
+    with torch.no_grad(), written:
+        data.as_strided((1000, 10), (1000, 1))[:4, 2:].sum(1)
+        data.mul_(2)
+    assert written.bytes == 2 * 4 * 4
+
+
 @pytest.mark.parametrize(
     ("cost", "device", "memory", "clients"),
     [

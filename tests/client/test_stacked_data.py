@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, TensorDataset
 
 from lightning_fed.client.stacked_data import StackedLoader
 from lightning_fed.client.streams import NotStackable, Streams
 
 X, Y = torch.randn(60, 4, 3), torch.arange(60)
+NUMPY, COMPLEX = np.random.default_rng(0).random((60, 3)), torch.randn(12, 3, dtype=torch.complex64)
 TRANSPOSED = torch.randn(3, 4, 60).permute(2, 1, 0)
 
 
@@ -45,6 +47,9 @@ CASES = {
     "slices in another order of memory": (parts(TRANSPOSED, Y), True),
     "columns that begin elsewhere": ([TensorDataset(X[i : i + 10], Y[:10]) for i in (0, 3, 7)], False),
     "apart": ([TensorDataset(X[i : i + 10].clone(), Y[i : i + 10].clone()) for i in (0, 3, 7)], False),
+    "arrays that begin alike": ([TensorDataset(torch.from_numpy(NUMPY[:n])) for n in (8, 10, 12)], False),
+    "conjugated": ([TensorDataset(one) for one in (COMPLEX, COMPLEX.conj(), COMPLEX)], False),
+    "indices from the end": ([some([-1, *range(9)]), some(range(10)), some([*range(-10, 0)])], True),
     "rows that overlap in part": ([TensorDataset(X.view(-1)[i : i + 30].view(10, 3)) for i in (0, 3, 31)], False),
 }
 
@@ -53,8 +58,13 @@ def loader(dataset: Any) -> Any:
     return DataLoader(dataset, batch_size=4, shuffle=True)
 
 
+def with_a_batch_sampler(dataset: Any) -> Any:
+    return DataLoader(dataset, batch_sampler=BatchSampler(RandomSampler(dataset), 4, drop_last=False))
+
+
+@pytest.mark.parametrize("loader", [loader, with_a_batch_sampler])
 @pytest.mark.parametrize(("datasets", "is_one"), CASES.values(), ids=CASES)
-def test_batches_are_those_of_each_client_alone(datasets: list[Any], is_one: bool) -> None:
+def test_batches_are_those_of_each_client_alone(datasets: list[Any], is_one: bool, loader: Any) -> None:
     streams = Streams(range(3), torch.device("cpu"))
     steps = -(-min(len(one) for one in datasets) // 4)
     batches = StackedLoader([loader(one) for one in datasets], streams)
@@ -76,7 +86,17 @@ def test_batches_are_those_of_each_client_alone(datasets: list[Any], is_one: boo
     assert calls.count == len(expected[0]) * (shapes if is_one else 3 * steps)
 
 
-def test_examples_of_other_shapes_are_refused() -> None:
-    datasets = [TensorDataset(torch.zeros(4, 2)), TensorDataset(torch.zeros(4, 3))]
-    with pytest.raises(NotStackable, match="different shapes"):
+@pytest.mark.parametrize(
+    "other", [(torch.zeros(4, 3),), (torch.zeros(4, 2), torch.zeros(4))], ids=["shapes", "numbers"]
+)
+def test_examples_that_differ_are_refused(other: tuple[Tensor, ...]) -> None:
+    datasets = [TensorDataset(torch.zeros(4, 2)), TensorDataset(*other)]
+    with pytest.raises(NotStackable, match="clients' examples have different"):
         next(iter(StackedLoader([loader(one) for one in datasets], Streams(range(2), torch.device("cpu")))))
+
+
+@pytest.mark.parametrize("indices", [[0, 10], [-11]])
+def test_an_example_that_is_not_there_is_nobody_elses(indices: list[int]) -> None:
+    datasets = [TensorDataset(X[:4]), Subset(TensorDataset(X[20:30]), indices), TensorDataset(X[30:34])]
+    with pytest.raises(IndexError, match="out of range: its dataset has 10 examples"):
+        list(StackedLoader([loader(one) for one in datasets], Streams(range(3), torch.device("cpu"))))
