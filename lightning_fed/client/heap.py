@@ -14,6 +14,7 @@ from functools import cache
 
 # Giving memory back means to have it mapped anew, page by page: not for less than this.
 _MUCH = 64 << 20
+_SIZES = "/proc/self/statm"
 
 
 class Heap:
@@ -25,16 +26,21 @@ class Heap:
     def tidy(self) -> None:
         """To be called where large tensors have been let go."""
         trim = _trim()
-        if trim is not None and _resident() > self._usual + _MUCH:
+        if trim is None:
+            return
+        now = _resident()
+        if now > self._usual + _MUCH:
             trim(0)
             self._usual = _resident()
+        self._usual = min(self._usual, now)
 
 
 @cache
 def _trim() -> Callable[[int], int] | None:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    known = sys.platform == "linux" and os.path.exists(_SIZES)
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if known else None
 
 
 def _resident() -> int:
-    with open("/proc/self/statm") as file:
+    with open(_SIZES) as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -198,6 +198,8 @@ class LocalTrainer(Trainer):
         Trainer.training.fset(self, value)  # type: ignore[attr-defined]
 
     def _run_stage(self) -> Any:
+        if not self.training:
+            return super()._run_stage()
         # For a sanity check that a client never makes, Lightning keeps and puts back all random states of all devices.
         lightning_trainer.isolate_rng = nullcontext  # type: ignore[assignment]
         try:

@@ -31,7 +31,14 @@ def test_nothing_is_done_unless_the_process_has_grown_by_much(monkeypatch: pytes
     monkeypatch.setattr(heap, "_resident", lambda: resident[0])
     monkeypatch.setattr(heap, "_trim", lambda: trims.append)
     tidy = Heap()
-    for resident[0], count in [(300 * MIB, 1), (340 * MIB, 1), (370 * MIB, 2), (400 * MIB, 2), (200 * MIB, 2)]:
+    for resident[0], count in [
+        (300 * MIB, 1),
+        (340 * MIB, 1),
+        (370 * MIB, 2),
+        (400 * MIB, 2),
+        (200 * MIB, 2),
+        (265 * MIB, 3),
+    ]:
         tidy.tidy()
         assert len(trims) == count
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from lightning.pytorch.trainer import trainer as lightning_trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
-from lightning_fed.client.local_fit import local_fit
+from lightning_fed.client.local_fit import local_evaluate, local_fit
 from lightning_fed.client.local_run import LocalOptions
 from lightning_fed.client.local_trainer import LocalTask
 from lightning_fed.data import ClientLoaders
@@ -29,13 +30,16 @@ class Looks(ToyModule):
         if self.fails:
             raise ValueError("no")
 
+    def on_validation_start(self) -> None:
+        self.found.append(lightning_trainer.isolate_rng)
 
-def fit(module: Looks) -> Any:
+
+def run(module: Looks, what: Any) -> Any:
     module.found = []
     Trainer(max_epochs=0, **QUIET, devices=1).fit(module, DataLoader(toy_data()))
     task = LocalTask(0, 1, 0, read(module), set_up=False)
-    loaders = ClientLoaders(DataLoader(toy_data(16)), None, None, 16)
-    return local_fit(module, None, loaders, task, LocalOptions(trainer={"accelerator": "cpu", "devices": 1}))
+    loaders = ClientLoaders(DataLoader(toy_data(16)), DataLoader(toy_data(8)), None, 16)
+    return what(module, None, loaders, task, LocalOptions(trainer={"accelerator": "cpu", "devices": 1}))
 
 
 def test_no_random_states_are_kept_for_a_sanity_check_that_is_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,18 +51,15 @@ def test_no_random_states_are_kept_for_a_sanity_check_that_is_never_made(monkeyp
 
     monkeypatch.setattr("lightning_fed.client.local_trainer.isolate_rng", counted)
     monkeypatch.setattr(lightning_trainer, "isolate_rng", counted)
-    fit(Looks())
+    run(Looks(), local_fit)
     assert asked == [True]  # by Lightning's own trainer, which sets the module up
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_trainer_that_the_user_starts_meanwhile_or_later_is_lightnings(fails: bool) -> None:
+@pytest.mark.parametrize(("what", "fails"), [(local_fit, False), (local_fit, True), (local_evaluate, False)])
+def test_a_trainer_that_the_user_starts_meanwhile_or_later_is_lightnings(what: Any, fails: bool) -> None:
     module = Looks()
     module.fails = fails
-    if fails:
-        with pytest.raises(ValueError, match="no"):
-            fit(module)
-    else:
-        fit(module)
+    with pytest.raises(ValueError, match="no") if fails else nullcontext():
+        run(module, what)
     assert module.found == [isolate_rng]
     assert lightning_trainer.isolate_rng is isolate_rng
