@@ -73,9 +73,19 @@ class CompiledStep:
 
     @staticmethod
     @contextmanager
-    def static_shapes() -> Iterator[None]:
-        """For a fit: as ``torch.compile(dynamic=False)``, which at each call takes as long as its guards."""
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True):
+    def configured() -> Iterator[None]:
+        """For a fit: static shapes, as ``compile(dynamic=False)``, which at each call takes as long as its guards.
+
+        Kernels are compiled by as many processes as this one has threads: each imports torch, which costs a worker that
+        has one core more than it gains.
+        """
+        from torch._inductor import config as inductor
+
+        processes = min(inductor.compile_threads or 1, torch.get_num_threads())
+        with (
+            torch._dynamo.config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True),
+            inductor.patch(compile_threads=processes),
+        ):
             yield
 
     def run(

@@ -71,7 +71,7 @@ def vectorized_fit(
         trainer.compiled = how.compiled
         start_at_epoch(trainer, first_epoch)
         try:
-            with nullcontext() if how.compiled is None else how.compiled.static_shapes():
+            with nullcontext() if how.compiled is None else how.compiled.configured():
                 call(trainer.fit, trainer, module, datamodule, train=True)
             trainer.stack.streams.check()
             weights = trainer.stack.results()
