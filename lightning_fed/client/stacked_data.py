@@ -142,9 +142,8 @@ class _Gather:
                 raise NotStackable("clients' examples have different shapes or dtypes")
             self._memory[key] = sources[0].new_empty(*size, *sources[0].shape[1:])
         memory = self._memory[key]
-        for own, indices, rows in zip(
-            sources, chosen, memory if len(sources) > 1 else [memory.flatten(0, 1)], strict=True
-        ):
+        each = memory.view(len(sources), size[0] * size[1] // len(sources), *memory.shape[2:])
+        for own, indices, rows in zip(sources, chosen, each, strict=True):
             torch.index_select(own, 0, indices.to(own.device), out=rows)
         return memory
 
@@ -152,21 +151,17 @@ class _Gather:
 def _whole(parts: Sequence[Tensor]) -> tuple[Tensor, list[int] | None]:
     """A tensor that all are parts of, and the row at which each begins; ``None`` if they do not lie in one."""
     first, row = parts[0], parts[0].stride(0)
-    if row <= 0 or any(not _lies_with(first, part) for part in parts):
+    start = min(int(part.storage_offset()) for part in parts)
+    apart = [int(part.storage_offset()) - start for part in parts]
+    if row <= 0 or len({_layout(part) for part in parts}) > 1 or any(offset % row for offset in apart):
         return first, None
-    start = min(part.storage_offset() for part in parts)
-    begins = [int(part.storage_offset() - start) // row for part in parts]
+    begins = [offset // row for offset in apart]
     rows = max(begin + len(part) for begin, part in zip(begins, parts, strict=True))
     return first.as_strided((rows, *first.shape[1:]), first.stride(), start), begins
 
 
-def _lies_with(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors lie in the same memory, whole rows apart."""
-    apart = int(one.storage_offset() - other.storage_offset())
-    return _layout(one) == _layout(other) and apart % one.stride(0) == 0
-
-
 def _layout(part: Tensor) -> tuple[Any, ...]:
+    """What parts of one tensor have in common."""
     memory = part.untyped_storage()
     return (
         *(memory.data_ptr(), memory.nbytes(), part.shape[1:], part.stride()),
