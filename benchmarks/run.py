@@ -8,7 +8,8 @@
 Each repeat has a seed of its own: the spread of a metric is that over seeds, and ``differs`` says that a peer's lies
 apart from all of ours. A round's seconds are those after the first three, which warm up, as median, minimum and maximum
 over all repeats. A ratio is that of the medians of two peers within one repeat, as median, minimum and maximum over
-repeats: below 1 ours is faster. What was compiled in an earlier run is in torch's cache.
+repeats: below 1 ours is faster. What was compiled in an earlier run is in torch's cache. Memory is looked at twice a
+second, shared pages counted once; the first process' own peak, with all that it shares, is known and counts if larger.
 """
 
 from __future__ import annotations
@@ -54,10 +55,7 @@ NEEDS = {"flower": "ray", "flower_lightning": "ray", "pfl": "pfl", "jax": "jax"}
 
 
 def memory_of(pid: int) -> float:
-    """The memory of a process and all below it, in MB; what they share counts once (PSS).
-
-    Looked at twice a second; of the first process its own peak is known, too, with all that it shares with others.
-    """
+    """The memory of a process and all below it, in MB; what they share counts once (PSS)."""
     total, todo = 0, [pid]
     while todo:
         one = todo.pop()

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
+from torch._inductor import config as inductor
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_flatten
 
@@ -79,8 +80,6 @@ class CompiledStep:
         Kernels are compiled by as many processes as this one has threads: each imports torch, which costs a worker that
         has one core more than it gains.
         """
-        from torch._inductor import config as inductor
-
         processes = min(inductor.compile_threads or 1, torch.get_num_threads())
         with (
             torch._dynamo.config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True),
