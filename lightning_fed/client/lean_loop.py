@@ -63,7 +63,7 @@ class LeanOptimization(_AutomaticOptimization):
     hooks: _Hooks | None = None
 
     def prepare(self, hooks: _Hooks, is_plain: bool) -> None:
-        """Looks, once an epoch, whether there is anything that needs Lightning's own way."""
+        """Looks, once an epoch, whether there is anything else that needs Lightning's own way."""
         module = self.trainer.lightning_module
         usual = is_plain and not self._skip_backward and self.trainer.strategy.model is module
         usual = usual and not any(wrote(module, LightningModule, name) for name in _OF_OPTIMIZATION)
@@ -130,11 +130,11 @@ class LeanEpochLoop(_TrainingEpochLoop):
         plain_loaders = type(data_fetcher) is _PrefetchDataFetcher and not self.restarting
         one_device = type(trainer.strategy) is SingleDeviceStrategy
         self._is_lean = plain_loaders and one_device and trainer.accumulate_grad_batches == 1
-        if not self._is_lean:
-            return
         self._hooks, is_plain = _Hooks(trainer), type(trainer.precision_plugin) is Precision
         assert isinstance(self.automatic_optimization, LeanOptimization)
-        self.automatic_optimization.prepare(self._hooks, is_plain)
+        self.automatic_optimization.prepare(self._hooks, self._is_lean and is_plain)
+        if not self._is_lean:
+            return
         self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         transfers = any(wrote(module, LightningModule, name) for name in _OF_TRANSFER) or (

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -221,6 +222,10 @@ UNUSUAL = {
 def test_what_is_unusual_goes_as_in_lightning_s_own_loop(name: str) -> None:
     build, options = UNUSUAL[name]
     assert assert_same(build, Watch(), **options)
+
+
+def test_gradients_that_are_accumulated_in_a_later_epoch() -> None:
+    assert assert_same(Watched, Watch(), GradientAccumulationScheduler({0: 1, 1: 2, 2: 1, 3: 2}))
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "bf16"])
