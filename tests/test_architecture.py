@@ -22,10 +22,14 @@ LEVELS = [
     ["_version", "errors", "seeding", "views"],
     [
         *("weights", "metrics", "data", "client", "client.isolation", "client.fit_state"),
-        *("client.heap", "client.lean_loop", "client.logged", "client.stack_cost", "client.streams"),
+        *("client.heap", "client.lean_loop", "client.local_update", "client.logged", "client.stack_cost"),
+        "client.streams",
     ],
     ["messages", "client.local_trainer", "client.stack"],
-    ["strategies.mean", "plain", "roster", "client.local_run", "client.stacked_data", "client.stacked_log"],
+    [
+        *("strategies.mean", "plain", "roster", "client.local_run"),
+        *("client.stacked_data", "client.stacked_log", "client.stacked_optimization"),
+    ],
     ["strategies.*", "client.local_fit", "client.compiled_step"],
     ["strategies", "engines.base", "client.cohort"],
     ["callbacks.base", "client.vectorized_fit"],

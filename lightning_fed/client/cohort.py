@@ -22,9 +22,11 @@ from torchmetrics import Metric
 from lightning_fed.client.compiled_step import CompiledStep
 from lightning_fed.client.local_run import LocalHooks
 from lightning_fed.client.local_trainer import ClientView, LocalTrainer
+from lightning_fed.client.local_update import Here
 from lightning_fed.client.stack import Stack, clip_each_by_norm
 from lightning_fed.client.stacked_data import Part
 from lightning_fed.client.stacked_log import Entry, Logged, StackedLog
+from lightning_fed.client.stacked_optimization import StackedOptimization
 from lightning_fed.client.streams import NotStackable
 from lightning_fed.metrics import MetricState
 from lightning_fed.views import user_class
@@ -36,6 +38,7 @@ class CohortView(ClientView):
     """A module as many clients see it at once."""
 
     trainer: CohortTrainer
+    _here: Here  # while a step is compiled
 
     def training_step(self, batch: list[Part], batch_idx: int) -> Tensor:
         # Each client's gradient is in its row of the gradient of the sum.
@@ -47,7 +50,7 @@ class CohortView(ClientView):
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if torch.compiler.is_compiling():
-            self.__dict__["_logged_here"][name] = _number(value)
+            self._here.logged[name] = _number(value)
         else:
             self.trainer.note(name, value, args, kwargs)
 
@@ -69,6 +72,7 @@ class CohortTrainer(LocalTrainer):
         self.each_caught: list[list[MetricState]] = []
         self._steps: dict[str, Any] = {}
         self._batch: Any = None
+        self.fit_loop.epoch_loop.automatic_optimization.__class__ = StackedOptimization
         self.precision_plugin.clip_grad_by_norm = clip_each_by_norm  # type: ignore[method-assign]
 
     @property
@@ -114,6 +118,27 @@ class CohortTrainer(LocalTrainer):
         self.stacked_log.add(logged)
         return totals
 
+    def run_update(self, batch: list[Part], batch_idx: int) -> bool:
+        """Runs the user's training step and SGD's as one compiled one, where that can be done."""
+        part, update, module = batch[0], self._optimization.update, self.lightning_module
+        if self.compiled is None or part.rows is not None or not self.compiled.can_update(update):
+            return False
+        ran = self.compiled.run(self.stack, self._step("training_step"), part.batch, batch_idx, update)
+        if ran is None:
+            return False
+        for parameter, gradient in ran.gradients:
+            parameter.grad = gradient
+        module._current_fx_name = "training_step"
+        self.stacked_log.add([Logged(None, ran.entries, ran.values)])
+        module._current_fx_name = None
+        return True
+
+    @property
+    def _optimization(self) -> StackedOptimization:
+        optimization = self.fit_loop.epoch_loop.automatic_optimization
+        assert isinstance(optimization, StackedOptimization)
+        return optimization
+
     def _step(self, name: str) -> Any:
         """The user's step, as a function of module, batch and its index."""
         if name not in self._steps:
@@ -148,8 +173,13 @@ class CohortTrainer(LocalTrainer):
     def _compiled(self, step: Any, part: Part, batch_idx: int) -> _Outcome | None:
         if self.compiled is None or part.rows is not None or not self.training:
             return None
-        found = self.compiled.run(self.stack, step, part.batch, batch_idx)
-        return None if found is None else ([found[0]], *found[1:])
+        if self.compiled.can_update(self._optimization.update):  # but this one has to run as written
+            return None
+        ran = self.compiled.run(self.stack, step, part.batch, batch_idx)
+        if ran is None:
+            return None
+        loss = ran.loss if self._optimization.takes(ran.gradients) else ran.differentiable()
+        return [loss], ran.entries, ran.values
 
     def note(self, name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Takes note of a call of ``self.log``.
@@ -203,7 +233,7 @@ def _watched(stack: Stack, module: LightningModule) -> Iterator[None]:
 
 def _attributes(child: nn.Module) -> dict[str, tuple[int, int]]:
     """What identifies the values of a module's attributes; parameters, buffers and what Lightning sets left out."""
-    theirs = ("_parameters", "_buffers", "_modules", "_current_fx_name", "_logged_here", "_metric_attributes")
+    theirs = ("_parameters", "_buffers", "_modules", "_current_fx_name", "_here", "_metric_attributes")
     kept = {name: value for name, value in vars(child).items() if name not in theirs}
     return {n: (id(v), len(v) if isinstance(v, (list, dict, set)) else 0) for n, v in kept.items()}
 

@@ -1,8 +1,8 @@
-"""The steps of clients that are trained as one, compiled: losses, gradients and logged values in one graph.
+"""The steps of clients that are trained as one, compiled: losses, gradients and logged values in one graph, and SGD.
 
 ``torch.compile`` guards on whatever the user's code reads (the epoch, an attribute of the module) and compiles another
-graph where that changes. Beside each graph the step runs uncompiled once, which tells what is logged and which
-parameters a loss reaches.
+graph where that changes. Before a graph runs for the first time the step runs uncompiled once, which tells what is
+logged and which parameters a loss reaches.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._inductor import config as inductor
-from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_flatten
 
+from lightning_fed.client.local_update import Here, SgdUpdate, step_of_all, update_of_all
 from lightning_fed.client.stack import Stack
 from lightning_fed.client.stacked_log import Entry
-from lightning_fed.client.streams import NotStackable
 
 # Shapes of batches beyond these are not compiled: clients of ever new sizes would compile for ever.
 MOST_SHAPES = 8
@@ -36,6 +35,28 @@ class _Known:
     reached: list[str]
 
 
+@dataclass
+class Ran:
+    """A compiled step that ran.
+
+    Attributes:
+        loss: The sum of the clients' losses, which autograd knows nothing of.
+        gradients: The parameters that it reaches, with their gradients.
+        entries: What was logged.
+        values: Its values, each (clients,).
+    """
+
+    loss: Tensor
+    gradients: list[tuple[Tensor, Tensor]]
+    entries: list[Entry]
+    values: list[Tensor]
+
+    def differentiable(self) -> Tensor:
+        """The loss, as one whose backward pass hands the gradients over."""
+        parameters, gradients = zip(*self.gradients, strict=True)
+        return _Given.apply(self.loss, gradients, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class CompiledStep:
     """One step of a module's clients; for all rounds of a run.
 
@@ -46,12 +67,14 @@ class CompiledStep:
     def __init__(self, backend: str = "inductor") -> None:
         self._backend = backend
         self._shapes: set[Any] = set()
-        self._known: dict[tuple[int, ...], _Known] = {}
+        self._known: dict[int, _Known] = {}
         self._is_off = False
-        self._here = _Here()
-        self._compiled: Any = None
+        self._here = Here()
+        self._compiled: dict[bool, Any] = {}  # whether updates are in it
+        self._updated: Any = None  # the options of the updates that are
         self._graphs = 0
-        self._ran: tuple[int, ...] = ()  # the graphs that the last call ran
+        self._graph: int | None = None  # the last one that was called
+        self._has_begun = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_backend": self._backend}  # another process compiles for itself
@@ -68,9 +91,13 @@ class CompiledStep:
             if len(self._shapes) < MOST_SHAPES:
                 self._shapes.add(shape)
             return
+        if self._graph is None:
+            return
         leaves = _leaves_of(total)
         reached = [name for name, parameter in stack.parameters.items() if id(parameter) in leaves]
-        self._known[self._ran] = _Known(list(entries), reached)
+        self._known[self._graph] = _Known(list(entries), reached)
+        if len(reached) < sum(parameter.requires_grad for parameter in stack.parameters.values()):
+            self._updated = _NEVER  # an optimizer leaves out what has no gradient
 
     @staticmethod
     @contextmanager
@@ -87,105 +114,100 @@ class CompiledStep:
         ):
             yield
 
-    def run(
-        self, stack: Stack, step: Any, batch: Any, batch_idx: int
-    ) -> tuple[Tensor, list[Entry], list[Tensor]] | None:
-        """The sum of the clients' losses, what they log and its values; ``None`` where the step has to run uncompiled.
+    def can_update(self, update: SgdUpdate | None) -> bool:
+        """Whether whole updates are compiled: not where options change, for each graph is made for some."""
+        if self._is_off or update is None or self._updated is _NEVER:
+            return False
+        if self._updated is None:
+            self._updated = update.groups
+        if not update.is_current() or update.groups != self._updated:
+            self._updated = _NEVER
+        return self._updated is not _NEVER
+
+    def run(self, stack: Stack, step: Any, batch: Any, batch_idx: int, update: SgdUpdate | None = None) -> Ran | None:
+        """Runs one step; ``None`` where it has to run uncompiled.
 
         Args:
             stack: The clients' weights.
             step: The user's ``training_step``, as a function of module, batch and its index.
             batch: Every leaf a tensor with the clients in front.
             batch_idx: Its index.
+            update: What also steps the weights, if that is compiled, too.
         """
+        self._here.batch_idx, self._graph, self._has_begun = batch_idx, None, False
         if self._is_off or _shape(batch) not in self._shapes:
             return None
-        self._compiled = self._compiled or self._compile(stack.module, step)
         trained = {name: value.detach() for name, value in stack.parameters.items() if value.requires_grad}
         fixed = {name: value.detach() for name, value in stack.parameters.items() if not value.requires_grad}
         fixed.update(stack.buffers)
-        self._here.batch_idx, self._ran = batch_idx, ()
+        momenta = () if update is None else (update.momenta,)
         try:
             with torch.no_grad():
-                gradients, (losses, (values, buffers)) = self._compiled(trained, fixed, batch)
+                compiled = self._of(stack.module, step, update)
+                stack.module.__dict__["_here"] = self._here
+                gradients, loss, values, buffers = compiled(trained, fixed, batch, *momenta)
+        except _Unknown:
+            return None
         except Exception as error:
             torch._C._autograd._saved_tensors_hooks_enable()  # which a transform that broke off leaves disabled
-            self._turn_off(_reason(error))
+            if update is not None and self._has_begun:  # to update weights
+                raise
+            if update is None or _is_too_often(error):
+                self._turn_off(_reason(error))
+            self._updated = _NEVER  # gradients alone may be compiled
             return None
-        if not self._ran:  # torch gave it up
-            self._turn_off(_TOO_OFTEN)
-            return None
-        known = self._known.get(self._ran)
-        if known is None:
-            return None
+        finally:
+            stack.module.__dict__.pop("_here", None)
+        assert self._graph is not None
+        known = self._known[self._graph]
         for name, buffer in stack.buffers.items():
             buffer.copy_(buffers[name])
-        parameters = (stack.parameters[name] for name in known.reached)
-        total = _Given.apply(losses, [gradients[name] for name in known.reached], *parameters)
-        return total, known.entries, [values[entry.name] for entry in known.entries]
+        pairs = [(stack.parameters[name], gradients[name]) for name in known.reached]
+        return Ran(loss, pairs, known.entries, [values[entry.name] for entry in known.entries])
 
     def _turn_off(self, reason: str) -> None:
         self._is_off = True
         rank_zero_warn(f"compile_clients: clients train uncompiled: {reason}.")
 
     def _numbered(self, graph: Any, inputs: Any) -> Any:
-        """A backend of ``torch.compile`` whose graphs tell when they run."""
+        """A backend of ``torch.compile`` whose graphs tell when they are called, and run only once they are known."""
         made = lookup_backend(self._backend)(graph, inputs)
         number = self._graphs
         self._graphs += 1
 
         def run(*args: Any) -> Any:
-            self._ran += (number,)
+            self._graph = number
+            if number not in self._known:
+                raise _Unknown
+            self._has_begun = True
             return made(*args)
 
         return run
 
-    def _compile(self, module: nn.Module, step: Any) -> Any:
-        whole, here = _Whole(module, step), self._here
-
-        def one(trained: Any, fixed: Any, batch: Any) -> Any:
-            values: dict[str, Tensor] = {}
-            module.__dict__["_logged_here"] = values
-            # Written to by BatchNorm, which the gradient's transform forbids for what comes from outside.
-            fixed = {name: tensor.clone() for name, tensor in fixed.items()}
-            held = {f"module.{name}": tensor for name, tensor in (*trained.items(), *fixed.items())}
-            given, buffers = functional_call(whole, held, (batch, here))
-            loss = given["loss"] if isinstance(given, dict) else given
-            logged = {name: value.detach() for name, value in values.items()}
-            values.clear()
-            module.__dict__["_logged_here"] = None
-            return loss.reshape(()), (logged, buffers)
-
-        mapped = vmap(grad_and_value(one, has_aux=True), in_dims=(0, 0, 0))
-        return torch.compile(mapped, backend=self._numbered)
+    def _of(self, module: nn.Module, step: Any, update: SgdUpdate | None) -> Any:
+        if (update is not None) not in self._compiled:
+            if update is None:
+                function = step_of_all(module, step, self._here)
+            else:
+                function = update_of_all(module, step, self._here, update.groups)
+            self._compiled[update is not None] = torch.compile(function, backend=self._numbered, fullgraph=True)
+        return self._compiled[update is not None]
 
 
-class _Here:
-    """Where a step is: beside the arguments, whose values would all be guarded on."""
-
-    batch_idx = 0
+class _Unknown(Exception):
+    """A graph that was called for the first time."""
 
 
-class _Whole(nn.Module):
-    """The user's step as the ``forward`` that ``functional_call`` calls."""
-
-    def __init__(self, module: nn.Module, step: Any) -> None:
-        super().__init__()
-        self.module = module
-        self._step = step
-
-    def forward(self, batch: Any, here: _Here) -> tuple[Any, dict[str, Tensor]]:
-        given = self._step(self.module, batch, here.batch_idx)
-        return given, dict(self.module.named_buffers())  # as they are now, also those that were put in place of others
+_NEVER = object()
 
 
 class _Given(torch.autograd.Function):
-    """The sum of losses whose gradients are known."""
+    """A loss whose gradients are known."""
 
     @staticmethod
-    def forward(ctx: Any, losses: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return losses.sum()
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> Any:  # type: ignore[override]
@@ -216,13 +238,14 @@ def _leaves_of(total: Tensor) -> set[int]:
     return found
 
 
-_TOO_OFTEN = "the step was compiled too often, for it reads what changes (the epoch, an attribute of the module)"
+def _is_too_often(error: Exception) -> bool:
+    return "RecompileLimit" in type(error).__name__  # FailOnRecompileLimitHit; RecompileLimitExceeded in torch 2.6
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, NotStackable):  # torch gave it up: run as written, nobody takes note of what it logs
-        return _TOO_OFTEN
     text = " ".join(str(error).split())
+    if _is_too_often(error):
+        return "the step was compiled too often, for it reads what changes (the epoch, an attribute of the module)"
     if "compiler" in text.lower() and "found" in text.lower():
         return "no C++ compiler was found (install g++ or clang, or set CXX)"
     return f"{type(error).__name__}: {text[:200]}"

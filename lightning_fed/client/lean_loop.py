@@ -39,7 +39,7 @@ _OF_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_afte
 _OF_OPTIMIZATION = ("optimizer_step", "optimizer_zero_grad", "backward")
 
 
-class _Hooks:
+class StepHooks:
     """Those hooks of a step that somebody wrote, found once an epoch."""
 
     def __init__(self, trainer: Trainer) -> None:
@@ -49,6 +49,9 @@ class _Hooks:
 
     def __contains__(self, name: str) -> bool:
         return name in self._callbacks or name in self._own
+
+    def __bool__(self) -> bool:
+        return bool(self._callbacks or self._own)
 
     def call(self, name: str, *args: Any) -> Any:
         """Calls a hook in Lightning's way and order, and returns what the module's own gave."""
@@ -60,16 +63,16 @@ class _Hooks:
 class LeanOptimization(_AutomaticOptimization):
     """Lightning's automatic optimization in one closure."""
 
-    hooks: _Hooks | None = None
+    hooks: StepHooks | None = None
 
-    def prepare(self, hooks: _Hooks, is_plain: bool) -> None:
+    def prepare(self, hooks: StepHooks, is_plain: bool) -> None:
         """Looks, once an epoch, whether there is anything else that needs Lightning's own way."""
         module = self.trainer.lightning_module
         usual = is_plain and not self._skip_backward and self.trainer.strategy.model is module
         usual = usual and not any(wrote(module, LightningModule, name) for name in _OF_OPTIMIZATION)
         self.hooks = hooks if usual else None
-        self._clips = bool(self.trainer.gradient_clip_val)
-        self._clips = self._clips or wrote(module, LightningModule, "configure_gradient_clipping")
+        self.clips = bool(self.trainer.gradient_clip_val)
+        self.clips = self.clips or wrote(module, LightningModule, "configure_gradient_clipping")
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
         """As Lightning's; what the step gave is there only for an ``on_train_batch_end`` that somebody wrote."""
@@ -96,17 +99,21 @@ class LeanOptimization(_AutomaticOptimization):
         zero_grad.increment_ready()
         hooks.call("on_before_zero_grad", optimizer)
         zero_grad.increment_started()
-        optimizer.zero_grad()
+        _zero_grad(optimizer)
         zero_grad.increment_completed()
         if loss is not None:
             hooks.call("on_before_backward", loss)
-            loss.backward()  # type: ignore[no-untyped-call]
+            self.backward(loss)
             hooks.call("on_after_backward")
         hooks.call("on_before_optimizer_step", optimizer)
-        if self._clips:
+        if self.clips:
             clipping = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
             trainer.precision_plugin._clip_gradients(module, optimizer, *clipping)
         return None if loss is None else loss.detach()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gives the parameters their gradients."""
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def _loss(self, output: Any, is_heard: bool) -> Tensor | None:
         if type(output) is Tensor and output.is_floating_point() and not is_heard:
@@ -130,7 +137,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
         plain_loaders = type(data_fetcher) is _PrefetchDataFetcher and not self.restarting
         one_device = type(trainer.strategy) is SingleDeviceStrategy
         self._is_lean = plain_loaders and one_device and trainer.accumulate_grad_batches == 1
-        self._hooks, is_plain = _Hooks(trainer), type(trainer.precision_plugin) is Precision
+        self._hooks, is_plain = StepHooks(trainer), type(trainer.precision_plugin) is Precision
         assert isinstance(self.automatic_optimization, LeanOptimization)
         self.automatic_optimization.prepare(self._hooks, self._is_lean and is_plain)
         if not self._is_lean:
@@ -210,6 +217,16 @@ def make_lean(trainer: Trainer) -> None:
     """Gives a trainer that has not begun the lean loops."""
     trainer.fit_loop.epoch_loop.__class__ = LeanEpochLoop
     trainer.fit_loop.epoch_loop.automatic_optimization.__class__ = LeanOptimization
+
+
+def _zero_grad(optimizer: Optimizer) -> None:
+    """As ``optimizer.zero_grad()``, without the label of torch's that a profiler would show."""
+    if getattr(optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad:
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def _is_at(part: Any, device: torch.device) -> bool:

@@ -228,6 +228,24 @@ def test_gradients_that_are_accumulated_in_a_later_epoch() -> None:
     assert assert_same(Watched, Watch(), GradientAccumulationScheduler({0: 1, 1: 2, 2: 1, 3: 2}))
 
 
+class OwnZeroGrad(torch.optim.SGD):
+    """Lets a hundredth of a gradient stand."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.detach() * 0.01
+
+
+def test_an_optimizer_s_own_zero_grad_is_called() -> None:
+    class Module(Watched):
+        def configure_optimizers(self) -> Any:
+            return OwnZeroGrad(self.parameters(), lr=0.1)
+
+    assert assert_same(Module, Watch())
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "bf16"])
 def test_every_kind_of_module_trains_as_in_lightning_s_own_loop(name: str) -> None:
     def result() -> Any:

@@ -31,7 +31,7 @@ from lightning_fed.callbacks import (
     Partition,
 )
 from lightning_fed.client import compiled_step, together
-from lightning_fed.errors import ClientError, ConfigurationError
+from lightning_fed.errors import ClientError, ConfigurationError, FederationError
 from tests.helpers import QUIET
 
 SIZES = (24, 21, 16, 24, 37, 22, 24)  # batches of 8: three, three (the last smaller), two, three, five, three, three
@@ -731,22 +731,18 @@ def test_a_client_whose_numbers_explode_spoils_nobody_else(counter: Counter) -> 
 
 
 @pytest.fixture
-def compiled_without_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """``torch.compile`` with everything but the slow last step; counts the calls of what it made."""
-    calls: list[int] = []
+def compiled_without_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """``torch.compile`` with all but its slow last part; tells of each step that ran whether SGD was in it."""
+    calls: list[bool] = []
     monkeypatch.setattr(compiled_step.CompiledStep.__init__, "__defaults__", ("aot_eager",))
-    make = compiled_step.CompiledStep._compile
+    run = compiled_step.CompiledStep.run
 
-    def counting(self: Any, *args: Any) -> Any:
-        made = make(self, *args)
+    def counting(self: Any, stack: Any, step: Any, batch: Any, batch_idx: int, update: Any = None) -> Any:
+        ran = run(self, stack, step, batch, batch_idx, update)
+        calls.extend([] if ran is None else [update is not None])
+        return ran
 
-        def call(*given: Any) -> Any:
-            calls.append(1)
-            return made(*given)
-
-        return call
-
-    monkeypatch.setattr(compiled_step.CompiledStep, "_compile", counting)
+    monkeypatch.setattr(compiled_step.CompiledStep, "run", counting)
     torch._dynamo.reset()
     yield calls
     torch._dynamo.reset()
@@ -765,23 +761,104 @@ class ByEpoch(Lit):
         return super().training_step(batch, batch_idx) * (2.0 if self.current_epoch == 1 else 1.0) * self.factor
 
 
-COMPILED = {
-    name: CASES[name] for name in ("MLP", "CNN with BatchNorm", "tied, frozen and unused weights", "buffers")
-} | {
-    "AdamW, two groups, schedule by step": CASES["AdamW, two groups, schedule by step"],
-    "by epoch": lambda: ByEpoch(mlp()),
-    "other parameters and names by epoch": lambda: Thawing(mlp(), partial(momentum, weight_decay=0.1)),
+class TwoGroupsOfSgd(Lit):
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": self.net[0].parameters(), "momentum": 0.9, "nesterov": True}, self.net[2].parameters()]
+        groups[1] = {"params": groups[1], "weight_decay": 0.1, "maximize": True, "lr": 0.01}
+        return torch.optim.SGD(groups, lr=0.05)
+
+
+class ByRound(Lit):
+    """Its learning rate decays from round to round."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1 * 0.5**self.current_epoch)
+
+
+class ByEpochOfSgd(Lit):
+    """Its learning rate is halved in the middle of the second round."""
+
+    acts_elementwise = True
+
+    def on_train_epoch_start(self) -> None:
+        self.optimizers().param_groups[0]["lr"] = 0.05 / (1 + self.current_epoch // 3)
+
+
+class Looks(Lit):
+    """Notes what is to be seen between epochs and at the end: steps, gradients, momentum."""
+
+    acts_elementwise = True
+
+    def on_train_epoch_start(self) -> None:
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        momenta = [state["momentum_buffer"] for state in self.optimizers().state.values()]
+        SEEN.append([self.trainer.global_step, *(tensor.sum().item() for tensor in (*gradients, *momenta))])
+
+    on_train_end = on_train_epoch_start
+
+
+class Decays(Lit):
+    """Changes gradients between backward pass and step."""
+
+    acts_elementwise = True
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        for parameter in self.parameters():
+            parameter.grad.mul_(0.5)
+
+
+SEEN: list[Any] = []
+SGD = partial(torch.optim.SGD, lr=0.05)
+
+# With whether SGD is compiled, too: always, for some steps, never.
+COMPILED: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], set[bool]]] = {
+    "MLP": (CASES["MLP"], {}, {True}),
+    "CNN with BatchNorm": (CASES["CNN with BatchNorm"], {}, {True}),
+    "buffers": (CASES["buffers"], {}, {True}),
+    "by epoch": (lambda: ByEpoch(mlp()), {}, {True}),
+    "SGD without momentum": (lambda: Lit(mlp(), partial(SGD, weight_decay=0.1)), {}, {True}),
+    "two groups of SGD": (lambda: TwoGroupsOfSgd(mlp()), {}, {True}),
+    "looks": (lambda: Looks(mlp()), {}, {True}),
+    "learning rate by round": (lambda: ByRound(mlp()), {}, {True, False}),
+    "learning rate by epoch": (lambda: ByEpochOfSgd(mlp()), {}, {True, False}),
+    "tied, frozen and unused weights": (CASES["tied, frozen and unused weights"], {}, {False}),
+    "other parameters and names by epoch": (
+        lambda: Thawing(mlp(), partial(momentum, weight_decay=0.1)),
+        {},
+        {False},
+    ),
+    "dampening": (lambda: Lit(mlp(), partial(momentum, dampening=0.5)), {}, {False}),
+    "Adam": (CASES["Adam"], {}, {False}),
+    "AdamW, two groups, schedule by step": (CASES["AdamW, two groups, schedule by step"], {}, {False}),
+    "changes gradients": (lambda: Decays(mlp()), {}, {False}),
+    "clipping by norm": (CASES["MLP"], {"gradient_clip_val": 0.2}, {False}),
 }
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled_steps_give_the_same(name: str, compiled_without_inductor: list[int]) -> None:
-    as_one = run(COMPILED[name], dtype=torch.float64, vectorize_clients="require", compile_clients=True)
-    assert compiled_without_inductor
-    assert_close(as_one, run(COMPILED[name], dtype=torch.float64), torch.float64)
+def test_compiled_steps_give_the_same(name: str, compiled_without_inductor: list[bool]) -> None:
+    build, options, is_updated = COMPILED[name]
+    SEEN.clear()
+    as_one = run(build, dtype=torch.float64, vectorize_clients="require", compile_clients=True, **options)
+    assert set(compiled_without_inductor) == is_updated
+    seen = list(SEEN)
+    assert_close(as_one, run(build, dtype=torch.float64, **options), torch.float64)
+    SEEN.clear()
+    run(build, dtype=torch.float64, vectorize_clients="require", **options)
+    assert len(seen) == len(SEEN)
+    for mine, theirs in zip(seen, SEEN, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-9)
 
 
-def test_steps_that_draw_are_not_compiled(compiled_without_inductor: list[int]) -> None:
+def test_an_error_in_a_compiled_update_is_the_clients_own(compiled_without_inductor: list[bool]) -> None:
+    loaders = [DataLoader(train.dataset, batch_size=8) for train, _ in data(sizes=[48] * 3)]
+    for loader in loaders:
+        loader.dataset.tensors[1][40] = 7  # of 3 classes; in the last batch
+    with pytest.raises(FederationError, match=r"(?s)Round 1.*out of bounds"):
+        run(CASES["MLP"], vectorize_clients="require", compile_clients=True, loaders=loaders)
+
+
+def test_steps_that_draw_are_not_compiled(compiled_without_inductor: list[bool]) -> None:
     with pytest.warns(
         UserWarning, match="compile_clients: clients train uncompiled, for their steps draw random numbers"
     ):
@@ -793,7 +870,7 @@ def test_without_a_compiler_clients_train_uncompiled(monkeypatch: pytest.MonkeyP
     def fails(*args: Any) -> Any:
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: g++")
 
-    monkeypatch.setattr(compiled_step.CompiledStep, "_compile", lambda self, *args: fails)
+    monkeypatch.setattr(compiled_step.CompiledStep, "_of", lambda self, *args: fails)
     with pytest.warns(UserWarning, match=r"clients train uncompiled: no C\+\+ compiler was found \(install g\+\+"):
         as_one = run(CASES["MLP"], vectorize_clients="require", compile_clients=True)
     assert_close(as_one, run(CASES["MLP"]))
@@ -816,7 +893,7 @@ class EverNew(ByEpoch):
         return super().training_step(batch, batch_idx) * (1 + 0.01 * batch_idx * (self.current_epoch + 1))
 
 
-def test_a_step_that_would_be_compiled_for_ever_runs_uncompiled(compiled_without_inductor: list[int]) -> None:
+def test_a_step_that_would_be_compiled_for_ever_runs_uncompiled(compiled_without_inductor: list[bool]) -> None:
     loaders = [train for train, _ in data(torch.float64, sizes=[48] * 3)]
     options: dict[str, Any] = {"dtype": torch.float64, "loaders": loaders}
     with pytest.warns(UserWarning, match="clients train uncompiled: the step was compiled too often"):
