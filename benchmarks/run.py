@@ -9,7 +9,8 @@ Each repeat has a seed of its own: the spread of a metric is that over seeds, an
 apart from all of ours. A round's seconds are those after the first three, which warm up, as median, minimum and maximum
 over all repeats. A ratio is that of the medians of two peers within one repeat, as median, minimum and maximum over
 repeats: below 1 ours is faster. What was compiled in an earlier run is in torch's cache. Memory is looked at twice a
-second, shared pages counted once; the first process' own peak, with all that it shares, is known and counts if larger.
+second, or less often, so that to look takes at most a twentieth of a core; shared pages count once; the first process'
+own peak, with all that it shares, is known and counts if larger.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ sys.path.insert(0, str(HERE))
 from peers import version  # noqa: E402
 
 # Clients trained as one, in one process and in one for each core.
-AS_ONE = ["ours_vectorized:2", "ours_processes_vectorized:1", "ours_compiled:2", "ours_processes_compiled:1"]
+AS_ONE = ["ours_vectorized:2", "ours_processes_vectorized:2", "ours_compiled:2", "ours_processes_compiled:2"]
 # What a user would pick, with its threads; ours first.
 CHOICE = {
     "W1": [
@@ -77,8 +78,11 @@ def run_one(workload: str, peer: str, rounds: int | None, device: str, seed: int
     peak, over = [0.0], threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.5):
+        took = 0.0
+        while not over.wait(max(0.5, 20 * took)):  # it takes the time of the cores that are measured
+            began = time.perf_counter()
             peak[0] = max(peak[0], memory_of(process.pid))
+            took = time.perf_counter() - began
 
     watcher = threading.Thread(target=watch)
     watcher.start()

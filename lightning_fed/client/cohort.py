@@ -178,8 +178,8 @@ class CohortTrainer(LocalTrainer):
         ran = self.compiled.run(self.stack, step, part.batch, batch_idx)
         if ran is None:
             return None
-        loss = ran.loss if self._optimization.takes(ran.gradients) else ran.differentiable()
-        return [loss], ran.entries, ran.values
+        is_taken = ran.are_apart and self._optimization.takes(ran.gradients)
+        return [ran.loss if is_taken else ran.differentiable()], ran.entries, ran.values
 
     def note(self, name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Takes note of a call of ``self.log``.
@@ -205,6 +205,7 @@ class CohortTrainer(LocalTrainer):
         """As ``LocalTrainer``; gives the module its own weights back, too."""
         super().let_go(module)
         self.stack.take_off()
+        self._optimization.let_go()
         self._batch = None
         for loader in (self.loaders.train, self.loaders.val):
             if loader is not None:

@@ -29,10 +29,11 @@ MOST_SHAPES = 8
 
 @dataclass
 class _Known:
-    """What is known of a graph: what is logged, and by name the parameters that a loss reaches."""
+    """What is known of a graph: what is logged, the parameters that a loss reaches, and whether gradients lie apart."""
 
     entries: list[Entry]
     reached: list[str]
+    are_apart: bool | None = None
 
 
 @dataclass
@@ -42,12 +43,14 @@ class Ran:
     Attributes:
         loss: The sum of the clients' losses, which autograd knows nothing of.
         gradients: The parameters that it reaches, with their gradients.
+        are_apart: Whether each gradient has memory of its own, so that it can be written to.
         entries: What was logged.
         values: Its values, each (clients,).
     """
 
     loss: Tensor
     gradients: list[tuple[Tensor, Tensor]]
+    are_apart: bool
     entries: list[Entry]
     values: list[Tensor]
 
@@ -150,11 +153,11 @@ class CompiledStep:
             return None
         except Exception as error:
             torch._C._autograd._saved_tensors_hooks_enable()  # which a transform that broke off leaves disabled
+            self._updated = _NEVER  # gradients alone may be compiled
             if update is not None and self._has_begun:  # to update weights
                 raise
             if update is None or _is_too_often(error):
                 self._turn_off(_reason(error))
-            self._updated = _NEVER  # gradients alone may be compiled
             return None
         finally:
             stack.module.__dict__.pop("_here", None)
@@ -163,7 +166,9 @@ class CompiledStep:
         for name, buffer in stack.buffers.items():
             buffer.copy_(buffers[name])
         pairs = [(stack.parameters[name], gradients[name]) for name in known.reached]
-        return Ran(loss, pairs, known.entries, [values[entry.name] for entry in known.entries])
+        if known.are_apart is None:
+            known.are_apart = _are_apart([gradient for _, gradient in pairs])
+        return Ran(loss, pairs, known.are_apart, known.entries, [values[entry.name] for entry in known.entries])
 
     def _turn_off(self, reason: str) -> None:
         self._is_off = True
@@ -215,6 +220,12 @@ class _Given(torch.autograd.Function):
         if factor.device.type != "cpu" or float(factor) != 1.0:  # to look at a number on a device is to wait for it
             gradients = [gradient * factor for gradient in gradients]
         return None, None, *gradients
+
+
+def _are_apart(gradients: Sequence[Tensor]) -> bool:
+    memory = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+    own = all(stride or size == 1 for one in gradients for stride, size in zip(one.stride(), one.shape, strict=True))
+    return own and len(memory) == len(gradients)
 
 
 def _shape(batch: Any) -> Any:

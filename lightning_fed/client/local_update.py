@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.optim import SGD, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import sgd
 
 _OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
@@ -58,15 +59,17 @@ class SgdUpdate:
 
     @staticmethod
     def can_stand_for(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> bool:
-        """Whether an optimizer is such an SGD, which steps all that is trained, and nobody listens to it."""
+        """Whether an optimizer is such an SGD, which steps all that is trained, and nobody has a hand in it."""
         groups = optimizer.param_groups
+        hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
         stepped = {id(parameter) for group in groups for parameter in group["params"]}
         return (
             type(optimizer) is SGD
             and stepped == {id(parameter) for parameter in parameters.values() if parameter.requires_grad}
             and all(type(group["lr"]) is float and not group["differentiable"] for group in groups)
             and not any(group["momentum"] and group["dampening"] for group in groups)
-            and not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+            and not any((*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
+            and not {"step", "zero_grad"} & vars(optimizer).keys()
         )
 
     def is_current(self) -> bool:
@@ -111,12 +114,12 @@ def update_of_all(module: nn.Module, step: Any, here: Here, groups: _Groups) -> 
     backward = step_of_all(module, step, here)
 
     def all_at_once(trained: Any, fixed: Any, batch: Any, momenta: Any) -> Any:
-        given = backward(trained, fixed, batch)
+        gradients, loss, logged, buffers = backward(trained, fixed, batch)
+        logged = {name: value.clone() for name, value in logged.items()}  # a weight, as it was before the update
         for names, options in groups:
-            held, gradients = [trained[name] for name in names], [given[0][name] for name in names]
-            buffers = [momenta.get(name) for name in names]
-            sgd(held, gradients, buffers, foreach=False, fused=False, **options)
-        return given
+            held, given = [trained[name] for name in names], [gradients[name] for name in names]
+            sgd(held, given, [momenta.get(name) for name in names], foreach=False, fused=False, **options)
+        return gradients, loss, logged, buffers
 
     return all_at_once
 

@@ -23,15 +23,19 @@ class StackedOptimization(LeanOptimization):
     trainer: Any  # a CohortTrainer
     update: SgdUpdate | None = None
 
+    _takes = False
     _gradients: Sequence[tuple[Tensor, Tensor]] = ()
 
     def prepare(self, hooks: StepHooks, is_plain: bool) -> None:
         """Looks, too, whether the optimizer's step can be the last part of a compiled one."""
         super().prepare(hooks, is_plain)
         trainer, self.update = self.trainer, None
-        if self.hooks is None or self.clips or trainer.compiled is None:
+        parameters = trainer.stack.parameters
+        is_heard = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters.values())
+        self._takes = self.hooks is not None and not is_heard
+        if not self._takes or self.clips or trainer.compiled is None:
             return
-        optimizer, parameters = trainer.optimizers[0], trainer.stack.parameters
+        optimizer = trainer.optimizers[0]
         if not hooks and not trainer.lr_scheduler_configs and SgdUpdate.can_stand_for(optimizer, parameters):
             self.update = SgdUpdate(optimizer, parameters)
 
@@ -45,9 +49,13 @@ class StackedOptimization(LeanOptimization):
         return {}
 
     def takes(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> bool:
-        """Takes parameters' gradients for the backward pass to come, unless that is Lightning's own."""
-        self._gradients = gradients if self.hooks is not None else ()
-        return self.hooks is not None
+        """Takes parameters' gradients for the backward pass to come, unless that has to be a real one."""
+        self._gradients = gradients if self._takes else ()
+        return self._takes
+
+    def let_go(self) -> None:
+        """Lets go of momentum, which a trainer that is over would keep."""
+        self.update = None
 
     def backward(self, loss: Tensor) -> None:
         gradients, self._gradients = self._gradients, ()

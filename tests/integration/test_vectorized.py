@@ -807,6 +807,59 @@ class Decays(Lit):
             parameter.grad.mul_(0.5)
 
 
+class Temperature(Lit):
+    """Logs a weight, and keeps weights of the step before in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("before", torch.zeros(3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx) / self.temperature
+        self.log("temperature", self.temperature, on_step=False, on_epoch=True)
+        self.log("bias", self.net[2].bias[0], on_step=False, on_epoch=True)
+        loss = loss + (self.net[2].bias - self.before).square().sum()
+        self.before = self.net[2].bias.detach().clone()
+        return loss
+
+
+class SharedGradients(Decays):
+    """Two weights that have one gradient."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.shared, self.personal = nn.Parameter(torch.zeros(3, 6)), nn.Parameter(torch.ones(3, 6))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = nn.functional.linear(batch[0], self.shared + self.personal)
+        return super().training_step(batch, batch_idx) + logits.square().mean()
+
+
+class Masks(Lit):
+    """Trains only half of its first layer."""
+
+    acts_elementwise = True
+
+    def on_train_start(self) -> None:
+        weight = self.net[0].weight
+        weight.register_hook(lambda gradient: gradient * (torch.arange(6) % 2))
+
+
+def _twice_as_far(parameters: Any) -> Any:
+    """Steps twice as far."""
+    optimizer = SGD(parameters)
+    step = optimizer.step
+
+    def twice(closure: Any = None) -> Any:
+        loss = step(closure)
+        step()
+        return loss
+
+    optimizer.step = twice
+    return optimizer
+
+
 SEEN: list[Any] = []
 SGD = partial(torch.optim.SGD, lr=0.05)
 
@@ -827,6 +880,11 @@ COMPILED: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], set[b
         {},
         {False},
     ),
+    "weights in log and buffer": (Temperature, {}, {True}),
+    "gradients in the same memory": (SharedGradients, {}, {False}),
+    "hook on a weight": (lambda: Masks(mlp()), {}, {False}),
+    "hook on a weight, Adam": (lambda: Masks(mlp(), CASES["Adam"]().optimizer), {}, {False}),
+    "step put in place of another": (lambda: Lit(mlp(), _twice_as_far), {}, {False}),
     "dampening": (lambda: Lit(mlp(), partial(momentum, dampening=0.5)), {}, {False}),
     "Adam": (CASES["Adam"], {}, {False}),
     "AdamW, two groups, schedule by step": (CASES["AdamW, two groups, schedule by step"], {}, {False}),
