@@ -77,7 +77,6 @@ class CompiledStep:
         self._updated: Any = None  # the options of the updates that are
         self._graphs = 0
         self._graph: int | None = None  # the last one that was called
-        self._has_begun = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_backend": self._backend}  # another process compiles for itself
@@ -137,7 +136,7 @@ class CompiledStep:
             batch_idx: Its index.
             update: What also steps the weights, if that is compiled, too.
         """
-        self._here.batch_idx, self._graph, self._has_begun = batch_idx, None, False
+        self._here.batch_idx, self._graph = batch_idx, None
         if self._is_off or _shape(batch) not in self._shapes:
             return None
         trained = {name: value.detach() for name, value in stack.parameters.items() if value.requires_grad}
@@ -154,7 +153,7 @@ class CompiledStep:
         except Exception as error:
             torch._C._autograd._saved_tensors_hooks_enable()  # which a transform that broke off leaves disabled
             self._updated = _NEVER  # gradients alone may be compiled
-            if update is not None and self._has_begun:  # to update weights
+            if update is not None and self._graph in self._known:  # it has begun to update weights
                 raise
             if update is None or _is_too_often(error):
                 self._turn_off(_reason(error))
@@ -184,19 +183,19 @@ class CompiledStep:
             self._graph = number
             if number not in self._known:
                 raise _Unknown
-            self._has_begun = True
             return made(*args)
 
         return run
 
     def _of(self, module: nn.Module, step: Any, update: SgdUpdate | None) -> Any:
-        if (update is not None) not in self._compiled:
+        updates = update is not None
+        if updates not in self._compiled:
             if update is None:
                 function = step_of_all(module, step, self._here)
             else:
                 function = update_of_all(module, step, self._here, update.groups)
-            self._compiled[update is not None] = torch.compile(function, backend=self._numbered, fullgraph=True)
-        return self._compiled[update is not None]
+            self._compiled[updates] = torch.compile(function, backend=self._numbered, fullgraph=True)
+        return self._compiled[updates]
 
 
 class _Unknown(Exception):

@@ -46,11 +46,10 @@ class SgdUpdate:
     def __init__(self, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
         names = {id(parameter): name for name, parameter in parameters.items()}
         self._optimizer = optimizer
-        self._options = _options(optimizer)
         self.groups: _Groups = []
         self.momenta: dict[str, Tensor] = {}
         for group in optimizer.param_groups:
-            self.groups.append(([names[id(p)] for p in group["params"]], {name: group[name] for name in _OPTIONS}))
+            self.groups.append(([names[id(p)] for p in group["params"]], _options(group)))
             for parameter in group["params"] if group["momentum"] else ():
                 state = optimizer.state[parameter]
                 if state.get("momentum_buffer") is None:
@@ -74,7 +73,7 @@ class SgdUpdate:
 
     def is_current(self) -> bool:
         """Whether the optimizer still has the options that it had."""
-        return _options(self._optimizer) == self._options
+        return [_options(group) for group in self._optimizer.param_groups] == [options for _, options in self.groups]
 
 
 def step_of_all(module: nn.Module, step: Any, here: Here) -> Callable[..., Any]:
@@ -137,5 +136,5 @@ class _Whole(nn.Module):
         return given, dict(self.module.named_buffers())  # as they are now, also those that were put in place of others
 
 
-def _options(optimizer: Optimizer) -> list[tuple[Any, ...]]:
-    return [tuple(group[name] for name in _OPTIONS) for group in optimizer.param_groups]
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: group[name] for name in _OPTIONS}

@@ -29,14 +29,13 @@ class StackedOptimization(LeanOptimization):
     def prepare(self, hooks: StepHooks, is_plain: bool) -> None:
         """Looks, too, whether the optimizer's step can be the last part of a compiled one."""
         super().prepare(hooks, is_plain)
-        trainer, self.update = self.trainer, None
-        parameters = trainer.stack.parameters
-        is_heard = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters.values())
-        self._takes = self.hooks is not None and not is_heard
-        if not self._takes or self.clips or trainer.compiled is None:
+        trainer, self.update, self._takes = self.trainer, None, False
+        if self.hooks is None or trainer.compiled is None:
             return
-        optimizer = trainer.optimizers[0]
-        if not hooks and not trainer.lr_scheduler_configs and SgdUpdate.can_stand_for(optimizer, parameters):
+        optimizer, parameters = trainer.optimizers[0], trainer.stack.parameters
+        self._takes = not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters.values())
+        is_apart = self._takes and not (hooks or self.clips or trainer.lr_scheduler_configs)
+        if is_apart and SgdUpdate.can_stand_for(optimizer, parameters):
             self.update = SgdUpdate(optimizer, parameters)
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
