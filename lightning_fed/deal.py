@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_fed.callbacks import Partition
 from lightning_fed.callbacks.base import PartitionOwner
+from lightning_fed.client.isolation import making_data
 from lightning_fed.client.local_run import LocalOptions
 from lightning_fed.data import ClientLoaders
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.server import user_train_dataloader
+from lightning_fed.state.snapshot import DataSnapshot
 from lightning_fed.views import user_class
 
 
@@ -40,6 +43,7 @@ class Deal:
         self.owner, self._module, self._train, self._datamodule = owner, module, train, datamodule
         self._seed, self._options = seed, options
         self._opened: int | None = None
+        self._makers: DataSnapshot | None = None
 
     def open(self, round: int = 1) -> None:
         """Opens the loader for a round, if it is not open.
@@ -50,17 +54,25 @@ class Deal:
         every = int(self._options.trainer.get("reload_dataloaders_every_n_epochs") or 0)
         due = self._options.first_epoch(round) // every if every else 0
         if due != self._opened:
-            self.owner.prepare(self._loader(), self._seed)
+            # Whenever, and in whichever process, the data is opened: what that draws is the run's.
+            with self._making():
+                self.owner.prepare(self._loader(), self._seed)
             self._opened = due
 
     def __call__(self, client: int, round: int) -> ClientLoaders:
-        """One client's loaders in a round."""
+        """One client's loaders in a round; everybody's generators are the caller's to keep."""
         if self._opened is None and self._datamodule is not None:
             with seeded(seed_for(self._seed, "setup")):  # as at the server: a split at random must be the same one
                 self._datamodule.prepare_data()
                 self._datamodule.setup("fit")
         self.open(round)
-        return self.owner.client(client, round=round)
+        with self._making(client, keeps=False):
+            return self.owner.client(client, round=round)
+
+    def _making(self, client: int = -1, keeps: bool = True) -> AbstractContextManager[None]:
+        if self._makers is None:
+            self._makers = DataSnapshot({"data": self._datamodule, "clients": self.owner.source})
+        return making_data(self._makers, self._seed, client, keeps)
 
     def _loader(self) -> Any:
         deals = isinstance(self.owner, Partition)

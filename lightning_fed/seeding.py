@@ -60,14 +60,21 @@ def _has_accelerator() -> bool:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seeds Python, NumPy and torch for the block and puts their states back after it, however it ends."""
+def random_states_kept() -> Iterator[None]:
+    """Puts the states of Python's, NumPy's and torch's generators back after the block, however it ends."""
     raised: BaseException | None = None
     with isolate_rng(include_cuda=_has_accelerator()):
-        seed_all(seed)
         try:
             yield
         except BaseException as error:  # isolate_rng puts nothing back when it sees one
             raised = error
     if raised is not None:
         raise raised
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds Python, NumPy and torch for the block and puts their states back after it, however it ends."""
+    with random_states_kept():
+        seed_all(seed)
+        yield

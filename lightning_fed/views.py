@@ -20,6 +20,7 @@ class View:
     """The base of all views; instances pickle as the user's own class."""
 
     _user_class: type
+    _names: frozenset[str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # The user's own __init_subclass__ (a registry, required arguments) is not meant for views.
@@ -61,7 +62,17 @@ def wrote(instance: object, base: type, name: str) -> bool:
 def _view_class(view: type, cls: type) -> type:
     names = {"_user_class": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     made: type = type(cls)(cls.__name__, (view, cls), names)
+    made._names = frozenset(vars(made))  # type: ignore[attr-defined]
     return made
+
+
+def _hand_over(cls: type) -> None:
+    """Gives the user's class what was set on a view: ``type(self).count += 1`` means the class that the user wrote."""
+    if not issubclass(cls, View):
+        return
+    for name in vars(cls).keys() - cls._names - {"_names"}:
+        setattr(cls._user_class, name, vars(cls)[name])
+        delattr(cls, name)
 
 
 @contextmanager
@@ -73,6 +84,7 @@ def laid_over(instance: Any, view: type[View]) -> Iterator[None]:
     other one hid.
     """
     outer = type(instance)
+    _hand_over(outer)
     state = instance.__dict__
     uncovered = dict(state.get(_HIDDEN, {}))
     state.update(uncovered)
@@ -84,6 +96,7 @@ def laid_over(instance: Any, view: type[View]) -> Iterator[None]:
     try:
         yield
     finally:
+        _hand_over(type(instance))
         instance.__class__ = outer
         instance.__dict__.pop(_HIDDEN, None)
         instance.__dict__.update(hidden)

@@ -19,7 +19,10 @@ ROOT = Path(__file__).parent.parent / "lightning_fed"
 # A module imports only from lines above its own: never from its line, never from below. "" is the package itself.
 # A name that is written out comes before a pattern.
 LEVELS = [
-    ["_version", "errors", "seeding", "views"],
+    ["_version", "errors", "seeding", "views", "state", "state.generators", "state.nodes"],
+    ["state.content"],
+    ["state.walk"],
+    ["state.snapshot"],
     [
         *("weights", "metrics", "data", "client", "client.isolation", "client.fit_state"),
         *("client.heap", "client.lean_loop", "client.local_update", "client.logged", "client.stack_cost"),
@@ -30,7 +33,7 @@ LEVELS = [
         *("strategies.mean", "plain", "roster", "client.local_run"),
         *("client.stacked_data", "client.stacked_log", "client.stacked_optimization"),
     ],
-    ["strategies.*", "client.local_fit", "client.compiled_step"],
+    ["strategies.*", "client.local_fit", "client.compiled_step", "client.step_watch"],
     ["strategies", "engines.base", "client.cohort"],
     ["callbacks.base", "client.vectorized_fit"],
     ["client.trial"],

@@ -117,6 +117,11 @@ class PartitionOwner(FederatedCallback):
         """What a client trains and evaluates on."""
         raise NotImplementedError
 
+    @property
+    def source(self) -> object:
+        """The user's code that makes a client's data, if there is any; its generators are seeded for each client."""
+        return None
+
     def can_evaluate(self) -> bool:
         """Whether clients may have data of their own to evaluate on."""
         return False

@@ -41,11 +41,17 @@ class ClientData(PartitionOwner):
             )
         self._clients = clients if callable(clients) else clients.__getitem__
         self._count = known
+        self._function = clients if callable(clients) else None
 
     @property
     def num_clients(self) -> int:
         """How many clients there are."""
         return self._count
+
+    @property
+    def source(self) -> object:
+        """The function, if it is one."""
+        return self._function
 
     def client(self, client: int, *, round: int) -> ClientLoaders:
         """See ``PartitionOwner``."""

@@ -18,6 +18,7 @@ from lightning_fed.client.local_trainer import LocalTask
 from lightning_fed.client.together import Together
 from lightning_fed.client.trial import Case
 from lightning_fed.data import ClientLoaders
+from lightning_fed.seeding import random_states_kept
 from lightning_fed.weights import Weights, split
 
 
@@ -137,11 +138,12 @@ def _wrap(inner: ClientAppCallable, mod: Mod) -> ClientAppCallable:
 
 def _run(side: ClientSide, stage: str, message: Message, context: Context, integers: Weights) -> LocalResult:
     task = _task(stage, message, context, integers)
-    work = (side.module, side.datamodule, side.data(task.client, task.round), task, side.options)
-    if not side.is_set_up:
-        set_up(*work)
-        side.is_set_up = True
-    result = local_fit(*work) if stage == "train" else local_evaluate(*work)
+    with random_states_kept():
+        work = (side.module, side.datamodule, side.data(task.client, task.round), task, side.options)
+        if not side.is_set_up:
+            set_up(*work)
+            side.is_set_up = True
+        result = local_fit(*work) if stage == "train" else local_evaluate(*work)
     if stage == "train":
         messages.set_fit_state(context, result.state)
     return result
@@ -155,7 +157,6 @@ def _task(stage: str, message: Message, context: Context, integers: Weights) -> 
         seed=instruction.seed,
         weights={**instruction.weights, **integers},
         state=messages.get_fit_state(context) if stage == "train" else None,
-        set_up=False,
     )
 
 

@@ -6,8 +6,6 @@ a ``Stack``. What cannot be done for all clients at once raises ``NotStackable``
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fed.client.compiled_step import CompiledStep
@@ -27,6 +25,7 @@ from lightning_fed.client.stack import Stack, clip_each_by_norm
 from lightning_fed.client.stacked_data import Part
 from lightning_fed.client.stacked_log import Entry, Logged, StackedLog
 from lightning_fed.client.stacked_optimization import StackedOptimization
+from lightning_fed.client.step_watch import StepWatch
 from lightning_fed.client.streams import NotStackable
 from lightning_fed.metrics import MetricState
 from lightning_fed.views import user_class
@@ -64,7 +63,9 @@ class CohortTrainer(LocalTrainer):
 
     stack: Stack
     compiled: CompiledStep | None = None
+    is_trial = False
 
+    _watches = False
     _noted: list[tuple[Entry, Tensor]] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -107,14 +108,26 @@ class CohortTrainer(LocalTrainer):
         """What the clients log in an epoch."""
         return StackedLog(self.stack.size, self._check)
 
+    @cached_property
+    def _watch(self) -> StepWatch:
+        return StepWatch(self.stack, self.lightning_module)
+
+    def _begin_watch(self) -> None:
+        if not self._watches:
+            self._watch.begin()
+            self._watches = True
+
     def run_step(self, name: str, batch: list[Part], batch_idx: int) -> list[Tensor]:
         """Runs the user's step for all clients, and logs what it logs; gives sums of their losses."""
         step = self._step(name)
+        self._begin_watch()
         totals, logged = [], []
         for part in batch:
             total, entries, values = self._compiled(step, part, batch_idx) or self._mapped(step, part, batch_idx)
             totals += total
             logged.append(Logged(part.rows, entries, values))
+            if self.is_trial:
+                self._watch.check()
         self.stacked_log.add(logged)
         return totals
 
@@ -123,6 +136,7 @@ class CohortTrainer(LocalTrainer):
         part, update, module = batch[0], self._optimization.update, self.lightning_module
         if self.compiled is None or part.rows is not None or not self.compiled.can_update(update):
             return False
+        self._begin_watch()
         ran = self.compiled.run(self.stack, self._step("training_step"), part.batch, batch_idx, update)
         if ran is None:
             return False
@@ -161,8 +175,7 @@ class CohortTrainer(LocalTrainer):
             loss = [_loss(given)] if self.training else []
             return [*loss, *(value for _, value in noted)]
 
-        with _watched(self.stack, module) if self.stack.streams.is_watched else nullcontext():
-            values = self.stack.call(one, part.batch, part.rows)
+        values = self.stack.call(one, part.batch, part.rows)
         if not self.training:
             return [], entries, values
         total = values.pop(0).sum()
@@ -201,42 +214,29 @@ class CohortTrainer(LocalTrainer):
         assert self._results is not None
         return self._results[f"{module._current_fx_name}.{entry.name}"]  # type: ignore[no-any-return]
 
+    def _take(self, loader: Any) -> Any:
+        return loader  # the clients' own, which it goes through, have been noted
+
     def let_go(self, module: LightningModule) -> None:
         """As ``LocalTrainer``; gives the module its own weights back, too."""
         super().let_go(module)
         self.stack.take_off()
         self._optimization.let_go()
         self._batch = None
+        self.__dict__.pop("_watch", None)
         for loader in (self.loaders.train, self.loaders.val):
             if loader is not None:
                 loader.let_go()
 
     def keep_logged(self, module: LightningModule) -> None:
-        """Keeps what each client logged in the epoch that is just ending."""
+        """Keeps what each client logged in the epoch that is just ending.
+
+        Raises:
+            NotStackable: If the epoch's steps changed or drew what is not each client's own.
+        """
+        self._watch.check()
+        self._watches = False
         self.each_caught = self.stacked_log.end_epoch()
-
-
-@contextmanager
-def _watched(stack: Stack, module: LightningModule) -> Iterator[None]:
-    """A step of a trial.
-
-    Raises:
-        NotStackable: If it draws what is nobody's own, or sets an attribute: one for all clients, set once a part.
-    """
-    before = [(child, _attributes(child)) for child in module.modules()]
-    with stack.streams.nothing_else_drawn():
-        yield
-    for child, attributes in before:
-        for name, value in _attributes(child).items():
-            if name not in attributes or attributes[name] != value:
-                raise NotStackable(f"its step sets {type(child).__name__}.{name}")
-
-
-def _attributes(child: nn.Module) -> dict[str, tuple[int, int]]:
-    """What identifies the values of a module's attributes; parameters, buffers and what Lightning sets left out."""
-    theirs = ("_parameters", "_buffers", "_modules", "_current_fx_name", "_here", "_metric_attributes")
-    kept = {name: value for name, value in vars(child).items() if name not in theirs}
-    return {n: (id(v), len(v) if isinstance(v, (list, dict, set)) else 0) for n, v in kept.items()}
 
 
 def _without_index(step: Any, module: LightningModule, batch: Any, batch_idx: int) -> Any:

@@ -1,64 +1,160 @@
-"""What a local run must leave as it was: the module's own state, signal handlers, Lightning's log level."""
+"""What keeps the clients of one process apart: each finds everything but weights as the first one did."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_module
-from torch import Tensor, nn
-from torchmetrics import Metric
+from lightning.pytorch.utilities.rank_zero import rank_zero_module, rank_zero_warn
+from torch import Tensor
+
+from lightning_fed.errors import ClientError
+from lightning_fed.seeding import random_states_kept, seed_all, seed_for
+from lightning_fed.state.snapshot import DataSnapshot, Snapshot
+
+# Gives the seed of the generator that is found at a path.
+SeedOf = Callable[[str], int]
+
+
+class Isolation:
+    """Puts module and datamodule back after each local run: attributes, containers, buffers, hooks, generators, ...
+
+    One for each run and process. What they hold is noted once; from then on only what changed costs time.
+    """
+
+    def __init__(self) -> None:
+        self._noted: tuple[Any, ...] = ()
+        self._snapshots: list[Snapshot] = []
+        self._lost: str | None = None
+
+    def __reduce__(self) -> Any:
+        return Isolation, ()  # another process has objects of its own
+
+    @contextmanager
+    def around(self, module: LightningModule, datamodule: LightningDataModule | None) -> Iterator[Sequence[Snapshot]]:
+        """The block may change what it likes; gives what was noted.
+
+        Raises:
+            ClientError: If something was written to that is too large to have been copied; and at each later call, for
+                then nothing is as it was.
+        """
+        if self._lost is not None:
+            raise ClientError(self._lost)
+        self._note(module, datamodule)
+        try:
+            with put_back(self._snapshots):
+                yield self._snapshots
+        except ContentLost as error:
+            self._lost = str(error)
+            raise
+
+    def release(self) -> None:
+        """Forgets what was noted."""
+        self._noted, self._snapshots = (), []
+
+    def _note(self, module: LightningModule, datamodule: LightningDataModule | None) -> None:
+        if self._noted and self._noted[0] is module and self._noted[1] is datamodule:
+            for snapshot in self._snapshots:
+                snapshot.renew()
+            return
+        self._noted = module, datamodule
+        self._snapshots = [Snapshot({"module": module}, lambda: _weights_of(module))]
+        if datamodule is not None:
+            self._snapshots.append(DataSnapshot({"datamodule": datamodule}))
+        _say_endless(self._snapshots)
+
+
+class ContentLost(ClientError):
+    """A client wrote into something too large to have been copied."""
+
+
+def _weights_of(module: LightningModule) -> list[Tensor]:
+    """The tensors that are loaded for each client: those of the state dict themselves, not copies that it may make."""
+    return [value for value in module.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
+
+
+def _say_endless(snapshots: list[Snapshot]) -> None:
+    if names := sorted({node.path for snapshot in snapshots for node in snapshot.endless}):
+        rank_zero_warn(
+            f"{', '.join(names)}: what a client takes from an iterator cannot be put back, so the clients after it, and"
+            " those in other processes, find another one. Make it anew in `on_train_start`."
+        )
 
 
 @contextmanager
-def own_state_kept(module: LightningModule) -> Iterator[None]:
-    """Puts back all that is not in the state dict: attributes, modes, frozen flags, buffers that are not saved."""
-    attributes = [(child, _attributes_of(child)) for child in module.modules()]
-    frozen = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    saved = module.state_dict().keys()
-    unsaved = [(b, b.detach().clone()) for name, b in module.named_buffers() if name not in saved]
-    device = module.device
+def put_back(snapshots: Sequence[Snapshot]) -> Iterator[None]:
+    """After the block all that was noted is as it was; an error of the block's own stays the error.
+
+    Raises:
+        ContentLost: If the block wrote into something too large to have been copied.
+    """
     try:
         yield
-    finally:
-        module.zero_grad(set_to_none=True)
-        for child, state in attributes:
-            child.__dict__.clear()
-            child.__dict__.update(state)
-        for parameter, requires_grad in frozen:
-            parameter.requires_grad_(requires_grad)
-        # Lightning leaves a module on the CPU when a fit ends.
-        if any(parameter.device != device for parameter in module.parameters()):
-            module.to(device)
-        with torch.no_grad():
-            for buffer, value in unsaved:
-                buffer.copy_(value)
+    except BaseException as error:
+        for snapshot in reversed(snapshots):
+            try:
+                snapshot.restore()
+            except Exception as other:
+                error.add_note(f"What it had changed could not all be put back: {type(other).__name__}: {other}")
+        raise
+    for snapshot in reversed(snapshots):  # a later one may have found what an earlier one had seeded
+        snapshot.restore()
+    if lost := [node for snapshot in snapshots for node in snapshot.lost]:
+        sizes = ", ".join(f"{node.path} ({node.thing.nbytes / 2**20:.1f} MiB)" for node in lost)
+        raise ContentLost(
+            f"wrote into {sizes}, which is too large to be copied for each client and put back: the clients after it"
+            " would find what it wrote. Write into a copy (`x = x.clone()`), or make it a buffer of the module's state"
+            " dict, which travels with the weights."
+        )
 
 
-def _attributes_of(child: nn.Module) -> dict[str, Any]:
-    """A module's attributes. A metric's states are copied: updates write into them, and reset puts new ones there."""
-    kept = dict(child.__dict__)
-    if isinstance(child, Metric):
-        states = {name: kept[name] for name in child._defaults}
-        kept |= {name: s.clone() if isinstance(s, Tensor) else list(s) for name, s in states.items()}
-    return kept
+class LocalData:
+    """The loaders of one local run, as Lightning asks for them: noted, seeded, and put back at the end.
+
+    Args:
+        seed_of: Gives the seed of the generator that is found at a path.
+    """
+
+    def __init__(self, seed_of: SeedOf) -> None:
+        self._seed_of = seed_of
+        self.snapshots: list[DataSnapshot] = []
+
+    def take(self, loader: Any, seed_of: SeedOf | None = None) -> DataSnapshot:
+        """Notes what a loader holds, with its data set, sampler and transforms, and seeds their generators.
+
+        Args:
+            loader: A train or validation loader, of whatever kind.
+            seed_of: As for the class, where it is another client's.
+        """
+        number = len(self.snapshots) if seed_of is None else 0
+        snapshot = DataSnapshot({f"loader_{number}" if number else "loader": loader})
+        self.snapshots.append(snapshot)
+        snapshot.seed(seed_of or self._seed_of)
+        return snapshot
 
 
 @contextmanager
-def attributes_kept(datamodule: LightningDataModule) -> Iterator[None]:
-    """Puts back a datamodule's attributes."""
-    state = dict(datamodule.__dict__)
-    try:
+def making_data(makers: DataSnapshot, seed: int, client: int = -1, keeps: bool = True) -> Iterator[None]:
+    """In the block the user's code makes data; whenever it does, and wherever, it draws the same.
+
+    Args:
+        makers: What holds that code, and maybe generators of its own.
+        seed: The run's seed.
+        client: Whose data it is; -1 for that of all.
+        keeps: Whether to put everybody's generators back; if not that is the caller's matter.
+    """
+
+    def seed_of(path: str) -> int:
+        return seed_for(seed, f"data/{path}" if path else "data", client=client)
+
+    with random_states_kept() if keeps else nullcontext(), makers.drawing(seed_of):
+        seed_all(seed_of(""))
         yield
-    finally:
-        datamodule.__dict__.clear()
-        datamodule.__dict__.update(state)
 
 
 @contextmanager

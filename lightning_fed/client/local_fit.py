@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fed import weights
 from lightning_fed.client import fit_state
-from lightning_fed.client.isolation import attributes_kept, quiet
+from lightning_fed.client.isolation import put_back, quiet
 from lightning_fed.client.local_run import (
     CountExamples,
     LocalHooks,
@@ -27,6 +27,7 @@ from lightning_fed.client.local_trainer import ClientDataView, LocalTask, client
 from lightning_fed.data import ClientLoaders, count_examples
 from lightning_fed.errors import ClientError
 from lightning_fed.seeding import seed_for, seeded
+from lightning_fed.state.snapshot import DataSnapshot
 from lightning_fed.views import laid_over
 
 
@@ -44,7 +45,7 @@ def set_up(
     with ExitStack() as stack:
         stack.enter_context(quiet())
         if datamodule is not None:
-            stack.enter_context(attributes_kept(datamodule))
+            stack.enter_context(put_back([DataSnapshot({"datamodule": datamodule})]))
             stack.enter_context(laid_over(datamodule, ClientDataView))
         stack.enter_context(laid_over(module, client_view(module)))
         stack.enter_context(seeded(seed_for(task.seed, "setup")))
@@ -85,8 +86,9 @@ def local_fit(
     counter = CountExamples(first_epoch)
     if loaders.num_examples is None:
         callbacks.append(counter)
-    with local_run(module, datamodule, task, "train"):
+    with local_run(module, datamodule, task, options, "train", own=loaders.datamodule) as data:
         trainer = build_trainer(task, loaders, module, options, callbacks)
+        trainer.data = data
         start_at_epoch(trainer, first_epoch)
         try:
             call(trainer.fit, trainer, module, datamodule, train=True)
@@ -113,8 +115,9 @@ def local_evaluate(
     """
     if loaders.datamodule is None and loaders.val is None:
         return LocalResult({}, 0, {}, [])
-    with local_run(module, datamodule, task, "evaluate"):
+    with local_run(module, datamodule, task, options, "evaluate", own=loaders.datamodule) as data:
         trainer = build_trainer(task, loaders, module, options, [LocalHooks(options, 0)], validates=True)
+        trainer.data = data
         start_at_epoch(trainer, options.first_epoch(task.round + 1) - 1)
         call(trainer.validate, trainer, module, datamodule, train=False)
         loader = trainer.val_dataloaders

@@ -16,19 +16,21 @@ from torch import Tensor
 
 from lightning_fed import weights
 from lightning_fed.client import fit_state
-from lightning_fed.client.isolation import attributes_kept, own_state_kept, quiet, restore_handlers, signal_handlers
+from lightning_fed.client.isolation import Isolation, LocalData, put_back, quiet, restore_handlers, signal_handlers
 from lightning_fed.client.local_trainer import (
     BuildingClientView,
     ClientDataView,
     ClientView,
     LocalTask,
     LocalTrainer,
+    OwnDataView,
     client_view,
 )
 from lightning_fed.data import ClientLoaders
 from lightning_fed.errors import ClientError
 from lightning_fed.metrics import MetricState
-from lightning_fed.seeding import seed_for, seeded
+from lightning_fed.seeding import seed_all
+from lightning_fed.state.snapshot import DataSnapshot
 from lightning_fed.views import laid_over
 from lightning_fed.weights import Weights
 
@@ -48,6 +50,7 @@ class LocalOptions:
         client_state: What becomes of optimizers and schedulers from round to round.
         local_validation: Whether a fit validates on the client's held-out part.
         rounds: The rounds of the run, or -1 for no limit.
+        isolation: Puts module and datamodule back after each local run.
     """
 
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +61,7 @@ class LocalOptions:
     client_state: ClientState = "reset"
     local_validation: bool = False
     rounds: int = -1
+    isolation: Isolation = field(default_factory=Isolation)
 
     def first_epoch(self, round: int) -> int:
         """The number of the first epoch of a round: a client's epochs count on from round to round."""
@@ -198,24 +202,36 @@ def local_run(
     module: LightningModule,
     datamodule: LightningDataModule | None,
     task: LocalTask,
+    options: LocalOptions,
     purpose: str,
     view: type[ClientView] | None = None,
-) -> Iterator[None]:
-    """Views, seeds, signal handlers and the module's own state, all put back at the end."""
-    handlers = signal_handlers()
+    own: LightningDataModule | None = None,
+) -> Iterator[LocalData]:
+    """Views, seeds, signal handlers and all that is not weights, put back at the end; random states are the caller's.
+
+    Gives what the run's loaders go through when Lightning asks for them.
+    """
+    seed_of, handlers = task.seed_of(purpose), signal_handlers()
+    data = LocalData(seed_of)
     with ExitStack() as stack:
         stack.callback(restore_handlers, handlers)
         stack.enter_context(quiet())
-        stack.enter_context(own_state_kept(module))
-        if datamodule is not None:
-            stack.enter_context(attributes_kept(datamodule))
+        held = stack.enter_context(options.isolation.around(module, datamodule))
+        stack.enter_context(put_back(data.snapshots))
+        stack.callback(module.zero_grad, set_to_none=True)
+        if own is not None:
+            stack.enter_context(put_back([DataSnapshot({"datamodule": own})]))
+            stack.enter_context(laid_over(own, OwnDataView))
+        elif datamodule is not None:
             stack.enter_context(laid_over(datamodule, ClientDataView))
         view = view or client_view(module)
         stack.enter_context(laid_over(module, view))
         if view is not BuildingClientView:
             weights.load(module, task.weights)
-        stack.enter_context(seeded(seed_for(task.seed, purpose, round=task.round, client=task.client)))
-        yield
+        for snapshot in held:
+            snapshot.seed(seed_of)
+        seed_all(seed_of(""))
+        yield data
 
 
 def _batch_size(batch: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,10 +20,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fed import weights
+from lightning_fed.client.isolation import LocalData, making_data
 from lightning_fed.client.lean_loop import make_lean
 from lightning_fed.client.logged import LoggedValues
 from lightning_fed.data import ClientLoaders, gathering
 from lightning_fed.metrics import MetricState, catch
+from lightning_fed.seeding import seed_for
+from lightning_fed.state.snapshot import DataSnapshot
 from lightning_fed.views import View
 from lightning_fed.weights import Weights
 
@@ -37,7 +40,22 @@ class LocalTask:
     seed: int
     weights: Weights
     state: bytes | None = None
-    set_up: bool = True
+    set_up: bool = False
+
+    def seed_of(self, purpose: str) -> Callable[[str], int]:
+        """Gives the seed of what draws for a purpose: of the generator at a path, of everybody's for an empty path."""
+        seed, round, client = self.seed, self.round, self.client  # and not the task, which has weights
+        return lambda path: seed_for(seed, f"{purpose}/{path}" if path else purpose, round=round, client=client)
+
+    @contextmanager
+    def making_data(self, maker: object) -> Iterator[None]:
+        """In the block the user's code makes the client's data: a random split is the same in each round and stage.
+
+        Args:
+            maker: What holds that code, and maybe generators of its own.
+        """
+        with making_data(DataSnapshot({"data": maker}), self.seed, self.client):
+            yield
 
 
 class ClientView(View):
@@ -114,6 +132,28 @@ class ClientDataView(View):
         return [] if self.trainer.loaders.val is None else self.trainer.loaders.val
 
 
+class OwnDataView(View):
+    """A datamodule of the client's own. What it draws when it makes data is the same in each round and stage."""
+
+    trainer: LocalTrainer
+
+    def prepare_data(self) -> None:
+        with self.trainer.task.making_data(self):
+            super().prepare_data()  # type: ignore[misc]
+
+    def setup(self, stage: str) -> None:
+        with self.trainer.task.making_data(self):
+            super().setup(stage)  # type: ignore[misc]
+
+    def train_dataloader(self) -> Any:
+        with self.trainer.task.making_data(self):
+            return super().train_dataloader()  # type: ignore[misc]
+
+    def val_dataloader(self) -> Any:
+        with self.trainer.task.making_data(self):
+            return super().val_dataloader()  # type: ignore[misc]
+
+
 class _NoProfiler(PassThroughProfiler):
     """Lightning's own makes a context for each of the twenty-odd calls of a step."""
 
@@ -181,7 +221,8 @@ class LocalTrainer(Trainer):
             super().__init__(profiler=_NoProfiler(), **kwargs)
         make_lean(self)
         self.strategy.teardown = _stay  # type: ignore[method-assign]
-        self.strategy.process_dataloader = gathering  # type: ignore[assignment, method-assign]
+        self.data: LocalData | None = None
+        self.strategy.process_dataloader = self._take  # type: ignore[assignment, method-assign]
         for loop in (self.fit_loop.epoch_loop, self.fit_loop.epoch_loop.val_loop, self.validate_loop):
             loop._results = LoggedValues(training=loop is self.fit_loop.epoch_loop)
         # Signals are the server's: a client that heard SIGTERM, too, would break the round off.
@@ -209,6 +250,12 @@ class LocalTrainer(Trainer):
 
     def _run_sanity_check(self) -> None:
         lightning_trainer.isolate_rng = isolate_rng  # what comes next may be the user's
+
+    def _take(self, loader: Any) -> Any:
+        """What becomes of a loader that Lightning has asked for."""
+        if self.data is not None:
+            self.data.take(loader)
+        return gathering(loader)
 
     def let_go(self, module: LightningModule) -> None:
         """Lets go at once what is large: a trainer's reference cycles would keep it until a garbage collection."""

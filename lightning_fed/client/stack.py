@@ -106,6 +106,10 @@ class Stack:
             for group in optimizer.param_groups:
                 group["params"] = []
 
+    def held(self) -> list[Tensor]:
+        """The stacked tensors, which the module holds."""
+        return self._values
+
     def results(self) -> list[Weights]:
         """Each client's weights, rows of the stacked tensors."""
         if any(slot.own.grad is not None for slot in self._slots):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_fed.state.content import Generator, alike
+
 _State = tuple[Any, ...]
 
 
@@ -20,21 +22,26 @@ class NotStackable(Exception):
 
 
 class Streams:
-    """The states of Python's, NumPy's and torch's generators, for each client.
+    """The states of Python's, NumPy's and torch's generators, and of those that data sets hold, for each client.
 
     The generators themselves are left as the last client had them: whoever uses streams puts them back at the end.
 
     Args:
         seeds: With what each client's generators are seeded.
         device: Whose generator is the client's own, besides the CPU's.
-        is_watched: Whether to notice what is drawn from nobody's stream.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device, is_watched: bool = False) -> None:
-        self.is_watched, self._left = is_watched, torch.default_generator.get_state()
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self._seeds, self._cuda = seeds, device if device.type == "cuda" else None
         self._torch: list[_State | None] = [None] * len(seeds)
         self._others: list[_State | None] = [None] * len(seeds)
+        self._held: list[list[tuple[Generator, Any]]] = [[] for _ in seeds]
+        self._left = torch.default_generator.get_state()
+        self._others_left = _others()
+
+    def hold(self, client: int, generators: Sequence[Generator]) -> None:
+        """Takes the states of generators that a client's data holds, and that others may hold, too, for its own."""
+        self._held[client] = [(one, one.kind.state(one.thing)) for one in generators]
 
     @contextmanager
     def torch_of(self, client: int) -> Iterator[None]:
@@ -55,16 +62,9 @@ class Streams:
             self._torch[client] = state = tuple(generator.get_state() for generator in generators)
             self._left = state[0]
 
-    def check(self) -> None:
-        """Raises:
-        NotStackable: If streams are watched, and something was drawn from none of them.
-        """
-        if self.is_watched and not torch.equal(torch.default_generator.get_state(), self._left):
-            raise NotStackable("random numbers are drawn outside of its step, where they are nobody's own")
-
     @contextmanager
     def of(self, client: int) -> Iterator[None]:
-        """In the block Python, NumPy and torch draw from a client's stream."""
+        """In the block Python, NumPy, torch and the client's data draw from the client's stream."""
         state = self._others[client]
         if state is None:
             random.seed(self._seeds[client])
@@ -72,21 +72,35 @@ class Streams:
         else:
             random.setstate(state[0])
             np.random.set_state(state[1])
+        for generator, own in self._held[client]:
+            generator.kind.load(generator.thing, own)
         try:
             with self.torch_of(client):
                 yield
         finally:
-            self._others[client] = random.getstate(), np.random.get_state()
+            self._others[client] = self._others_left = _others()
+            self._held[client] = [(one, one.kind.state(one.thing)) for one, _ in self._held[client]]
 
-    @contextmanager
-    def nothing_else_drawn(self) -> Iterator[None]:
+    def check(self) -> None:
         """Raises:
-        NotStackable: If the block draws from Python's or NumPy's generator.
+        NotStackable: If something was drawn from torch's generator, and is no client's own.
         """
-        before = random.getstate(), repr(np.random.get_state())
-        yield
-        if before != (random.getstate(), repr(np.random.get_state())):
-            raise NotStackable("its step draws from Python's or NumPy's generator, once for all clients")
+        if not torch.equal(torch.default_generator.get_state(), self._left):
+            raise NotStackable("random numbers are drawn outside of its step, where they are nobody's own")
+
+    def check_all(self) -> None:
+        """As ``check``, also of Python's and NumPy's generators.
+
+        Raises:
+            NotStackable: If something was drawn, and is no client's own.
+        """
+        self.check()
+        if not alike(_others(), self._others_left):
+            raise NotStackable("it draws from Python's or NumPy's generator, once for all clients")
+
+
+def _others() -> _State:
+    return random.getstate(), np.random.get_state()
 
 
 class DrawsApart(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ from lightning_fed.client.trial import Case, Verdict, count_batches, decide, exp
 from lightning_fed.client.vectorized_fit import AsOne, vectorized_evaluate, vectorized_fit
 from lightning_fed.data import ClientLoaders
 from lightning_fed.errors import ConfigurationError
+from lightning_fed.seeding import random_states_kept
 from lightning_fed.weights import Weights
 
 Data = Callable[[int, int], ClientLoaders]
@@ -46,6 +47,10 @@ class Together:
         Raises:
             ConfigurationError: If clients cannot be trained as one, and that is required.
         """
+        with random_states_kept():
+            self._decide(case, data, clients, weights, seed)
+
+    def _decide(self, case: Case, data: Data, clients: int, weights: Weights, seed: int) -> None:
         try:
             loaders = [data(client, 1) for client in range(min(clients, 2))]
         except Exception as error:  # that is the client's own, when its turn comes
@@ -93,6 +98,18 @@ class Together:
         options: LocalOptions,
     ) -> list[LocalResult | None]:
         """Each client's result; ``None`` for one that has to be served alone, where also its errors are its own."""
+        with random_states_kept():
+            return self._run(stage, module, datamodule, data, tasks, options)
+
+    def _run(
+        self,
+        stage: str,
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        data: Data,
+        tasks: Sequence[LocalTask],
+        options: LocalOptions,
+    ) -> list[LocalResult | None]:
         results: list[LocalResult | None] = [None] * len(tasks)
         loaders: dict[int, ClientLoaders] = {}
         groups: dict[int, list[int]] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import isclose, isnan
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_fed.client.stacked_data import batches_of
 from lightning_fed.client.streams import NotStackable
 from lightning_fed.client.vectorized_fit import AsOne, vectorized_evaluate, vectorized_fit
 from lightning_fed.data import ClientLoaders
+from lightning_fed.metrics import MetricState, scalar
 from lightning_fed.views import wrote
 from lightning_fed.weights import Weights, is_averaged
 
@@ -258,6 +260,19 @@ def _compare(together: Sequence[LocalResult], alone: Sequence[LocalResult], weig
         if sorted(names[0]) != sorted(names[1]):
             raise NotStackable(f"it logs {names[0]} where one client alone logs {names[1]}")
         _compare_weights(one.weights, other.weights, before)
+        _compare_logged(one.metrics, other.metrics)
+
+
+def _compare_logged(one: Sequence[MetricState], other: Sequence[MetricState]) -> None:
+    alone = {state.name: scalar(state) for state in other}
+    for state in one:
+        values = scalar(state), alone[state.name]
+        if None not in values and not _is_near(*values):  # type: ignore[arg-type]
+            raise NotStackable(f"it logs {state.name}={values[0]:g} where one client alone logs {values[1]:g}")
+
+
+def _is_near(one: float, other: float) -> bool:
+    return isclose(one, other, rel_tol=_TOLERANCE, abs_tol=1e-4) or (isnan(one) and isnan(other))
 
 
 def _compare_weights(one: Weights, other: Weights, before: Weights) -> None:

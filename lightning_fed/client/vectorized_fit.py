@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 from lightning_fed.client.cohort import CohortHooks, CohortTrainer, CohortView
 from lightning_fed.client.compiled_step import CompiledStep
+from lightning_fed.client.isolation import LocalData
 from lightning_fed.client.local_run import (
     LocalHooks,
     LocalOptions,
@@ -25,7 +26,6 @@ from lightning_fed.client.stacked_data import StackedLoader
 from lightning_fed.client.streams import NotStackable, Streams
 from lightning_fed.data import ClientLoaders, count_examples
 from lightning_fed.metrics import MetricState, scalar
-from lightning_fed.seeding import seed_for
 
 
 @dataclass
@@ -66,8 +66,8 @@ def vectorized_fit(
     """
     first_epoch = options.first_epoch(tasks[0].round)
     callbacks: list[Callback] = [CohortHooks(options, first_epoch), *options.method_callbacks()]
-    with local_run(module, datamodule, tasks[0], "train", CohortView):
-        trainer = _cohort_trainer(module, loaders, tasks, options, callbacks, "train", how)
+    with local_run(module, datamodule, tasks[0], options, "train", CohortView) as data:
+        trainer = _cohort_trainer(module, loaders, tasks, options, callbacks, "train", how, data)
         trainer.compiled = how.compiled
         start_at_epoch(trainer, first_epoch)
         try:
@@ -98,8 +98,8 @@ def vectorized_evaluate(
     """
     if not share_weights([task.weights for task in tasks]):
         raise NotStackable("clients evaluate weights of their own")
-    with local_run(module, datamodule, tasks[0], "evaluate", CohortView):
-        trainer = _cohort_trainer(module, loaders, tasks, options, [LocalHooks(options, 0)], "evaluate", how)
+    with local_run(module, datamodule, tasks[0], options, "evaluate", CohortView) as data:
+        trainer = _cohort_trainer(module, loaders, tasks, options, [LocalHooks(options, 0)], "evaluate", how, data)
         start_at_epoch(trainer, options.first_epoch(tasks[0].round + 1) - 1)
         call(trainer.validate, trainer, module, datamodule, train=False)
         trainer.let_go(module)
@@ -117,16 +117,21 @@ def _cohort_trainer(
     callbacks: Sequence[Callback],
     stage: str,
     how: AsOne,
+    data: LocalData,
 ) -> CohortTrainer:
     trainer = build_trainer(tasks[0], ClientLoaders(), module, options, callbacks, stage != "train", CohortTrainer)
     assert isinstance(trainer, CohortTrainer)
-    seeds = [seed_for(task.seed, stage, round=task.round, client=task.client) for task in tasks]
-    streams = Streams(seeds, trainer.strategy.root_device, how.is_trial)
+    trainer.is_trial = how.is_trial
+    seeds = [task.seed_of(stage)("") for task in tasks]
+    streams = Streams(seeds, trainer.strategy.root_device)
     trainer.stack = Stack(module, [task.weights for task in tasks], streams, how.draws)
-    if stage == "train":
-        trainer.loaders.train = StackedLoader([one.train for one in loaders], streams)
-    else:
-        trainer.loaders.val = StackedLoader([one.val for one in loaders], streams)
+    own = [one.train if stage == "train" else one.val for one in loaders]
+    for client, (loader, task) in enumerate(zip(own, tasks, strict=True)):
+        snapshot = data.take(loader, task.seed_of(stage))
+        if snapshot.seeds_itself:
+            raise NotStackable("its transforms are seeded by a method of their own")
+        streams.hold(client, snapshot.generators)
+    setattr(trainer.loaders, "train" if stage == "train" else "val", StackedLoader(own, streams))
     return trainer
 
 

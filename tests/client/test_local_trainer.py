@@ -19,6 +19,8 @@ from lightning_fed.testing import ToyModule, toy_data
 from lightning_fed.weights import read
 from tests.helpers import QUIET
 
+FOUND: list[Any] = []
+
 
 class Looks(ToyModule):
     """Looks at what Lightning would keep random states with."""
@@ -26,18 +28,18 @@ class Looks(ToyModule):
     fails = False
 
     def on_train_start(self) -> None:
-        self.found.append(lightning_trainer.isolate_rng)
+        FOUND.append(lightning_trainer.isolate_rng)
         if self.fails:
             raise ValueError("no")
 
     def on_validation_start(self) -> None:
-        self.found.append(lightning_trainer.isolate_rng)
+        FOUND.append(lightning_trainer.isolate_rng)
 
 
 def run(module: Looks, what: Any) -> Any:
-    module.found = []
+    FOUND.clear()
     Trainer(max_epochs=0, **QUIET, devices=1).fit(module, DataLoader(toy_data()))
-    task = LocalTask(0, 1, 0, read(module), set_up=False)
+    task = LocalTask(0, 1, 0, read(module))
     loaders = ClientLoaders(DataLoader(toy_data(16)), DataLoader(toy_data(8)), None, 16)
     return what(module, None, loaders, task, LocalOptions(trainer={"accelerator": "cpu", "devices": 1}))
 
@@ -61,5 +63,5 @@ def test_a_trainer_that_the_user_starts_meanwhile_or_later_is_lightnings(what: A
     module.fails = fails
     with pytest.raises(ValueError, match="no") if fails else nullcontext():
         run(module, what)
-    assert module.found == [isolate_rng]
+    assert [isolate_rng] == FOUND
     assert lightning_trainer.isolate_rng is isolate_rng

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from lightning_fed.client.streams import DrawsApart, NotStackable, Streams
+from lightning_fed.state.snapshot import DataSnapshot
 
 SEEDS = (11, 12, 13)
 X = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -41,11 +42,11 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_each_client_draws_what_it_draws_alone(name: str) -> None:
-    streams = Streams(SEEDS, torch.device("cpu"))
     alone = []
     for seed, x in zip(SEEDS, X, strict=True):
         torch.manual_seed(seed)
         alone += [torch.stack([DRAWS[name](x).float() for _ in range(2)])]
+    streams = Streams(SEEDS, torch.device("cpu"))
     together = []
     for _ in range(2):  # a stream goes on where it was
         with DrawsApart(streams, range(3)) as mode:
@@ -85,8 +86,8 @@ def test_the_streams_of_python_numpy_and_torch() -> None:
         assert got == [draw() for _ in got]
 
 
-def test_watched_streams_notice_what_is_drawn_from_none_of_them() -> None:
-    streams = Streams(SEEDS, torch.device("cpu"), is_watched=True)
+def test_streams_notice_what_is_drawn_from_none_of_them() -> None:
+    streams = Streams(SEEDS, torch.device("cpu"))
     for client in (0, 1, 0):
         with streams.torch_of(client):
             torch.rand(2)
@@ -94,3 +95,30 @@ def test_watched_streams_notice_what_is_drawn_from_none_of_them() -> None:
     torch.rand(1)
     with pytest.raises(NotStackable, match="drawn outside of its step"), streams.torch_of(1):
         pass
+
+
+def test_streams_notice_what_is_drawn_from_python_or_numpy_and_is_no_client_s_own() -> None:
+    for draw in (random.random, np.random.rand):
+        streams = Streams(SEEDS, torch.device("cpu"))
+        with streams.of(0):
+            random.random(), np.random.rand()
+        streams.check_all()
+        draw()
+        with pytest.raises(NotStackable, match="Python's or NumPy's generator"):
+            streams.check_all()
+
+
+def test_generators_that_clients_share_have_a_state_for_each() -> None:
+    shared = np.random.default_rng(0)
+    snapshot = DataSnapshot({"data": [shared]})
+    streams = Streams(SEEDS, torch.device("cpu"))
+    for client in (0, 1):
+        snapshot.seed(lambda path, client=client: 100 + client)
+        streams.hold(client, snapshot.generators)
+    drawn: dict[int, list[float]] = {0: [], 1: []}
+    for client in (0, 1, 1, 0, 1):
+        with streams.of(client):
+            drawn[client].append(shared.random())
+    for client, got in drawn.items():
+        alone = np.random.default_rng(100 + client)
+        assert got == [alone.random() for _ in got]

@@ -529,13 +529,15 @@ def test_fast_dev_run_runs_n_rounds_of_at_most_two_clients_with_n_batches_each(t
 # --------------------------------------------------------------------------------------------- data
 
 
+TRANSFERRED: list[tuple[str, Any]] = []  # what a client appends to a list of the datamodule's own is put back
+
+
 class Data(L.LightningDataModule):
     """Notes what is called, and whose batches it transfers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[str] = []
-        self.transferred: list[tuple[str, Any]] = []
 
     def prepare_data(self) -> None:
         self.calls.append("prepare_data")
@@ -557,15 +559,16 @@ class Data(L.LightningDataModule):
     test_dataloader = val_dataloader
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        self.transferred.append(("before", getattr(self.trainer, "client_id", "server")))
+        TRANSFERRED.append(("before", getattr(self.trainer, "client_id", "server")))
         return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        self.transferred.append(("after", getattr(self.trainer, "client_id", "server")))
+        TRANSFERRED.append(("after", getattr(self.trainer, "client_id", "server")))
         return [batch[0] * 0, batch[1]]
 
 
 def test_a_datamodule_is_set_up_once_and_its_batch_hooks_act_on_clients_and_at_the_server():
+    TRANSFERRED.clear()
     data = Data()
     inputs = Each("on_before_zero_grad", lambda trainer, module: module.seen)
 
@@ -581,7 +584,7 @@ def test_a_datamodule_is_set_up_once_and_its_batch_hooks_act_on_clients_and_at_t
     # 2 rounds of 2 clients' 2 batches, then the server's 2 of validation.
     in_a_round = [(when, client) for client in (0, 1) for _ in range(2) for when in ("before", "after")]
     validating = [(when, "server") for _ in range(2) for when in ("before", "after")]
-    assert data.transferred == (in_a_round + validating) * 2
+    assert (in_a_round + validating) * 2 == TRANSFERRED
     assert type(data) is Data
 
     trainer.test(toy(Whole), datamodule=data, verbose=False)
@@ -750,16 +753,16 @@ def test_precision_holds_at_the_server_and_on_clients(precision):
 
 
 def test_detect_anomaly_and_deterministic_act_on_clients():
-    class Noting(ToyModule):
-        found: list[tuple[bool, bool]] = []
+    found: list[tuple[bool, bool]] = []
 
+    class Noting(ToyModule):
         def training_step(self, batch, batch_idx):
-            self.found.append((torch.is_anomaly_enabled(), torch.are_deterministic_algorithms_enabled()))
+            found.append((torch.is_anomaly_enabled(), torch.are_deterministic_algorithms_enabled()))
             return super().training_step(batch, batch_idx)
 
     try:
         federated(rounds=1, detect_anomaly=True, deterministic=True).fit(toy(Noting), train())
-        assert Noting.found == [(True, True)] * 4
+        assert found == [(True, True)] * 4
     finally:
         torch.use_deterministic_algorithms(False)
     assert not torch.is_anomaly_enabled()

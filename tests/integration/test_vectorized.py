@@ -541,7 +541,7 @@ REFUSED: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], str]] 
         {"client_callbacks": [Clips()]},
         "client callback Clips writes on_before_optimizer_step, and does not say acts_elementwise = True",
     ),
-    "counting steps": (lambda: Counting(mlp()), {}, "its step sets Counting.steps"),
+    "counting steps": (lambda: Counting(mlp()), {}, "its step changes module.steps"),
     "mixup": (lambda: Mixup(mlp()), {}, "draws from Python's or NumPy's generator"),
     "kept parameters": (Keeps, {}, "parameters that are kept in an attribute"),
     "anchors": (lambda: Anchored(mlp()), {}, "Anchored writes on_train_start, and does not say"),

@@ -1,0 +1,1 @@
+"""What objects hold besides weights: found by a walk, noted, put back, compared."""

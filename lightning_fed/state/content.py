@@ -1,0 +1,232 @@
+"""Tensors, arrays and random generators: what they contain, noted at a price that fits their size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_fed.state.generators import GeneratorKind, generator_kind
+from lightning_fed.state.nodes import Node, Step, same
+
+_SAMPLE = 1024
+
+
+@dataclass
+class Limits:
+    """How much is copied.
+
+    Attributes:
+        always: Up to so many bytes a tensor or array is copied each time, and whatever was written to it is undone.
+        once: Up to so many bytes it is copied once, and again only where it was seen to change.
+        total: The bytes of all such copies; what is beyond is watched and not copied.
+        samples: Whether to look at some elements of what is not copied each time: torch counts most writes to a tensor,
+            but not those to its ``.data``.
+        flags: Whether to look after hooks and attributes of tensors, too.
+    """
+
+    always: int = 1 << 20
+    once: int = 64 << 20
+    total: int = 256 << 20
+    samples: bool = True
+    flags: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How the content of tensors, or of arrays, is read and written.
+
+    Attributes:
+        copy: A copy of the content.
+        put: Writes a copy back.
+        equal: Whether the content is that of a copy, bit for bit.
+        mark: What tells most changes without reading all; with a sample of the elements if the second argument is true.
+    """
+
+    copy: Callable[[Any], Any]
+    put: Callable[[Any, Any], None]
+    equal: Callable[[Any, Any], bool]
+    mark: Callable[[Any, bool], tuple[Any, ...]]
+
+
+class Content(Node):
+    """A tensor or an array: small ones are copied each time, larger ones when they change, huge ones watched.
+
+    Attributes:
+        copy: A copy of what it contained, or ``None``.
+    """
+
+    __slots__ = ("_limits", "_mark", "_reader", "copy")
+
+    def __init__(self, thing: Any, parent: Node | None, step: Step, reader: Reader, limits: Limits) -> None:
+        super().__init__(thing, parent, step)
+        self._reader, self._limits, self.copy = reader, limits, None
+        self._mark: tuple[Any, ...] | None = None  # of what is small there is none
+
+    def save(self) -> None:
+        if self._mark is not None and not self.differs():
+            return
+        size, limits = int(self.thing.nbytes), self._limits
+        if size <= limits.always:
+            self.copy = self._reader.copy(self.thing)
+            return
+        if self.copy is not None or size <= min(limits.once, limits.total):
+            limits.total -= 0 if self.copy is not None else size
+            self.copy = self._reader.copy(self.thing)
+        self._mark = self._reader.mark(self.thing, limits.samples)
+
+    def differs(self) -> bool:
+        if self._mark is None:
+            return not self._reader.equal(self.thing, self.copy)
+        return not alike(self._mark, self._reader.mark(self.thing, self._limits.samples))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it was written to and there is no copy to put back."""
+        return self.copy is None and self.differs()
+
+    def restore(self) -> None:
+        if self.copy is not None and self.differs():
+            self._reader.put(self.thing, self.copy)
+            if self._mark is not None:
+                self._mark = self._reader.mark(self.thing, self._limits.samples)
+
+
+class TensorFlags(Node):
+    """All of a tensor but its content: its memory, whether it is trained, hooks and attributes."""
+
+    __slots__ = ("_data", "_hooks", "_pointer")
+
+    def save(self) -> None:
+        tensor: Tensor = self.thing
+        self._pointer = _pointer(tensor)
+        self._data = tensor.detach()
+        self._hooks = [dict(hooks or ()) for hooks in _hooks(tensor)]
+        self.saved = tensor.requires_grad, dict(_attributes(tensor))
+
+    def differs(self) -> bool:
+        tensor: Tensor = self.thing
+        return (
+            tensor.requires_grad != self.saved[0]
+            or _pointer(tensor) != self._pointer
+            or not same(_attributes(tensor), self.saved[1])
+            or any(not same(hooks or {}, saved) for hooks, saved in zip(_hooks(tensor), self._hooks, strict=True))
+        )
+
+    def restore(self) -> None:
+        tensor: Tensor = self.thing
+        if _pointer(tensor) != self._pointer:
+            tensor.data = self._data
+        if tensor.is_leaf and tensor.requires_grad != self.saved[0]:
+            tensor.requires_grad_(self.saved[0])
+        for name in _attributes(tensor).keys() - self.saved[1].keys():
+            del tensor.__dict__[name]
+        tensor.__dict__.update(self.saved[1])
+        for hooks, saved in zip(_hooks(tensor), self._hooks, strict=True):
+            if hooks is not None:  # in place: autograd holds this very dict
+                hooks.clear()
+                hooks.update(saved)
+
+
+def _attributes(tensor: Tensor) -> dict[str, Any]:
+    held = tensor.__dict__
+    return {name: value for name, value in held.items() if not name.startswith("_dynamo")} if held else held
+
+
+def _hooks(tensor: Tensor) -> tuple[Any, Any]:
+    return tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+
+
+def _pointer(tensor: Tensor) -> Any:
+    return (tensor.data_ptr(), tensor.shape) if tensor.layout is torch.strided else None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has content that can be copied and put back."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized or wrapped)
+
+
+class Generator(Node):
+    """A generator of random numbers."""
+
+    __slots__ = ("kind",)
+
+    def __init__(self, thing: Any, parent: Node | None, step: Step) -> None:
+        super().__init__(thing, parent, step)
+        kind = generator_kind(type(thing))  # type: ignore[arg-type]
+        assert kind is not None
+        self.kind: GeneratorKind = kind
+
+    def save(self) -> None:
+        self.saved = self.kind.state(self.thing)
+
+    def differs(self) -> bool:
+        return not alike(self.kind.state(self.thing), self.saved)
+
+    def restore(self) -> None:
+        self.kind.load(self.thing, self.saved)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two states of generators, or two marks, are the same."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return bool(one == other)
+
+
+def _without_repeats(tensor: Tensor) -> Tensor:
+    """A view of a tensor in which no element of an expanded one comes twice."""
+    if tensor.is_contiguous():
+        return tensor
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _copy_tensor(tensor: Tensor) -> Tensor:
+    return _without_repeats(tensor.detach()).clone()
+
+
+def _put_tensor(tensor: Tensor, copy: Tensor) -> None:
+    with torch.inference_mode(tensor.is_inference()):
+        _without_repeats(tensor.detach()).copy_(copy)
+
+
+def _equal_tensor(tensor: Tensor, copy: Tensor) -> bool:
+    return torch.equal(_without_repeats(tensor.detach()), copy)  # NaN differs, and is put back
+
+
+def _mark_tensor(tensor: Tensor, samples: bool) -> tuple[Any, ...]:
+    version = None if tensor.is_inference() else tensor._version
+    flat = tensor.detach().view(-1) if samples and tensor.is_contiguous() else None
+    return version, None if flat is None else flat[:: max(1, flat.numel() // _SAMPLE)].cpu().numpy(force=True).tobytes()
+
+
+def _put_array(array: np.ndarray[Any, Any], copy: np.ndarray[Any, Any]) -> None:
+    array[...] = copy
+
+
+def _equal_array(array: np.ndarray[Any, Any], copy: np.ndarray[Any, Any]) -> bool:
+    if array.shape != copy.shape or array.dtype.hasobject:
+        return False
+    return array.tobytes() == copy.tobytes()
+
+
+def _mark_array(array: np.ndarray[Any, Any], samples: bool) -> tuple[Any, ...]:
+    return (array.reshape(-1)[:: max(1, array.size // _SAMPLE)].tobytes(),)
+
+
+TENSOR = Reader(_copy_tensor, _put_tensor, _equal_tensor, _mark_tensor)
+ARRAY = Reader(np.copy, _put_array, _equal_array, _mark_array)

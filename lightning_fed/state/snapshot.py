@@ -1,0 +1,148 @@
+"""What some objects hold at one moment, to be put back later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_fed.state import nodes
+from lightning_fed.state.content import Content, Generator, Limits
+from lightning_fed.state.generators import seeding_method
+from lightning_fed.state.nodes import Container, Node
+from lightning_fed.state.walk import Walk
+
+
+@dataclass
+class DataLimits(Limits):
+    """For data sets, which are read and large, and looked at anew for each client."""
+
+    always: int = 1 << 16
+    once: int = 0
+    samples: bool = False
+    flags: bool = False
+
+
+class Snapshot:
+    """All that some objects hold, but for the content of weights.
+
+    Args:
+        roots: The objects, by name.
+        weights: Gives the tensors whose content is not looked after.
+    """
+
+    limits = Limits
+
+    def __init__(self, roots: Mapping[str, Any], weights: Callable[[], Iterable[Tensor]] = tuple) -> None:
+        self._roots, self._weights = roots, weights
+        self._take()
+
+    def _take(self) -> None:
+        walk = Walk(self._roots, frozenset(map(id, self._weights())), self.limits())
+        self.endless, self._containers, self._contents = walk.endless, walk.containers, walk.contents
+        self._empty, self._emptied = walk.empty, [node.thing for node in walk.empty]
+        self.generators = [node for node in walk.contents if isinstance(node, Generator)]
+        self._self_seeding = [node for node in walk.containers if _seeds_itself(node)]
+        for node in (*walk.containers, *walk.contents):
+            node.save()
+
+    def renew(self) -> None:
+        """Takes note of what they hold now."""
+        if any(self._emptied) or any(node.differs() for node in self._containers):
+            self._take()
+        else:
+            for node in self._contents:
+                node.save()
+
+    def restore(self) -> None:
+        """Puts back what they held."""
+        for container in self._containers:
+            if container.differs():
+                self._restore(container)
+        if any(self._emptied):
+            for empty in self._empty:
+                if empty.thing and not empty.is_enclosed:
+                    empty.thing.clear()
+        for content in self._contents:
+            content.restore()
+
+    def _restore(self, node: Container) -> None:
+        node.restore()
+
+    def changed(self) -> list[Node]:
+        """The nodes that hold something else now."""
+        known: tuple[Node, ...] = (*self._containers, *self._contents)
+        return [*(node for node in known if node.differs()), *(node for node in self._empty if node.thing)]
+
+    @property
+    def lost(self) -> list[Content]:
+        """What was written to and is too large to have been copied."""
+        return [node for node in self._contents if isinstance(node, Content) and node.is_lost]
+
+    @property
+    def seeds_itself(self) -> bool:
+        """Whether it holds objects that are seeded by a method of their own, with who knows what behind it."""
+        return bool(self._self_seeding)
+
+    @contextmanager
+    def drawing(self, seed_of: Callable[[str], int]) -> Iterator[None]:
+        """In the block what they draw starts from seeds; after it their generators have the states of before."""
+        for generator in self.generators:
+            generator.save()
+        self.seed(seed_of)
+        try:
+            yield
+        finally:
+            for generator in self.generators:
+                generator.restore()
+
+    def seed(self, seed_of: Callable[[str], int]) -> None:
+        """Seeds all that they draw random numbers from.
+
+        Args:
+            seed_of: Gives the seed of the generator that is found at a path.
+        """
+        for node in self._self_seeding:
+            method = seeding_method(type(node.thing))  # type: ignore[arg-type]
+            assert method is not None
+            method(node.thing, seed_of(node.path))
+        for generator in self.generators:
+            generator.kind.seed(generator.thing, seed_of(generator.path))
+
+
+def _seeds_itself(node: Container) -> bool:
+    return node.kind is nodes.ATTRIBUTES and seeding_method(type(node.thing)) is not None  # type: ignore[arg-type]
+
+
+class DataSnapshot(Snapshot):
+    """A snapshot of data sets, loaders, samplers and transforms, made for each client: large tensors are only watched.
+
+    What a data set has read or opened meanwhile stays: a dict that only grew, a file handle, a large array in place of
+    ``None``. It is a cache, and to fill it again for each client would take long.
+    """
+
+    limits = DataLimits
+
+    def _restore(self, node: Container) -> None:
+        held = node.kind.look(node.thing)
+        if not isinstance(held, dict) or node.is_enclosed:
+            node.restore()
+            return
+        is_dict = node.kind is nodes.DICT
+        kept = {key: value for key, value in node.changes()[0].items() if node.saved.get(key) is None}
+        kept = {key: value for key, value in kept.items() if (is_dict and key not in node.saved) or _is_cache(value)}
+        if any(held.get(key, node) is not value for key, value in (node.saved | kept).items()):
+            node.kind.write(node.thing, node.saved | kept)
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether an attribute that was set in the course of reading looks like something that was read or opened."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.nbytes > Limits.always
+    if isinstance(value, (list, tuple, set)):
+        return len(value) > nodes.MOST_ELEMENTS
+    return value is not None and not isinstance(value, (bool, int, float, complex, str, bytes))

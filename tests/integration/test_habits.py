@@ -1,0 +1,84 @@
+"""A client's work depends on the weights, its data and the seed: not on who trained before it, where, or with whom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_fed import FederatedTrainer
+from lightning_fed.callbacks import ClientData, History, Partition
+from lightning_fed.engines import Engine, InProcess, Processes
+from lightning_fed.testing import toy_data
+from lightning_fed.weights import Weights, read
+from tests.habits import DATA_HABITS, LOADERS, MODULE_HABITS, Data, DrawsAtModuleLevel, Habitual
+from tests.helpers import QUIET
+
+SIZES = (24, 16, 9)
+
+
+def run(module: Any, data: Any, engine: Engine, rounds: int = 2, **options: Any) -> tuple[Weights, list[Any]]:
+    """A short run; its weights and history."""
+    history = History(per_client=True)
+    loader = None if isinstance(data, ClientData) else data
+    owner = data if isinstance(data, ClientData) else Partition(3, val_fraction=0.25)
+    trainer = FederatedTrainer(
+        max_rounds=rounds, seed=3, engine=engine, callbacks=[owner, history], **{**QUIET, **options}
+    )
+    trainer.fit(module, loader, DataLoader(toy_data(8, seed=9), 8))
+    return read(module), [history.rows, history.clients]
+
+
+def module(*habits: str) -> Habitual:
+    torch.manual_seed(0)
+    return Habitual(habits)
+
+
+def shared_loader(*habits: str) -> DataLoader:
+    return DataLoader(Data(toy_data(48), habits), 8, shuffle=True)
+
+
+def own_loaders(how: str, *habits: str) -> ClientData:
+    return ClientData([LOADERS[how](Data(toy_data(size, seed=size), habits)) for size in SIZES])
+
+
+def made_loaders(how: str, *habits: str) -> ClientData:
+    kept = [Data(toy_data(size, seed=size), habits) for size in SIZES]
+    return ClientData(lambda client: LOADERS[how](kept[client]), num_clients=len(SIZES))
+
+
+def same(one: tuple[Weights, list[Any]], other: tuple[Weights, list[Any]]) -> None:
+    torch.testing.assert_close(one[0], other[0], rtol=0, atol=0)
+    assert one[1] == other[1]
+
+
+@pytest.mark.parametrize("habit", MODULE_HABITS)
+def test_what_a_client_leaves_in_the_module_no_other_finds(habit: str) -> None:
+    """In one process each client has predecessors, in three workers almost none."""
+    same(
+        run(module(habit), shared_loader(), InProcess()),
+        run(module(habit), shared_loader(), Processes(3)),
+    )
+
+
+@pytest.mark.parametrize("habit", DATA_HABITS)
+@pytest.mark.parametrize("data", [shared_loader, own_loaders, made_loaders])
+def test_what_a_client_leaves_in_the_data_no_other_finds(data: Any, habit: str) -> None:
+    arguments = (habit,) if data is shared_loader else ("a shuffled loader", habit)
+    same(run(module(), data(*arguments), InProcess()), run(module(), data(*arguments), Processes(2)))
+
+
+@pytest.mark.parametrize("how", LOADERS)
+@pytest.mark.parametrize("data", [own_loaders, made_loaders])
+def test_what_loaders_draw_is_the_client_s_own(data: Any, how: str) -> None:
+    same(run(module(), data(how), InProcess()), run(module(), data(how), Processes(2)))
+
+
+def test_a_generator_that_is_a_variable_of_a_file_is_seeded_too() -> None:
+    def build() -> DrawsAtModuleLevel:
+        torch.manual_seed(0)
+        return DrawsAtModuleLevel()
+
+    same(run(build(), shared_loader(), InProcess()), run(build(), shared_loader(), Processes(3)))
