@@ -38,7 +38,7 @@ class ClientError(FederationError):
 
 
 class InvalidUpdateError(ClientError):
-    """A client sent weights with a missing name, a wrong shape, or a NaN or Inf in them."""
+    """A client sent weights with a missing name, a wrong shape or kind of dtype, or a NaN or Inf in them."""
 
 
 class RoundError(FederationError):

@@ -11,11 +11,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from io import BytesIO
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from flwr.app import (
     Array,
@@ -29,7 +26,10 @@ from flwr.app import (
 )
 from torch import Tensor
 
+from lightning_fed.errors import ClientError
 from lightning_fed.metrics import MetricState
+from lightning_fed.tensor_array import TensorArray
+from lightning_fed.tracebacks import frames, words
 from lightning_fed.weights import Weights
 
 Kind = TypeVar("Kind", ArrayRecord, MetricRecord, ConfigRecord)
@@ -40,54 +40,6 @@ CLIENT = "partition-id"
 _INTEGERS, _STATES, _SPECS = "lightning-fed.integers", "lightning-fed.states", "lightning-fed.specs"
 _FIT_STATE = "lightning-fed.fit-state"
 CLIENT_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-
-_NARROW = {torch.bfloat16} | {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
-
-
-class TensorArray(Array):
-    """A Flower ``Array`` that keeps a tensor and turns it into bytes only when bytes are asked for.
-
-    Within a process nothing is serialised. ``numpy()`` gives a copy, so nobody who got the record can change what
-    others see. bfloat16 and float8, which NumPy lacks, become float32, which holds them exactly.
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        shape, dtype = tuple(tensor.shape), _dtype_name(tensor.dtype)
-        self.__dict__.update(tensor=tensor.detach(), dtype=dtype, shape=shape, stype="numpy.ndarray")
-
-    @property
-    def data(self) -> bytes:  # type: ignore[override]
-        """The array in NumPy's format, as Flower sends it."""
-        if self.__dict__["tensor"] is None:
-            return bytes(self.__dict__["_bytes"])
-        buffer = BytesIO()
-        np.save(buffer, self.numpy(), allow_pickle=False)
-        return buffer.getvalue()
-
-    @data.setter
-    def data(self, value: bytes) -> None:
-        self.__dict__["tensor"], self.__dict__["_bytes"] = None, value
-
-    def numpy(self) -> np.ndarray[Any, Any]:
-        """A copy of the tensor as a NumPy array."""
-        tensor = self.__dict__["tensor"]
-        if tensor is None:
-            return super().numpy()
-        if tensor.dtype in _NARROW:
-            tensor = tensor.float()
-        return np.array(tensor.cpu().numpy(), copy=True)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Array, (self.dtype, self.shape, self.stype, self.data)
-
-
-@lru_cache
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(torch.float32 if dtype in _NARROW else dtype).removeprefix("torch.")
-
-
-# Flower writes the class's name into the bytes it sends: on the other side a plain Array comes out.
-TensorArray.__qualname__ = "Array"
 
 
 def pack(weights: Mapping[str, Tensor]) -> ArrayRecord:
@@ -156,8 +108,15 @@ def attach_integers(messages: Sequence[Message], integers: Weights) -> None:
 
 def detach_integers(message: Message) -> Weights:
     """Takes off what ``attach_integers`` put on, before mods see the message."""
-    record = message.content.pop(_INTEGERS, None)
-    return unpack(record) if isinstance(record, ArrayRecord) else {}
+    record = _take(message.content, _INTEGERS, ArrayRecord)
+    return {} if record is None else unpack(record)
+
+
+def _take(content: RecordDict, key: str, kind: type[Kind]) -> Kind | None:
+    record = content.pop(key, None)
+    if record is not None and not isinstance(record, kind):
+        raise TypeError(f"{key} is a {type(record).__name__} and should be a {kind.__name__}")
+    return record
 
 
 @dataclass
@@ -203,11 +162,17 @@ def evaluate_reply(message: Message, num_examples: int, scalars: Mapping[str, fl
     return Message(RecordDict({METRICS: MetricRecord({**scalars, NUM_EXAMPLES: num_examples})}), reply_to=message)
 
 
-def error_reply(message: Message, exception: BaseException, traceback: str) -> Message:
-    """The reply of a client that raised; within a process the server gets the exception itself, too."""
-    error = Error(CLIENT_RAISED, traceback)
+def error_reply(message: Message, exception: BaseException) -> Message:
+    """The reply of a client that raised: what it says, as text; within a process also the exception itself."""
+    trace = frames(exception)
+    error = Error(CLIENT_RAISED, "\nThe client's traceback:\n".join([words(exception), *([trace] if trace else [])]))
     error.__dict__["exception"] = exception
     return Message(error, reply_to=message)
+
+
+def raised(reply: Message) -> tuple[str, BaseException | None]:
+    """What an error reply says, and the exception itself where it is at hand."""
+    return (reply.error.reason or "unknown error").strip(), reply.error.__dict__.get("exception")
 
 
 def attach_extras(reply: Message, extras: Extras) -> None:
@@ -224,16 +189,57 @@ def attach_extras(reply: Message, extras: Extras) -> None:
 def detach_extras(reply: Message) -> Extras:
     """Takes off what ``attach_extras`` put on, before a strategy sees the reply."""
     extras = Extras(integers=detach_integers(reply))
-    specs = reply.content.pop(_SPECS, None)
-    record = reply.content.pop(_STATES, None)
-    if isinstance(specs, ConfigRecord) and isinstance(record, ArrayRecord):
-        tensors: dict[str, Weights] = {}
-        for key, tensor in unpack(record).items():
-            index, name = key.split("/", 1)
-            tensors.setdefault(index, {})[name] = tensor
-        for i, (name, kind, attribute, updates) in enumerate(json.loads(str(specs["json"]))):
-            extras.states.append(MetricState(name, kind, tensors.get(str(i), {}), attribute, updates))
+    specs = _take(reply.content, _SPECS, ConfigRecord)
+    record = _take(reply.content, _STATES, ArrayRecord)
+    _require((specs is None) == (record is None), "half of its metric states")
+    if specs is not None and record is not None:
+        extras.states = _states(json.loads(str(specs["json"])), unpack(record))
     return extras
+
+
+def _states(specs: Any, arrays: Weights) -> list[MetricState]:
+    tensors: dict[int, Weights] = {}
+    for key, tensor in arrays.items():
+        index, name = key.split("/", 1)
+        tensors.setdefault(int(index), {})[name] = tensor
+    _require(set(tensors) <= set(range(len(specs))), "metric states without a name")
+    states = []
+    for i, (name, kind, attribute, updates) in enumerate(specs):
+        words = all(isinstance(word, str) for word in (name, kind, attribute))
+        _require(words and isinstance(updates, int), f"{specs[i]} for the name of a metric state")
+        states.append(MetricState(name, kind, tensors.get(i, {}), attribute, updates))
+    return states
+
+
+def _require(good: bool, instead: str) -> None:
+    if not good:
+        raise ValueError(instead)
+
+
+@dataclass
+class Reply:
+    """A client's reply, read; ``arrays`` is ``None`` where it has none."""
+
+    arrays: Weights | None
+    extras: Extras
+    num_examples: float
+    scalars: dict[str, float]
+
+
+def read_reply(reply: Message) -> Reply:
+    """Reads a reply, and takes off it what strategies must not see.
+
+    Raises:
+        ClientError: If something in it is not of the form in which it travels.
+    """
+    try:
+        extras, arrays = detach_extras(reply), first(reply.content, ArrayRecord)
+        record = first(reply.content, MetricRecord) or MetricRecord()
+        _require(not isinstance(record.get(NUM_EXAMPLES), list), f"{NUM_EXAMPLES}={record.get(NUM_EXAMPLES)}")
+        weights = None if arrays is None else unpack(arrays)
+        return Reply(weights, extras, num_examples(reply), reply_scalars(reply))
+    except Exception as error:  # whatever it was that the client sent
+        raise ClientError(f"sent what cannot be read: {words(error)}") from error
 
 
 def num_examples(reply: Message, key: str = NUM_EXAMPLES) -> float:

@@ -9,7 +9,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from lightning_fed.messages import TensorArray, pack, tensor_of
+from lightning_fed.messages import pack, tensor_of
+from lightning_fed.tensor_array import TensorArray
 
 
 def to_plain(value: Any) -> Any:

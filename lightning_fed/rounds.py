@@ -33,18 +33,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_fed import messages, metrics
-from lightning_fed.callbacks.base import (
-    CLIENT_METRICS,
-    ClientReport,
-    CohortOwner,
-    FailureOwner,
-    FederatedCallback,
-    Stage,
-)
+from lightning_fed.callbacks.base import CLIENT_METRICS, CohortOwner, FailureOwner, FederatedCallback, Stage
 from lightning_fed.errors import ClientError, FederationError, RoundError
-from lightning_fed.roster import CohortGrid, RollCall, Roster
+from lightning_fed.exchange import Exchange, Terms
+from lightning_fed.roster import RollCall, Roster
 from lightning_fed.seeding import seed_for, seeded
-from lightning_fed.weights import RunningMean, Weights, check_update, split
+from lightning_fed.tracebacks import words
+from lightning_fed.weights import Weights, check_update
 
 
 @dataclass
@@ -85,13 +80,13 @@ class Rounds:
         timeout: float = 3600.0,
         max_clients: int | None = None,
     ) -> None:
-        self.grid, self.strategy, self.callbacks = grid, strategy, callbacks
-        self.cohorts, self.failures = cohorts, failures
+        self.grid, self.strategy, self.callbacks, self.cohorts = grid, strategy, callbacks, cohorts
         self.trainer, self.module = trainer, module
         self.seed, self.timeout, self.max_clients = seed, timeout, max_clients
         self.roster: Roster = (
             cast(Roster, grid) if hasattr(grid, "client_of") else RollCall(grid, timeout, cohorts.min_available_clients)
         )
+        self._terms = Terms(strategy, self.roster, failures, self._tell, seed, timeout)
         self._said: set[str] = set()
 
     def run(self, round: int, weights: Weights, evaluate: bool) -> RoundResult:
@@ -122,9 +117,9 @@ class Rounds:
         cohort = self.cohorts.sample(stage, round, self.roster.num_clients, self.seed)[: self.max_clients]
         if not cohort:
             return None
-        exchange = Exchange(self, stage, round, cohort, weights)
+        exchange = Exchange(self._terms, stage, round, cohort, weights)
         with seeded(seed_for(self.seed, f"strategy/{stage}", round=round)):
-            sent = exchange.messages()
+            sent = exchange.messages(self.grid)
             if not sent:
                 return None
             self._tell("on_round_start", round, stage, exchange.cohort)
@@ -152,8 +147,7 @@ class Rounds:
             if error is exchange.raised:
                 raise
             raise RoundError(
-                f"Round {round}: {_name(self.strategy)} could not aggregate the {stage} replies:"
-                f" {type(error).__name__}: {error}",
+                f"Round {round}: {_name(self.strategy)} could not aggregate the {stage} replies: {words(error)}",
                 round=round,
                 stage=stage,
             ) from error
@@ -167,13 +161,17 @@ class Rounds:
                 " strategies need a minimum of replies.",
                 round=round,
             )
-        new = {**messages.unpack(arrays), **integers}
         try:
+            new = {**messages.unpack(arrays), **integers}
             check_update(new, old)
         except ClientError as error:
             raise RoundError(
                 f"Round {round}: {name} gave weights that {error}", round=round, tensor=error.tensor
             ) from None
+        except Exception as error:
+            raise RoundError(
+                f"Round {round}: {name} gave weights that cannot be read: {words(error)}", round=round
+            ) from error
         return {key: new[key] for key in old}
 
     def _tell(self, hook: str, *args: Any) -> None:
@@ -188,119 +186,6 @@ class Rounds:
                 " module already computed, or a wrapper such as MinMax or BootStrapper): it is the example-weighted"
                 " mean of the clients' values. Log the torchmetrics object itself for the exact value."
             )
-
-
-class Exchange:
-    """The messages and replies of one stage of one round."""
-
-    def __init__(self, rounds: Rounds, stage: Stage, round: int, cohort: Sequence[int], weights: Weights) -> None:
-        self.rounds, self.stage, self.round, self.cohort = rounds, stage, round, cohort
-        self.averaged, self.integer_weights = split(weights)
-        self.integers = RunningMean()
-        self.states: list[tuple[float, list[metrics.MetricState]]] = []
-        self.good = self.failed = 0
-        self.raised: Exception | None = None  # by a callback or the engine while the strategy read the replies
-
-    def messages(self) -> list[Message]:
-        """What the strategy sends, in client order. (Flower shuffles, with the global random state.)"""
-        rounds, train = self.rounds, self.stage == "train"
-        configure = rounds.strategy.configure_train if train else rounds.strategy.configure_evaluate
-        grid = CohortGrid(rounds.grid, [rounds.roster.node_of(client) for client in self.cohort])
-        config = messages.round_config(self.round, rounds.seed)
-        sent = list(configure(self.round, messages.pack(self.averaged), config, grid))
-        messages.attach_integers(sent, self.integer_weights)
-        sent.sort(key=lambda message: rounds.roster.client_of(message.metadata.dst_node_id))
-        self.cohort = [rounds.roster.client_of(message.metadata.dst_node_id) for message in sent]
-        return sent
-
-    def replies(self, replies: Iterable[Message]) -> Iterator[Message]:
-        """The good replies in client order, as a strategy sees them; failures go to their owner."""
-        try:
-            yield from self._replies(replies)
-        except Exception as error:
-            self.raised = error
-            raise
-
-    def _replies(self, replies: Iterable[Message]) -> Iterator[Message]:
-        client_of = self.rounds.roster.client_of
-        if isinstance(replies, Sequence):
-            replies = sorted(replies, key=lambda reply: client_of(reply.metadata.src_node_id))
-        waiting = set(self.cohort)
-        for reply in replies:
-            client = client_of(reply.metadata.src_node_id)
-            waiting.discard(client)
-            try:
-                coefficient = self._accept(client, reply)
-            except ClientError as error:
-                self._failed(error)
-                continue
-            self.good += 1
-            if coefficient:
-                yield reply
-            # Let it go before the iterator trains the next client.
-            del reply
-        for client in sorted(waiting):
-            self._failed(self._error(client, f"did not reply within {self.rounds.timeout:g} s."))
-
-    def require_enough(self) -> None:
-        """Raises:
-        RoundError: If there are fewer good replies than the owner of failures asks for.
-        """
-        needed = self.rounds.failures.min_results(len(self.cohort))
-        if self.good < needed:
-            raise RoundError(
-                f"Round {self.round}: {self.good} of {len(self.cohort)} clients gave a good {self.stage} reply, and"
-                f" {needed} are needed. The weights of the round before are kept in the last checkpoint.",
-                round=self.round,
-                stage=self.stage,
-            )
-
-    def _accept(self, client: int, reply: Message) -> float:
-        if reply.has_error():
-            exception = reply.error.__dict__.get("exception")
-            raise self._error(client, _explain(reply, exception)) from exception
-        extras = messages.detach_extras(reply)
-        coefficient = messages.num_examples(reply)
-        if self.stage == "train":
-            self._check_weights(client, reply, extras.integers, coefficient)
-            if extras.integers:
-                # A strategy that weighs all clients alike (ours say so) gets it for these, too.
-                alike = getattr(self.rounds.strategy, "uniform", False)
-                self.integers.add(extras.integers, 1.0 if alike else coefficient)
-        if coefficient:
-            self.states.append((coefficient, extras.states))
-            report = ClientReport(client, coefficient, messages.reply_scalars(reply))
-            self.rounds._tell("on_client_end", self.round, self.stage, report)
-        return coefficient
-
-    def _check_weights(self, client: int, reply: Message, integers: Weights, coefficient: float) -> None:
-        arrays = messages.first(reply.content, ArrayRecord)
-        if arrays is None:
-            raise self._error(client, "sent no weights.")
-        if not coefficient > 0:
-            raise self._error(client, f"reports {coefficient:g} examples; it cannot be averaged.")
-        try:
-            check_update({**messages.unpack(arrays), **integers}, {**self.averaged, **self.integer_weights})
-        except ClientError as error:
-            raise self._error(client, str(error), type(error), error.tensor) from None
-
-    def _error(
-        self, client: int, what: str, kind: type[ClientError] = ClientError, tensor: str | None = None
-    ) -> ClientError:
-        message = f"Round {self.round}, {self.stage}: client {client} {what}"
-        return kind(message, round=self.round, client=client, stage=self.stage, tensor=tensor)
-
-    def _failed(self, error: ClientError) -> None:
-        self.failed += 1
-        self.rounds.failures.on_failure(error, self.failed, len(self.cohort))
-        self.rounds._tell("on_client_error", self.round, self.stage, error)
-
-
-def _explain(reply: Message, exception: BaseException | None) -> str:
-    if isinstance(exception, FederationError):
-        return str(exception)
-    lines = (reply.error.reason or "unknown error").strip()
-    return f"raised {lines.splitlines()[-1]}\nThe client's traceback:\n{lines}"
 
 
 def _name(strategy: Strategy) -> str:

@@ -30,10 +30,12 @@ from lightning_fed.client.together import Together
 from lightning_fed.data import gathering
 from lightning_fed.deal import Deal
 from lightning_fed.engines import Engine, InProcess, Processes, Ray
+from lightning_fed.errors import FederationError
 from lightning_fed.federation import Federation, Owners
 from lightning_fed.rounds import quiet_flower
 from lightning_fed.seeding import run_seed, seed_for, seeded
 from lightning_fed.server import RoundLoader, ServerDataView, ServerView
+from lightning_fed.tracebacks import shorten
 from lightning_fed.views import laid_over
 
 ENGINES: dict[str, type[Engine]] = {"in_process": InProcess, "processes": Processes, "ray": Ray}
@@ -215,11 +217,14 @@ class FederatedTrainer(Trainer):
         task = self._task(model, train_dataloaders, val_dataloaders, datamodule)
         server_app = self._server_app(task, ckpt_path, weights_only)
         context = Context(0, 0, {}, RecordDict(), {})
-        self.engine.run(
-            lambda grid: server_app(grid, context),
-            build_client_app(task.side),
-            lambda: self.owners.partition.num_clients,
-        )
+        try:
+            self.engine.run(
+                lambda grid: server_app(grid, context),
+                build_client_app(task.side),
+                lambda: self.owners.partition.num_clients,
+            )
+        except FederationError as error:
+            raise shorten(error)  # noqa: B904  it is the same error
 
     def server_app(
         self,

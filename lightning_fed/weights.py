@@ -81,12 +81,45 @@ def _is_finite(tensor: Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
+def check_reply(
+    averaged: Mapping[str, Tensor], integers: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+) -> None:
+    """Checks a client's weights, which come in two parts, against the global ones.
+
+    Args:
+        averaged: What strategies average.
+        integers: The integer and bool tensors, which would take the place of an averaged tensor of their name.
+        reference: The global weights.
+
+    Raises:
+        InvalidUpdateError: If a tensor came in the wrong part, or as ``check_update`` says.
+    """
+    for part, what, belongs in ((averaged, "floating and complex", True), (integers, "integer and bool", False)):
+        for name in part:
+            if name in reference and is_averaged(reference[name]) is not belongs:
+                raise InvalidUpdateError(
+                    f"sent {name!r} among its {what} tensors, the global model has it as {_dtype(reference[name])}.",
+                    tensor=name,
+                )
+    check_update({**averaged, **integers}, reference)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _is_alike(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether one tensor's numbers can stand for the other's: bfloat16 travels as float32."""
+    both_floating = dtype.is_floating_point and other.is_floating_point
+    return dtype == other or both_floating or (dtype.is_complex and other.is_complex)
+
+
 def check_update(update: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
     """Checks a client's weights against the global ones.
 
     Raises:
-        InvalidUpdateError: If a name is missing or unknown, a shape differs, or a value is NaN or Inf; it names the
-            first such tensor.
+        InvalidUpdateError: If a name is missing or unknown, a shape or kind of dtype differs, or a value is NaN or Inf;
+            it names the first such tensor.
     """
     for name in reference:
         if name not in update:
@@ -101,6 +134,12 @@ def check_update(update: Mapping[str, Tensor], reference: Mapping[str, Tensor]) 
             raise InvalidUpdateError(
                 f"sent {name!r} of shape {tuple(tensor.shape)}, the global model has {tuple(reference[name].shape)}."
                 " Every client must build the same module.",
+                tensor=name,
+            )
+        if not _is_alike(tensor.dtype, reference[name].dtype):
+            raise InvalidUpdateError(
+                f"sent {name!r} as {_dtype(tensor)}, the global model has {_dtype(reference[name])}. Floating tensors"
+                " may differ in width; integer and bool ones keep their dtype.",
                 tensor=name,
             )
         if not _is_finite(tensor):

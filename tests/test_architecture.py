@@ -19,12 +19,12 @@ ROOT = Path(__file__).parent.parent / "lightning_fed"
 # A module imports only from lines above its own: never from its line, never from below. "" is the package itself.
 # A name that is written out comes before a pattern.
 LEVELS = [
-    ["_version", "errors", "seeding", "views", "state", "state.generators", "state.nodes"],
+    ["_version", "errors", "seeding", "tracebacks", "views", "state", "state.generators", "state.nodes"],
     ["state.content"],
     ["state.walk"],
     ["state.snapshot"],
     [
-        *("weights", "metrics", "data", "client", "client.isolation", "client.fit_state"),
+        *("weights", "metrics", "data", "tensor_array", "client", "client.isolation", "client.fit_state"),
         *("client.heap", "client.lean_loop", "client.local_update", "client.logged", "client.stack_cost"),
         "client.streams",
     ],
@@ -36,7 +36,7 @@ LEVELS = [
     ["strategies.*", "client.local_fit", "client.compiled_step", "client.step_watch"],
     ["strategies", "engines.base", "client.cohort"],
     ["callbacks.base", "client.vectorized_fit"],
-    ["client.trial"],
+    ["client.trial", "exchange"],
     ["client.together"],
     ["callbacks.*", "client.app", "engines.in_process", "engines.transport"],
     ["engines.worker"],
@@ -53,8 +53,8 @@ LEVELS = [
 # Third party -> the modules that may import it.
 DOORS = {
     "flwr": [
-        *("messages", "plain", "roster", "rounds", "federation", "trainer", "testing", "client.app"),
-        *("strategies.*", "callbacks.*", "engines.*"),
+        *("tensor_array", "messages", "plain", "roster", "exchange", "rounds", "federation", "trainer", "testing"),
+        *("client.app", "strategies.*", "callbacks.*", "engines.*"),
     ],
     "ray": ["engines.ray"],
     "flwr_datasets": ["callbacks.partition"],

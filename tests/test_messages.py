@@ -208,12 +208,22 @@ def test_reply_without_a_count_of_examples_counts_none():
 
 
 def test_error_reply_carries_the_traceback_and_within_a_process_the_exception():
-    error = ValueError("no")
-    reply = in_flower(lambda: messages.error_reply(message(), error, "Traceback ...\nValueError: no"))
+    try:
+        raise ValueError("no")
+    except ValueError as caught:
+        error = caught
+    reply = in_flower(lambda: messages.error_reply(message(), error))
     assert reply.has_error()
     assert reply.error.code == 2  # Flower's CLIENT_APP_RAISED_EXCEPTION
-    assert reply.error.reason.endswith("ValueError: no")
-    assert reply.error.__dict__["exception"] is error
+    said, exception = messages.raised(reply)
+    assert said.startswith("ValueError: no\nThe client's traceback:\n")
+    assert said.endswith('raise ValueError("no")')
+    assert exception is error
+
+
+def test_error_that_was_never_raised_has_no_traceback():
+    reply = in_flower(lambda: messages.error_reply(message(), ValueError("no")))
+    assert messages.raised(reply)[0] == "ValueError: no"
 
 
 STATES = [

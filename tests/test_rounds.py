@@ -392,10 +392,12 @@ FAILING = with_query(failing_client(lambda k: k in (1, 3)))
 def test_first_failure_stops_the_run_with_client_round_stage_and_traceback():
     diary = Diary()
     with pytest.raises(ClientError, match=r"Round 4, train: client 1 raised ValueError: client 1 fails\n") as caught:
-        run(FAILING, round=4, callbacks=[diary])
+        InProcess().run(
+            lambda grid: rounds_on(grid, callbacks=[diary]).run(4, toy_weights(), False), FAILING, lambda: 4
+        )
     error = caught.value
     assert (error.client, error.round, error.stage) == (1, 4, "train")
-    assert "The client's traceback:" in str(error)
+    assert "\nThe client's traceback:\n" in str(error)
     assert not any("ends" in line for line in diary.lines)
 
 

@@ -132,25 +132,39 @@ def test_wrong_names_and_shapes_are_named(change, message):
     assert caught.value.tensor in ("a.weight", "a.count", "c")
 
 
+DTYPES = [*(torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.complex128), torch.int64, torch.bool]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_inf_are_refused_in_every_dtype(dtype, bad):
-    update = reference()
-    update["a.weight"] = torch.zeros(2, 3, dtype=dtype)
-    check_update(update, reference())
+    known = {**reference(), "a.weight": torch.zeros(2, 3, dtype=dtype)}
+    update = {name: tensor.clone() for name, tensor in known.items()}
+    check_update(update, known)
     update["a.weight"][1, 2] = bad
     with pytest.raises(InvalidUpdateError, match=r"sent 'a\.weight' with NaN or Inf"):
-        check_update(update, reference())
+        check_update(update, known)
 
 
 def test_nan_in_the_imaginary_part_is_refused():
-    update = reference()
-    update["a.weight"] = torch.complex(torch.zeros(2, 3), torch.full((2, 3), float("nan")))
+    known = {"z": torch.zeros(2, 3, dtype=torch.complex64)}
+    update = {"z": torch.complex(torch.zeros(2, 3), torch.full((2, 3), float("nan")))}
     with pytest.raises(InvalidUpdateError, match="NaN or Inf"):
-        check_update(update, reference())
+        check_update(update, known)
+
+
+@pytest.mark.parametrize("sent", DTYPES)
+@pytest.mark.parametrize("known", DTYPES)
+def test_only_floats_may_differ_in_width_and_nothing_in_kind(sent, known):
+    floats = sent.is_floating_point and known.is_floating_point
+    update, reference = {"w": torch.zeros(2, dtype=sent)}, {"w": torch.zeros(2, dtype=known)}
+    if sent == known or floats or (sent.is_complex and known.is_complex):
+        check_update(update, reference)
+    else:
+        with pytest.raises(InvalidUpdateError, match=r"sent 'w' as \w+, the global model has \w+") as caught:
+            check_update(update, reference)
+        assert caught.value.tensor == "w"
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

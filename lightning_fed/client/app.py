@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -122,7 +121,7 @@ def _serve(side: ClientSide, stage: str, call: _Call) -> Message:
     try:
         reply = _with_mods(run, side.mods.get(stage, ()))(call.message, call.context)
     except Exception as exception:
-        return messages.error_reply(call.message, exception, traceback.format_exc())
+        return messages.error_reply(call.message, exception)
     return _with_extras(reply, *results)
 
 

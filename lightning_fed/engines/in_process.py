@@ -5,7 +5,6 @@ The one file that may know Flower's private modules; the range in ``pyproject.to
 
 from __future__ import annotations
 
-import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,7 +64,7 @@ def answer(app: ClientApp, received: Sequence[tuple[Message, Context]]) -> list[
     try:
         return [app(message, context)]
     except Exception as exception:
-        return [messages.error_reply(message, exception, traceback.format_exc())]
+        return [messages.error_reply(message, exception)]
 
 
 def deliver(metadata: Metadata, content: RecordDict) -> Message:

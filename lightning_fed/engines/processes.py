@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import selectors
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -30,9 +29,10 @@ from lightning_fed.engines import transport
 from lightning_fed.engines.base import Engine
 from lightning_fed.engines.in_process import at_once, server_identity
 from lightning_fed.engines.pool import Pool, StartMethod, Worker, prepare, start_method
-from lightning_fed.engines.remote import AHEAD, RemoteGrid
+from lightning_fed.engines.remote import AHEAD, Deadline, RemoteGrid
 from lightning_fed.engines.worker import Shared, Start
 from lightning_fed.errors import ClientError, ConfigurationError
+from lightning_fed.tracebacks import words
 
 T = TypeVar("T")
 
@@ -110,12 +110,12 @@ class Exchange:
         grid: Whose workers serve.
         sent: The messages.
         call: The number of this exchange in the run.
-        timeout: Seconds to wait for all replies.
+        timeout: Seconds to wait for all replies; in the second half of it nobody waits for one that is slow.
     """
 
     def __init__(self, grid: ProcessGrid, sent: list[Message], call: int, timeout: float | None) -> None:
         self.grid, self.sent, self.call = grid, sent, call
-        self.until = None if timeout is None else time.monotonic() + timeout
+        self.deadline = Deadline(timeout)
         together = min(at_once(grid.client_app, sent[0]), -(-len(sent) // len(grid.pool.workers))) if sent else 1
         self.waiting = deque(range(first, min(first + together, len(sent))) for first in range(0, len(sent), together))
         self.ahead = max(AHEAD, together) * len(grid.pool.workers)
@@ -129,13 +129,13 @@ class Exchange:
         try:
             for index in range(len(self.sent)):
                 self._hand_out(index)
-                while index not in self.there:
-                    if not self._collect(wait=True):
-                        return
+                while index not in self.there and not self.deadline.is_up:
+                    self._collect(self.deadline.seconds)
                     self._hand_out(index)
-                self._collect(wait=False)
+                self._collect(0)
                 self._hand_out(index)
-                yield self.there.pop(index)
+                if index in self.there:
+                    yield self.there.pop(index)
         finally:
             self.shared.clear()
             # Nobody waits for these any more. An exchange that an exception left is over only after the run.
@@ -146,7 +146,9 @@ class Exchange:
         for worker in self.has:
             if worker in self.at or not worker.ready:
                 continue
-            if not self.waiting or self.waiting[0].start > first + self.ahead:
+            if not self.waiting or self.deadline.is_up:
+                return
+            if self.waiting[0].start > first + self.ahead and not self.deadline.presses:
                 return
             indices = self.waiting.popleft()
             try:
@@ -179,18 +181,14 @@ class Exchange:
             content[name] = number
         return content
 
-    def _collect(self, wait: bool) -> bool:
-        """Takes in what workers say; ``False`` when the time is up."""
-        left = None if self.until is None else self.until - time.monotonic()
-        if wait and left is not None and left <= 0:
-            return False
+    def _collect(self, seconds: float | None) -> None:
+        """Takes in what workers say, and waits so long until one does."""
         with selectors.DefaultSelector() as selector:
             for worker in self.has:
                 selector.register(worker.connection, selectors.EVENT_READ, worker)
-            heard = selector.select(left if wait else 0)
+            heard = selector.select(seconds)
         for key, _ in heard:
             self._hear(key.data)
-        return True
 
     def _hear(self, worker: Worker) -> None:
         try:
@@ -198,17 +196,20 @@ class Exchange:
         except (EOFError, ConnectionResetError):
             how = worker.replace()
             self.has[worker] = set()
-            if worker in self.at:
-                self.there |= {index: _lost(self.sent[index], how) for index in self.at.pop(worker)}
+            self._fail(worker, f"was lost: its worker process {how}. The process has been replaced.")
+            return
+        except ConfigurationError:
+            raise
+        except Exception as error:  # all of it has been read from the connection, which can go on
+            self._fail(worker, f"sent what cannot be read: {words(error)}")
             return
         if said is not None:
             for index, done in zip(self.at.pop(worker), said, strict=True):
                 self.there[index] = self.grid.take_back(self.sent[index], done)
 
-
-def _lost(message: Message, how: str) -> Message:
-    error = ClientError(f"was lost: its worker process {how}. The process has been replaced.")
-    return messages.error_reply(message, error, str(error))
+    def _fail(self, worker: Worker, how: str) -> None:
+        for index in self.at.pop(worker, ()):
+            self.there[index] = messages.error_reply(self.sent[index], ClientError(how))
 
 
 def _cores() -> int:

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -30,9 +29,10 @@ from lightning_fed import messages
 from lightning_fed.engines import transport
 from lightning_fed.engines.base import Engine
 from lightning_fed.engines.in_process import server_identity
-from lightning_fed.engines.remote import AHEAD, RemoteGrid, packed
+from lightning_fed.engines.remote import AHEAD, Deadline, RemoteGrid, packed
 from lightning_fed.engines.worker import Start, Task, serve
 from lightning_fed.errors import ClientError, ConfigurationError
+from lightning_fed.tracebacks import words
 
 T = TypeVar("T")
 
@@ -103,7 +103,7 @@ class RayGrid(RemoteGrid):
 
     def _exchange(self, sent: list[Message], call: int, timeout: float | None) -> Iterator[Message]:
         self._grow(len(sent))
-        until = None if timeout is None else time.monotonic() + timeout
+        deadline = Deadline(timeout)
         waiting, idle = deque(range(len(sent))), list(self._actors)
         at: dict[Any, tuple[int, Any]] = {}
         there: dict[int, Message] = {}
@@ -111,17 +111,20 @@ class RayGrid(RemoteGrid):
         try:
             for index in range(len(sent)):
                 while index not in there:
-                    while idle and waiting and waiting[0] <= index + AHEAD * len(self._actors):
+                    ahead = len(sent) if deadline.presses else AHEAD * len(self._actors)
+                    while idle and waiting and waiting[0] <= index + ahead and not deadline.is_up:
                         actor, number = idle.pop(), waiting.popleft()
                         at[self._give(actor, sent[number], call, shared)] = number, actor
-                    left = None if until is None else max(0.0, until - time.monotonic())
-                    ready, _ = self._ray.wait(list(at), timeout=left)
-                    if not ready:
-                        return
-                    number, actor = at.pop(ready[0])
-                    there[number], actor = self._take(sent[number], ready[0], actor)
-                    idle.append(actor)
-                yield there.pop(index)
+                    is_up = deadline.is_up  # what is there by then is taken in below, and waited for no more
+                    ready, _ = self._ray.wait(list(at), timeout=deadline.seconds) if at else ([], [])
+                    for reference in ready:
+                        number, actor = at.pop(reference)
+                        there[number], actor = self._take(sent[number], reference, actor)
+                        idle.append(actor)
+                    if is_up and not ready:
+                        break
+                if index in there:
+                    yield there.pop(index)
         finally:
             for _, actor in at.values():  # nobody waits for these any more
                 self._replace(actor)
@@ -187,7 +190,9 @@ class RayGrid(RemoteGrid):
         except self._ray.exceptions.RayError as error:
             how = f"{type(error).__name__}: {' '.join(str(error).split())}"
             lost = ClientError(f"was lost: its Ray actor ended ({how}). It has been replaced.")
-            return messages.error_reply(message, lost, str(lost)), self._replace(actor)
+            return messages.error_reply(message, lost), self._replace(actor)
+        except Exception as error:
+            return messages.error_reply(message, ClientError(f"sent what cannot be read: {words(error)}")), actor
         return self.take_back(message, done), actor
 
 

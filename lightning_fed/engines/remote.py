@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from flwr.app import Message
 
+from lightning_fed.engines import transport
 from lightning_fed.engines.in_process import InProcessGrid
 from lightning_fed.engines.worker import Done, Start, Task
 from lightning_fed.errors import ConfigurationError
+from lightning_fed.tracebacks import words
 
 T = TypeVar("T")
 
 # Replies that wait for one before them are held: how many clients a worker may be ahead of the first that is missing.
 AHEAD = 4
+
+
+class Deadline:
+    """The time that the replies of one exchange have.
+
+    In the first half of it a client that is slow holds back those far behind it, which bounds memory; in the second
+    half it does not any more, so that one client that hangs costs the round one reply.
+
+    Args:
+        timeout: Seconds; ``None`` for no end.
+    """
+
+    def __init__(self, timeout: float | None) -> None:
+        now = time.monotonic()
+        self._half = None if timeout is None else now + timeout / 2
+        self._end = None if timeout is None else now + timeout
+
+    @property
+    def is_up(self) -> bool:
+        """Whether all time is over."""
+        return self._end is not None and time.monotonic() >= self._end
+
+    @property
+    def presses(self) -> bool:
+        """Whether half of it is over."""
+        return self._half is not None and time.monotonic() >= self._half
+
+    @property
+    def seconds(self) -> float | None:
+        """How long to wait for a reply before looking at the time again."""
+        until = self._end if self.presses else self._half
+        return None if until is None else max(0.0, until - time.monotonic())
 
 
 class RemoteGrid(InProcessGrid):
@@ -44,7 +79,18 @@ class RemoteGrid(InProcessGrid):
         if done.state is not None:
             self._context_of(message).state = done.state
         done.reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+        if done.exception is not None:
+            done.reply.error.__dict__["exception"] = _exception(done.exception, done.reply.error.reason)
         return done.reply
+
+
+def _exception(pickled: bytes, said: str | None) -> BaseException | None:
+    """A client's exception, if it survived the way: some read back as nothing, some with other words."""
+    try:
+        exception = transport.from_bytes(pickled)
+        return exception if (said or "").startswith(words(exception)) else None
+    except Exception:
+        return None
 
 
 def packed(start: Start, engine: str, pack: Callable[..., T]) -> T:

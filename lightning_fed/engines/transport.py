@@ -15,13 +15,14 @@ import struct
 import tempfile
 import weakref
 from collections.abc import Iterator
+from types import CodeType
 from typing import Any
 
 import cloudpickle
 import torch
 from torch import Tensor
 
-from lightning_fed.messages import TensorArray
+from lightning_fed.tensor_array import TensorArray
 
 _HEADER = struct.Struct("!QQ")  # bytes of the pickle, number of buffers beside it
 _ALIGNED = 64
@@ -169,6 +170,10 @@ class _ByName(_Tensors, pickle.Pickler):
 
 class _ByValue(_Tensors, cloudpickle.Pickler):  # type: ignore[misc]
     def _other(self, thing: Any) -> Any:
+        if isinstance(thing, CodeType):
+            # cloudpickle leaves the name of the source file out, and with it the lines of a traceback.
+            make, parts = cloudpickle.Pickler.dispatch_table[CodeType](thing)
+            return make, tuple(thing.co_filename if part == "<dynamic-code>" else part for part in parts)
         return cloudpickle.Pickler.reducer_override(self, thing)
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -64,10 +65,17 @@ class Task:
 
 @dataclass
 class Done:
-    """What came of it; ``state`` is what the client keeps."""
+    """What came of it.
+
+    Attributes:
+        reply: The client's.
+        state: What the client keeps; ``None`` for what it had.
+        exception: What it raised, pickled, where that can be done.
+    """
 
     reply: Message
     state: Any
+    exception: bytes | None = None
 
 
 @dataclass
@@ -157,11 +165,20 @@ def serve(
     for task in tasks:
         records = {name: known[task.call, r] if isinstance(r, int) else r for name, r in task.content.items()}
         received.append((deliver(task.metadata, RecordDict(records)), task.context))
-    done = [Done(reply, context.state) for reply, (_, context) in zip(answer(app, received), received, strict=True)]
+    done = [_sealed(reply, context) for reply, (_, context) in zip(answer(app, received), received, strict=True)]
     try:
         return pack(done)
     except Exception:
         return pack([_packable(one, message, pack) for one, (message, _) in zip(done, received, strict=True)])
+
+
+def _sealed(reply: Message, context: Context) -> Done:
+    """A reply whose exception is bytes: reading these may fail without the rest, and what it says is text anyway."""
+    done = Done(reply, context.state)
+    exception = reply.error.__dict__.pop("exception", None) if reply.has_error() else None
+    with suppress(Exception):
+        done.exception = None if exception is None else transport.to_bytes(exception)
+    return done
 
 
 def _packable(done: Done, message: Message, pack: Callable[[list[Done]], Any]) -> Done:
@@ -170,8 +187,4 @@ def _packable(done: Done, message: Message, pack: Callable[[list[Done]], Any]) -
         pack([done])
         return done
     except Exception as exception:
-        reply = done.reply
-        if not reply.has_error():
-            reply = messages.error_reply(message, exception, traceback.format_exc())
-        reply.error.__dict__.pop("exception", None)  # it holds what cannot be sent; its traceback is text
-        return Done(reply, None)
+        return Done(done.reply if done.reply.has_error() else messages.error_reply(message, exception), None)

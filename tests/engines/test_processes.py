@@ -93,7 +93,42 @@ def test_who_does_not_reply_in_time_is_left_out_and_the_next_round_is_whole():
         whole = [r.metadata.src_node_id for r in grid.send_and_receive(train_messages(grid, [1, 3]), timeout=10)]
         return late, whole
 
-    assert Processes(num_workers=2).run(main, app, lambda: 3) == ([1], [1, 3])
+    assert Processes(num_workers=2).run(main, app, lambda: 3) == ([1, 3], [1, 3])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_client_that_hangs_does_not_take_those_behind_it_along(workers):
+    app = client_that(lambda client: time.sleep(60 if client == 1 else 0))
+
+    def main(grid):
+        start = time.monotonic()
+        who = [r.metadata.src_node_id for r in grid.send_and_receive(train_messages(grid), timeout=2)]
+        return who, time.monotonic() - start
+
+    who, seconds = Processes(num_workers=workers).run(main, app, lambda: 20)
+    # With one worker, who sits behind it has no other to go to.
+    assert who == ([1] if workers == 1 else [1, *range(3, 21)])
+    assert 1.9 < seconds < 10
+
+
+def test_a_reply_that_cannot_be_read_is_that_clients_failure():
+    app, counting = ClientApp(), counting_client()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        reply = counting(message, context)
+        if int(context.node_config[CLIENT]) == 1:
+            reply.metadata.__dict__["bomb"] = Bomb()
+        return reply
+
+    replies = Processes(num_workers=2).run(send, app, lambda: 4)
+    assert [reply.has_error() for reply in replies] == [False, True, False, False]
+    assert "sent what cannot be read: RuntimeError: it does not come back" in replies[1].error.reason
+
+
+class Bomb:
+    def __reduce__(self):
+        return _explode, ()
 
 
 def test_leaving_an_exchange_early_ends_the_work_on_it():
@@ -107,10 +142,6 @@ def test_leaving_an_exchange_early_ends_the_work_on_it():
 
 
 def test_workers_that_cannot_start_are_an_error_with_their_traceback():
-    class Bomb:
-        def __reduce__(self):
-            return _explode, ()
-
     bomb = Bomb()
     app = client_that(lambda client: bomb)
     with pytest.raises(
@@ -220,6 +251,61 @@ def test_a_user_s_exception_comes_with_its_traceback():
 
     with pytest.raises(ClientError, match=r"(?s)client 0 raised ZeroDivisionError: in the user's code.*training_step"):
         fit(Raising())
+
+
+class KeywordOnly(Exception):
+    """Can be pickled and not read back."""
+
+    def __init__(self, *, code: int) -> None:
+        super().__init__(f"code {code}")
+
+
+class Otherwise(Exception):
+    """Reads back with other words."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"code {code}")
+
+
+class Picky(ToyModule):
+    """Client 1 raises in round 2."""
+
+    error: type[Exception] = KeywordOnly
+
+    def on_train_start(self) -> None:
+        if (self.trainer.client_id, self.trainer.current_round) == (1, 2):
+            raise KeywordOnly(code=7) if self.error is KeywordOnly else self.error(7)
+
+
+@pytest.mark.parametrize("error", [KeywordOnly, Otherwise])
+def test_an_exception_that_does_not_survive_the_way_is_told_as_text(error):
+    module = Picky()
+    module.error = error
+    said = rf"(?s)Round 2, train: client 1 raised \S*{error.__name__}: code 7\nThe client's traceback:.*on_train_start"
+    with pytest.raises(ClientError, match=said) as caught:
+        fit(module)
+    assert caught.value.__cause__ is None
+    history = History(per_client=True)
+    with pytest.warns(UserWarning, match="code 7 "):
+        fit(module, FaultTolerance(min_results=3), history)
+    assert [row["client"] for row in history.clients if row["round"] == 2] == [0, 2, 3]
+
+
+def test_an_exception_that_survives_the_way_is_the_cause():
+    module = Picky()
+    module.error = ZeroDivisionError
+    with pytest.raises(ClientError, match="client 1 raised ZeroDivisionError: 7") as caught:
+        fit(module)
+    assert type(caught.value.__cause__) is ZeroDivisionError
+
+
+def test_lines_of_a_users_script_are_in_a_traceback_from_a_worker_that_is_no_fork():
+    code = "def act(client):\n    raise LookupError('no such thing')\n"
+    names: dict = {}
+    exec(compile(code, __file__, "exec"), names)
+    engine = Processes(num_workers=1, start_method="forkserver")
+    [reply] = engine.run(send, client_that(names["act"]), lambda: 1)
+    assert f'File "{__file__}", line 2, in act' in reply.error.reason
 
 
 def killed_run(rounds: int) -> tuple[FederatedTrainer, int]:

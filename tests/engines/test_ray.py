@@ -14,7 +14,7 @@ from lightning_fed.callbacks import FaultTolerance, History
 from lightning_fed.engines import Ray
 from lightning_fed.testing import ENGINE_CASES, ToyModule, counting_client
 from tests.engines.test_in_process import train_messages
-from tests.engines.test_processes import Deadly, client_that, die, fit
+from tests.engines.test_processes import Deadly, KeywordOnly, Otherwise, Picky, client_that, die, fit
 from tests.integration import test_modules as modules
 from tests.integration.resume_script import run, stopped_run
 from tests.integration.test_engines import MODULES, assert_same, trained
@@ -78,7 +78,31 @@ def test_replies_come_in_the_order_of_the_messages_and_late_ones_are_left_out():
 
         return who([3, 1, 4], 60), who([3, 2, 4], 5), who([3, 1], 60)
 
-    assert Ray(num_workers=2).run(main, app, lambda: 4) == ([3, 1, 4], [3], [3, 1])
+    assert Ray(num_workers=2).run(main, app, lambda: 4) == ([3, 1, 4], [3, 4], [3, 1])
+
+
+def test_a_client_that_hangs_does_not_take_those_behind_it_along():
+    app = client_that(lambda client: time.sleep(60 if client == 1 else 0))
+
+    def main(grid: Any) -> Any:
+        list(grid.send_and_receive(train_messages(grid, [1, 3])))  # both actors have started
+        start = time.monotonic()
+        who = [r.metadata.src_node_id for r in grid.send_and_receive(train_messages(grid), timeout=3)]
+        return who, time.monotonic() - start
+
+    who, seconds = Ray(num_workers=2).run(main, app, lambda: 20)
+    assert who == [1, *range(3, 21)]
+    assert 2.9 < seconds < 15
+
+
+@pytest.mark.parametrize("error", [KeywordOnly, Otherwise])
+def test_an_exception_that_does_not_survive_the_way_is_told_as_text(error):
+    module = Picky()
+    module.error = error
+    said = rf"(?s)Round 2, train: client 1 raised \S*{error.__name__}: code 7\nThe client's traceback:.*on_train_start"
+    with pytest.raises(ClientError, match=said) as caught:
+        fit(module, engine="ray", num_workers=1)
+    assert caught.value.__cause__ is None
 
 
 def test_what_cannot_start_or_be_sent_or_has_no_room_is_an_error():
