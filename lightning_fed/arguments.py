@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch import callbacks as lightning_callbacks
+from flwr.serverapp.strategy import Strategy
 from lightning.pytorch.accelerators import Accelerator, CUDAAccelerator
 
-from lightning_fed.callbacks.base import Decision, FederatedCallback
+from lightning_fed.checks import number_faults
+from lightning_fed.engines.base import Engine
 from lightning_fed.errors import ConfigurationError
 
 CLIENTS = (
@@ -42,6 +44,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (-1, None),
         "A federation counts rounds: write max_rounds=, and local_steps={0} for a client's steps",
     ),
+    "min_steps": ((None,), "A federation counts rounds: write min_epochs={0}, which here counts them"),
     "strategy": (("auto", None), "Clients are not processes of one training: leave strategy out and choose an engine="),
     "num_nodes": ((1, None), "One machine runs the server: leave num_nodes out"),
     "val_check_interval": (
@@ -53,19 +56,22 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "sync_batchnorm": ((False, None), "A client trains on one device: leave sync_batchnorm out"),
 }
 
-# Callbacks that act on training, which happens on the clients.
-_LOCAL = ("GradientAccumulationScheduler", "BaseFinetuning", "ModelPruning", "SpikeDetection")
-_NOWHERE = ("StochasticWeightAveraging", "WeightAveraging", "LearningRateFinder", "BatchSizeFinder")
-
 
 def refusals(arguments: dict[str, Any]) -> list[str]:
     """A sentence for each argument that a federation cannot take."""
     faults = []
     for name, (silent, instead) in REFUSED.items():
-        if name in arguments and not any(arguments[name] is v or arguments[name] == v for v in silent):
+        value = arguments.get(name)
+        if name not in arguments or any(value is v or value == v for v in silent):
+            continue
+        if name == "strategy" and isinstance(value, Strategy):
+            kind = type(value).__name__
             faults.append(
-                f"{name}={arguments[name]!r} is not for a FederatedTrainer. {instead.format(arguments[name])}."
+                f"strategy={kind}(...) is a Flower strategy, which is a callback here: write"
+                f" callbacks=[FlowerStrategy({kind}(...))]."
             )
+            continue
+        faults.append(f"{name}={value!r} is not for a FederatedTrainer. {instead.format(value)}.")
     return faults
 
 
@@ -114,31 +120,6 @@ def cuda_devices(accelerator: str | Accelerator, devices: Any) -> list[int]:
     return []
 
 
-def misplaced(callbacks: Sequence[Callback], client_callbacks: Sequence[Callback]) -> list[str]:
-    """A sentence for each Lightning callback that cannot do its work where it was put."""
-    faults = []
-    for callback in callbacks:
-        if _is_one_of(callback, _LOCAL):
-            name = type(callback).__name__
-            faults.append(f"{name} acts on training, which the clients do: write client_callbacks=[{name}(...)].")
-    for callback in (*callbacks, *client_callbacks):
-        if _is_one_of(callback, _NOWHERE):
-            faults.append(
-                f"{type(callback).__name__} takes over the training loop (an epoch of its own over the train loader, or"
-                " trial steps), which a round cannot give it: leave it out."
-            )
-    for callback in client_callbacks:
-        if isinstance(callback, FederatedCallback):
-            faults.append(
-                f"{type(callback).__name__} is a federated callback: write callbacks=[...], not client_callbacks."
-            )
-    return faults
-
-
-def _is_one_of(callback: Callback, names: Sequence[str]) -> bool:
-    return any(isinstance(callback, getattr(lightning_callbacks, name, ())) for name in names)
-
-
 def engine_faults(engine: object, known: Iterable[str], numbers: dict[str, int | None]) -> list[str]:
     """A sentence for each fault in ``engine=`` and what goes with it.
 
@@ -148,8 +129,10 @@ def engine_faults(engine: object, known: Iterable[str], numbers: dict[str, int |
         numbers: As in ``faults``, with ``num_workers`` and ``clients_per_device``.
     """
     found = []
-    if isinstance(engine, str) and engine not in known:
-        found.append(f"engine={engine!r} is unknown: write one of {sorted(known)}, or pass an Engine.")
+    if inspect.isclass(engine):
+        found.append(f"engine={engine.__name__} is a class: write {engine.__name__}().")
+    elif engine not in (known := sorted(known)) and not isinstance(engine, Engine):
+        found.append(f"engine={engine!r} is unknown: write one of {known}, or pass an Engine.")
     for name in ("num_workers", "clients_per_device"):
         if numbers[name] is not None and engine not in ("processes", "ray"):
             found.append(
@@ -179,47 +162,20 @@ def vectorize_faults(vectorize: object, compiles: bool, on_ray: bool) -> list[st
     return []
 
 
-def owners_of(decision: Decision, callbacks: Sequence[FederatedCallback]) -> list[FederatedCallback]:
-    """The callbacks that decide one thing; more than one is a fault."""
-    return [callback for callback in callbacks if decision in callback.decides]
-
-
-def double_owners(callbacks: Sequence[FederatedCallback]) -> list[str]:
-    """A sentence for each thing that two callbacks want to decide."""
-    faults = []
-    for decision in ("partition", "cohort", "aggregation", "failures"):
-        names = [type(callback).__name__ for callback in owners_of(decision, callbacks)]
-        if len(names) > 1:
-            faults.append(f"{' and '.join(names)} both decide the {decision}: keep one of them.")
-    return faults
-
-
-def faults(numbers: dict[str, int | None], federated: Sequence[FederatedCallback], endless: bool) -> list[str]:
-    """A sentence for each fault in the arguments of ``FederatedTrainer``'s own.
+def faults(numbers: dict[str, int | None], endless: bool) -> list[str]:
+    """A sentence for each fault in the numbers that ``FederatedTrainer`` takes.
 
     Args:
         numbers: ``max_rounds``, ``num_clients``, ``local_epochs``, ``local_steps``, ``num_workers`` and
             ``clients_per_device``, ``None`` where not given.
-        federated: The federated callbacks.
         endless: Whether something else limits the run.
     """
-    found = []
+    found = number_faults(numbers)
     if numbers["max_rounds"] is None and not endless:
         found.append("Say how long to train: max_rounds=10, or max_rounds=-1 with max_time= or EarlyStopping.")
     if numbers["local_epochs"] is not None and numbers["local_steps"] is not None:
         found.append("local_epochs= and local_steps= contradict each other: keep one.")
     for name, value in numbers.items():
-        if value is not None and value < 1 and not (name == "max_rounds" and value == -1):
+        if isinstance(value, Integral) and value < 1 and not (name == "max_rounds" and value == -1):
             found.append(f"{name}={value} must be at least 1.")
-    owners = owners_of("partition", federated)
-    if not owners and numbers["num_clients"] is None:
-        found.append(
-            "Say who the clients are: num_clients=10 deals the train set out at random, callbacks=[Partition(...)] by"
-            " any flwr-datasets partitioner, callbacks=[ClientData(...)] takes data that is already apart."
-        )
-    if owners and numbers["num_clients"] is not None:
-        found.append(
-            f"num_clients={numbers['num_clients']} is short for an IID Partition, and {type(owners[0]).__name__}"
-            " decides the partition already: leave num_clients out."
-        )
     return found

@@ -16,7 +16,7 @@ from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.server import user_train_dataloader
 from lightning_fed.state.snapshot import DataSnapshot
-from lightning_fed.views import user_class
+from lightning_fed.views import wrote
 
 
 class Deal:
@@ -80,8 +80,7 @@ class Deal:
             return self._train
         if self._datamodule is not None:
             return user_train_dataloader(self._datamodule) if deals else None
-        own = user_class(self._module).train_dataloader  # type: ignore[attr-defined]
-        if own is not LightningModule.train_dataloader:
+        if wrote(self._module, LightningModule, "train_dataloader"):
             return user_train_dataloader(self._module)
         if deals:
             raise ConfigurationError(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -16,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed import weights
-from lightning_fed.callbacks.base import CohortOwner, FailureOwner, FederatedCallback, PartitionOwner
+from lightning_fed.callbacks.base import FederatedCallback
 from lightning_fed.callbacks.flower_strategy import (
     FlowerStrategy,
     load_strategy_state,
@@ -26,6 +25,7 @@ from lightning_fed.callbacks.flower_strategy import (
 from lightning_fed.client.app import ClientSide
 from lightning_fed.deal import Deal
 from lightning_fed.errors import ConfigurationError
+from lightning_fed.owners import Owners
 from lightning_fed.plain import from_plain, to_plain
 from lightning_fed.rounds import Rounds
 from lightning_fed.seeding import seed_all, seed_for
@@ -33,16 +33,6 @@ from lightning_fed.strategies import ServerOptimizer
 
 # Beyond so many clients the summary does not look at each one's data.
 _SUMMARY_CLIENTS = 1000
-
-
-@dataclass
-class Owners:
-    """Who decides what, and all federated callbacks in the user's order."""
-
-    partition: PartitionOwner
-    cohorts: CohortOwner
-    failures: FailureOwner
-    callbacks: Sequence[FederatedCallback]
 
 
 class Federation(Callback):
@@ -60,6 +50,7 @@ class Federation(Callback):
         self.owners, self.seed, self.timeout, self.max_clients = owners, seed, timeout, max_clients
         self.engine = engine
         self.metrics: dict[str, float] = {}
+        self.rates: frozenset[str] = frozenset()
         self._grid: Grid | None = None
         self._deal: Deal | None = None
         self._side: ClientSide | None = None
@@ -85,6 +76,13 @@ class Federation(Callback):
     def end(self) -> None:
         """Lets the grid and all data go; what a checkpoint saved after the fit needs is kept."""
         self._deal = self._side = self._module = self._rounds = self._new = None
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        """The list of callbacks is whole: the module's own have joined it."""
+        if self._deal is None or self._side is None:
+            return  # not our fit, but a validation or test
+        trainer.take_up_callbacks()
+        self._deal.owner, self._side.mods = self.owners.partition, self.owners.mods()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The module is set up: deals the data out, builds the strategy, takes up what a checkpoint holds."""
@@ -128,7 +126,7 @@ class Federation(Callback):
         except BaseException:
             weights.load(self._module, before)
             raise
-        self._new, self.metrics = result.weights, result.metrics
+        self._new, self.metrics, self.rates = result.weights, result.metrics, result.rates
         # What the server draws from here on (its validation) depends on the round alone, also after a restart.
         seed_all(seed_for(self.seed, "server", round=round))
 

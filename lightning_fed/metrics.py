@@ -22,6 +22,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 MEAN, SUM, MAX, MIN = "mean", "sum", "max", "min"
 LAST = "last"  # logged with on_step=True, on_epoch=False: the last step's value, averaged over clients by examples
 METRIC = "metric"  # a torchmetrics metric with states that merge
+RATE = "rate"  # a learning rate of the last epoch; averaged as LAST
 COMPUTED = "computed"  # a value that no longer has states to merge: averaged by examples, and said once
 
 

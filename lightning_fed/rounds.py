@@ -44,10 +44,11 @@ from lightning_fed.weights import Weights, check_update
 
 @dataclass
 class RoundResult:
-    """What a round gave: the new weights, and the numbers to log by name."""
+    """What a round gave: the new weights, the numbers to log by name, and which of these are learning rates."""
 
     weights: Weights
     metrics: dict[str, float]
+    rates: frozenset[str] = frozenset()
 
 
 class Rounds:
@@ -111,7 +112,7 @@ class Rounds:
                 if evaluated is not None:
                     logged.update({f"{CLIENT_METRICS}{name}": v for name, v in evaluated.metrics.items()})
         self._tell("on_round_end", round, logged)
-        return RoundResult(trained.weights, logged)
+        return RoundResult(trained.weights, logged, trained.rates)
 
     def _stage(self, stage: Stage, round: int, weights: Weights) -> RoundResult | None:
         cohort = self.cohorts.sample(stage, round, self.roster.num_clients, self.seed)[: self.max_clients]
@@ -133,7 +134,8 @@ class Rounds:
         logged = {**extra, **merged}
         if stage == "evaluate":
             return RoundResult({}, logged)
-        return RoundResult(self._new_weights(round, weights, averaged, exchange.integers.value()), logged)
+        rates = frozenset(s.name for _, states in exchange.states for s in states if s.kind == metrics.RATE)
+        return RoundResult(self._new_weights(round, weights, averaged, exchange.integers.value()), logged, rates)
 
     def _aggregate(self, exchange: Exchange, replies: Iterator[Message]) -> tuple[ArrayRecord | None, dict[str, float]]:
         stage, round = exchange.stage, exchange.round

@@ -7,13 +7,16 @@ user's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from lightning.pytorch import Callback
+from torch import Tensor, nn
 
-from lightning_fed.views import View, user_class
+from lightning_fed.errors import ConfigurationError
+from lightning_fed.views import View, users_own
 
 
 class RoundRunner(Protocol):
@@ -21,13 +24,49 @@ class RoundRunner(Protocol):
 
     def run_round(self) -> None: ...
     def take_over_weights(self) -> None: ...
+    def place_callbacks(self, given: Sequence[Callback]) -> list[Callback]: ...
 
     @property
     def round_metrics(self) -> dict[str, float]: ...
 
 
+_NO_BATCH = (
+    "At the server a training batch is a federated round, without data: a callback asked it for {}. Batches are the"
+    " clients': a callback that acts on them goes into client_callbacks=[...], what is meant once a round into"
+    " on_train_epoch_end."
+)
+
+
+@dataclass(repr=False, eq=False)
 class RoundItem:
-    """What the server's train loader yields: it stands for one round."""
+    """What the server's train loader yields: it stands for one round, and says so to whoever takes it for a batch."""
+
+    one: Tensor = field(default_factory=lambda: torch.zeros(1))  # by which Lightning finds a batch of size one
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ConfigurationError(_NO_BATCH.format(repr(name)))
+
+    def __getitem__(self, key: Any) -> Any:
+        raise ConfigurationError(_NO_BATCH.format(f"[{key!r}]"))
+
+    def __len__(self) -> int:
+        raise ConfigurationError(_NO_BATCH.format("its length"))
+
+    def __bool__(self) -> bool:
+        return True
+
+
+class RoundOutputs(dict[str, Any]):
+    """What callbacks get as the outputs of a round: its metrics, each a tensor."""
+
+    def __missing__(self, key: str) -> Any:
+        raise ConfigurationError(_NO_BATCH.format(f"outputs[{key!r}]"))
+
+    def copy(self) -> RoundOutputs:
+        """A copy; Lightning makes one."""
+        return RoundOutputs(self)
 
 
 class RoundLoader:
@@ -78,6 +117,10 @@ class ServerView(View):
         assert user.fset is not None
         user.fset(self, value)
 
+    def configure_callbacks(self) -> list[Callback]:
+        given = users_own(self, "configure_callbacks")()
+        return self.trainer.place_callbacks([given] if isinstance(given, Callback) else list(given))
+
     def configure_optimizers(self) -> TakeOver:
         return TakeOver(self.trainer.take_over_weights)
 
@@ -95,12 +138,13 @@ class ServerView(View):
         # Here and not in training_step, where the server's autocast would reach clients and aggregation.
         self.trainer.run_round()
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
+    def training_step(self, batch: Any, batch_idx: int) -> RoundOutputs:
         self.optimizers().step()  # type: ignore[attr-defined]
         # Only what is logged on_step is there to monitor in every hook of its own round.
         # Names of clients with several validation loaders carry dataloader_idx, which Lightning would add itself.
         when = {"on_step": True, "on_epoch": False, "prog_bar": True, "batch_size": 1, "add_dataloader_idx": False}
         self.log_dict(self.trainer.round_metrics, **when)  # type: ignore[attr-defined]
+        return RoundOutputs({name: torch.tensor(value) for name, value in self.trainer.round_metrics.items()})
 
 
 def _rest(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -123,4 +167,4 @@ for _hook in (
 
 def user_train_dataloader(source: Any) -> Any:
     """What the user's own ``train_dataloader`` gives, under whichever view the module or datamodule stands."""
-    return user_class(source).train_dataloader(source)  # type: ignore[attr-defined]
+    return users_own(source, "train_dataloader")()

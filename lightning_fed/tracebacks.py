@@ -37,7 +37,7 @@ def words(error: BaseException) -> str:
 def frames(error: BaseException) -> str:
     """An exception's traceback with the frames of libraries folded; empty where it was not raised.
 
-    Where no frame is the user's, or the environment variable ``LIGHTNING_FED_TRACEBACK`` is ``full``, all are there.
+    Where the environment variable ``LIGHTNING_FED_TRACEBACK`` is ``full``, all are there.
     """
     said = traceback.TracebackException.from_exception(error)
     chain = list(_chain(said))
@@ -86,13 +86,14 @@ class _Folded(traceback.StackSummary):
 
 
 def _fold(stack: traceback.StackSummary) -> traceback.StackSummary:
-    """The user's frames, and the last one, which is where it was raised."""
-    if _shows_all() or all(_library(frame.filename) for frame in stack):
+    """The user's frames, and the last one, which is where it was raised; the last few where none is the user's."""
+    if _shows_all():
         return stack
     folded, run = _Folded(), list[str]()
+    shown = 3 if all(_library(frame.filename) for frame in stack) else 1
     for i, frame in enumerate(stack):
         library = _library(frame.filename)
-        if library is not None and i < len(stack) - 1:
+        if library is not None and i < len(stack) - shown:
             run.append(library)
             continue
         if run:

@@ -6,23 +6,19 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import Mod
 from flwr.serverapp import Grid, ServerApp
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.compile import from_compiled
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch._dynamo import OptimizedModule
 
-from lightning_fed import arguments
-from lightning_fed.callbacks import FedAvg, FederatedCallback, Partition, RichRoundBar
-from lightning_fed.callbacks.base import CohortOwner, FailureOwner
+from lightning_fed import arguments, checks, owners, placement
+from lightning_fed.callbacks import FederatedCallback, RichRoundBar
 from lightning_fed.client.app import ClientSide, build_client_app
 from lightning_fed.client.compiled_step import CompiledStep
 from lightning_fed.client.local_run import ClientState, LocalOptions
@@ -30,8 +26,11 @@ from lightning_fed.client.together import Together
 from lightning_fed.data import gathering
 from lightning_fed.deal import Deal
 from lightning_fed.engines import Engine, InProcess, Processes, Ray
+from lightning_fed.environment import alone, defaults_from_environment, taken_from_environment
 from lightning_fed.errors import FederationError
-from lightning_fed.federation import Federation, Owners
+from lightning_fed.federation import Federation
+from lightning_fed.owners import Owners
+from lightning_fed.roles import Roles
 from lightning_fed.rounds import quiet_flower
 from lightning_fed.seeding import run_seed, seed_for, seeded
 from lightning_fed.server import RoundLoader, ServerDataView, ServerView
@@ -85,6 +84,9 @@ class FederatedTrainer(Trainer):
         ConfigurationError: If arguments contradict each other or have no meaning in a federation; all faults together.
     """
 
+    callbacks: list[Callback]
+
+    @defaults_from_environment
     def __init__(
         self,
         *,
@@ -105,7 +107,7 @@ class FederatedTrainer(Trainer):
         callbacks: list[Callback] | Callback | None = None,
         **kwargs: Any,
     ) -> None:
-        own, local = _as_list(callbacks), _as_list(client_callbacks)
+        own, local = checks.listed(callbacks), checks.listed(client_callbacks)
         if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
             own.append(RichRoundBar())
         federated = [callback for callback in own if isinstance(callback, FederatedCallback)]
@@ -120,12 +122,22 @@ class FederatedTrainer(Trainer):
         }
         arguments.refuse(
             arguments.refusals(kwargs),
-            arguments.misplaced(own, local),
-            arguments.double_owners(federated),
-            arguments.faults(numbers, federated, endless=bool(kwargs.get("max_time") or dev_run)),
+            checks.callback_faults("callbacks", own),
+            checks.callback_faults("client_callbacks", local),
+            placement.misplaced(*([c for c in some if isinstance(c, Callback)] for some in (own, local))),
+            arguments.faults(numbers, endless=bool(kwargs.get("max_time") or dev_run)),
+            owners.faults(federated, num_clients),
+            checks.number_faults({"seed": seed}),
+            checks.time_faults("timeout", timeout),
+            checks.switch_faults({"compile_clients": compile_clients, "local_validation": local_validation}),
             arguments.engine_faults(engine, ENGINES, numbers),
-            arguments.vectorize_faults(vectorize_clients, compile_clients, engine == "ray" or isinstance(engine, Ray)),
+            arguments.vectorize_faults(
+                vectorize_clients, compile_clients is True, engine == "ray" or isinstance(engine, Ray)
+            ),
             arguments.choice_faults("client_state", client_state, get_args(ClientState)),
+        )
+        max_rounds, num_clients, local_epochs, local_steps, num_workers, clients_per_device = (
+            None if number is None else int(number) for number in numbers.values()
         )
         devices = kwargs.get("devices", "auto")
         cuda = arguments.cuda_devices(kwargs.get("accelerator", "auto"), devices)
@@ -142,30 +154,33 @@ class FederatedTrainer(Trainer):
                 " engine='processes' to use all."
             )
         self._vectorize, self._compile = vectorize_clients, compile_clients
-        self.seed = run_seed(seed)
-        self.owners = _owners(federated, num_clients)
-        self.federation = Federation(self.owners, self.seed, timeout, 2 if dev_run else None, self.engine.name)
-        # Only these: the clients may be in other processes, where a logger or a progress bar cannot be sent.
-        trained_by = [c for c in self.owners.callbacks if is_overridden("local_callbacks", c, FederatedCallback)]
+        self.seed = int(run_seed(seed))
         self.local_options = LocalOptions(
             trainer=client_kwargs,
             epochs=None if local_steps else local_epochs or 1,
             steps=local_steps,
             callbacks=local,
-            method_callbacks=partial(_local_callbacks, trained_by),
             client_state=client_state,
             local_validation=local_validation,
         )
+        self._roles = Roles(own, self.local_options, num_clients)
+        self.federation = Federation(self.owners, self.seed, timeout, 2 if dev_run else None, self.engine.name)
         if kwargs.get("log_every_n_steps") is None:
             kwargs["log_every_n_steps"] = 1
         # In kwargs, so that LightningCLI knows max_epochs, too, and refusals() can say what to write instead.
         kwargs["max_epochs"] = -1 if max_rounds is None else max_rounds
-        super().__init__(callbacks=[self.federation, *own], **kwargs)
+        with taken_from_environment(type(self)):
+            super().__init__(callbacks=[self.federation, *own], **kwargs)
         self.strategy.process_dataloader = gathering  # type: ignore[assignment, method-assign]
         if dev_run:  # Lightning's own makes n batches of it; here they are n rounds
             self.fit_loop.max_epochs, self.fit_loop.epoch_loop.max_steps = dev_run, -1
         if getattr(self.precision_plugin, "scaler", None) is not None:
             self.precision_plugin.scaler = None  # type: ignore[attr-defined]  # the server has no gradients to scale
+
+    @property
+    def owners(self) -> Owners:
+        """Who decides what in the run."""
+        return self._roles.owners
 
     @property
     def current_round(self) -> int:
@@ -176,6 +191,11 @@ class FederatedTrainer(Trainer):
     def global_step(self) -> int:
         """How many times the server has taken new weights over. Also after ``fit``, when the view is off."""
         return self.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed
+
+    @property
+    def learning_rates(self) -> frozenset[str]:
+        """Which of the last round's metrics are clients' learning rates, for a ``LearningRateMonitor``."""
+        return self.federation.rates
 
     @property
     def round_metrics(self) -> dict[str, float]:
@@ -218,11 +238,12 @@ class FederatedTrainer(Trainer):
         server_app = self._server_app(task, ckpt_path, weights_only)
         context = Context(0, 0, {}, RecordDict(), {})
         try:
-            self.engine.run(
-                lambda grid: server_app(grid, context),
-                build_client_app(task.side),
-                lambda: self.owners.partition.num_clients,
-            )
+            with alone():
+                self.engine.run(
+                    lambda grid: server_app(grid, context),
+                    build_client_app(task.side),
+                    lambda: self.owners.partition.num_clients,
+                )
         except FederationError as error:
             raise shorten(error)  # noqa: B904  it is the same error
 
@@ -236,9 +257,8 @@ class FederatedTrainer(Trainer):
         weights_only: bool | None = None,
     ) -> ServerApp:
         """The Flower ServerApp that ``fit`` runs, for any of Flower's runtimes; arguments as ``fit``."""
-        return self._server_app(
-            self._task(model, train_dataloaders, val_dataloaders, datamodule), ckpt_path, weights_only
-        )
+        task = self._task(model, train_dataloaders, val_dataloaders, datamodule)
+        return self._server_app(task, ckpt_path, weights_only)
 
     def client_app(
         self,
@@ -247,25 +267,48 @@ class FederatedTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
     ) -> ClientApp:
         """The Flower ClientApp that ``fit`` runs; which client it is the node config's ``partition-id`` tells."""
-        side = self._task(model, train_dataloaders, None, datamodule).side
+        task = self._task(model, train_dataloaders, None, datamodule)
+        # There is no server here whose fit would ask the module for them.
+        task.module.trainer = self
+        given = checks.listed(task.module.configure_callbacks())
+        task.module.trainer = None
+        self._roles.move(given)
+        self._roles.take_up([*self.callbacks, *given])
+        side = task.side
+        side.mods, task.deal.owner = self.owners.mods(), self.owners.partition
         side.is_set_up, side.together = False, None
         return build_client_app(side)
 
     def _task(self, model: Any, train: Any, val: Any, datamodule: LightningDataModule | None) -> _Task:
         module = from_compiled(model) if isinstance(model, OptimizedModule) else model
+        arguments.refuse(checks.fit_faults(module, train, datamodule))
+        self._refuse_misplaced()
+        self._roles.take_up(self.callbacks)
         if isinstance(train, LightningDataModule):
             train, datamodule = None, train
         deal = Deal(self.owners.partition, module, train, datamodule, self.seed, self.local_options)
         self.local_options.rounds = -1 if self.max_epochs is None else self.max_epochs
-        mods: dict[str, Sequence[Mod]] = {
-            stage: [mod for method in self.owners.callbacks for mod in method.client_mods(stage)]
-            for stage in ("train", "evaluate")
-        }
-        side = ClientSide(module, self.local_options, deal, datamodule, mods, is_set_up=True)
+        side = ClientSide(module, self.local_options, deal, datamodule, self.owners.mods(), is_set_up=True)
         if self._vectorize:
             workers = self.engine.num_workers if isinstance(self.engine, Processes) else 1
             side.together = Together(self._vectorize, CompiledStep() if self._compile else None, workers)
         return _Task(module, datamodule, val, deal, side)
+
+    def _refuse_misplaced(self) -> None:
+        """Looks at what came to the list of callbacks since it was made: appended, or by the Tuner."""
+        faults = self._roles.misplaced(self.callbacks)
+        if faults:
+            self.callbacks = [c for c in self.callbacks if not placement.takes_over(c)]  # the Tuner leaves them there
+        arguments.refuse(faults)
+
+    def place_callbacks(self, given: Sequence[Callback]) -> list[Callback]:
+        """Which of the module's own callbacks are for the server; called by the server view of the module."""
+        return self._roles.place(given)
+
+    def take_up_callbacks(self) -> None:
+        """Called by the federation when the module's own callbacks have joined the list."""
+        self._roles.begin(self.callbacks)
+        self.federation.owners = self.owners
 
     def _server_app(self, task: _Task, ckpt_path: Any, weights_only: bool | None) -> ServerApp:
         app = ServerApp()
@@ -295,14 +338,9 @@ class FederatedTrainer(Trainer):
                 stack.enter_context(laid_over(task.datamodule, ServerDataView))
             stack.enter_context(laid_over(task.module, ServerView))
             stack.callback(self.federation.end)
+            stack.enter_context(self._roles.views)
             self.federation.begin(grid, task.deal, task.side)
             super().fit(task.module, ckpt_path=ckpt_path, **loaders)
-
-
-def _as_list(callbacks: list[Callback] | Callback | None) -> list[Callback]:
-    if callbacks is None:
-        return []
-    return [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
 
 
 def _engine(engine: str | Engine, cuda: list[int], num_workers: int | None, clients_per_device: int) -> Engine:
@@ -311,22 +349,3 @@ def _engine(engine: str | Engine, cuda: list[int], num_workers: int | None, clie
     if engine == "ray":
         return Ray(num_workers, {"num_gpus": 1 / clients_per_device} if cuda else None)
     return ENGINES[engine]() if isinstance(engine, str) else engine
-
-
-def _local_callbacks(methods: list[FederatedCallback]) -> list[Callback]:
-    return [callback for method in methods for callback in method.local_callbacks()]
-
-
-def _owners(federated: list[FederatedCallback], num_clients: int | None) -> Owners:
-    """Who decides what; defaults for what no callback decides."""
-    partition = _owner("partition", federated) or Partition(num_clients or 1)
-    aggregation = _owner("aggregation", federated) or FedAvg()
-    cohorts = _owner("cohort", federated) or CohortOwner()
-    failures = _owner("failures", federated) or FailureOwner()
-    defaults = [c for c in (partition, aggregation, cohorts, failures) if c not in federated]
-    return Owners(partition, cohorts, failures, [*federated, *defaults])  # type: ignore[arg-type]
-
-
-def _owner(decision: Any, federated: list[FederatedCallback]) -> FederatedCallback | None:
-    owners = arguments.owners_of(decision, federated)
-    return owners[0] if owners else None

@@ -54,7 +54,15 @@ def user_class(instance: object) -> type:
 
 def wrote(instance: object, base: type, name: str) -> bool:
     """Whether somebody wrote a hook: in the class, whichever view lies over it, or on the instance itself."""
-    return getattr(user_class(instance), name, None) is not getattr(base, name, None) or name in vars(instance)
+    if name in vars(instance) or name in vars(instance).get(_HIDDEN, {}):
+        return True
+    return getattr(user_class(instance), name, None) is not getattr(base, name, None)
+
+
+def users_own(instance: Any, name: str) -> Any:
+    """A method as the user has it, whichever view lies over the instance: what stands on the instance comes first."""
+    own = {**vars(instance), **vars(instance).get(_HIDDEN, {})}
+    return own[name] if name in own else getattr(user_class(instance), name).__get__(instance)
 
 
 # Kept, because torch.compile guards on the class: a new one each round would compile anew each round.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fed.views import View, laid_over, user_class
+from lightning_fed.views import View, laid_over, user_class, users_own, wrote
 
 
 class Loud(View):
@@ -84,6 +84,17 @@ def test_method_on_the_instance_does_not_shadow_the_view_and_comes_back():
     with laid_over(user, Loud):
         assert user.speak() == "loud user User"
     assert user.speak() == "shadow"
+
+
+def test_what_the_user_put_on_the_instance_is_the_users_own_in_every_view():
+    user = User()
+    assert users_own(user, "speak")() == "user User"
+    assert not wrote(user, User, "speak")
+    user.speak = lambda: "instance"
+    for view in (Loud, Quiet):
+        with laid_over(user, view):
+            assert users_own(user, "speak")() == "instance"
+            assert wrote(user, User, "speak")
 
 
 def test_attributes_set_in_the_block_stay():

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
+from torch.utils.data import Dataset, IterableDataset
 
+from lightning_fed import checks
 from lightning_fed.callbacks.base import PartitionOwner
 from lightning_fed.data import ClientLoaders, count_examples
-from lightning_fed.errors import ConfigurationError
+from lightning_fed.errors import ClientError, ConfigurationError
 
 
 class ClientData(PartitionOwner):
@@ -24,13 +27,22 @@ class ClientData(PartitionOwner):
         num_clients: How many clients a function serves.
 
     Raises:
-        ConfigurationError: If the number of clients is missing, contradicts the list, or is zero.
+        ConfigurationError: If the number of clients is missing, contradicts the list, or is zero, or if an entry of the
+            list is no loader (a data set would be trained on example by example).
 
     >>> ClientData([["a", "b"], ["c"]]).num_clients
     2
     """
 
     def __init__(self, clients: Callable[[int], Any] | Sequence[Any], num_clients: int | None = None) -> None:
+        if not callable(clients) and not isinstance(clients, Sequence):
+            raise ConfigurationError(
+                f"ClientData({checks.as_typed(clients)}): write a list with one entry a client, or a function of a"
+                " client's index and num_clients=."
+            )
+        faults = checks.number_faults({"num_clients": num_clients})
+        if faults:
+            raise ConfigurationError(f"ClientData: {faults[0]}")
         known = num_clients if callable(clients) else len(clients)
         if known is None:
             raise ConfigurationError("ClientData(fn) does not tell how many clients there are: add num_clients=.")
@@ -39,6 +51,10 @@ class ClientData(PartitionOwner):
                 f"ClientData got {known} clients{'' if num_clients is None else f' and num_clients={num_clients}'}:"
                 " give one entry for each client, at least one."
             )
+        if not callable(clients):
+            faults = [f"clients[{i}] {fault}." for i, one in enumerate(clients) if (fault := _fault(one))]
+            if faults:
+                raise ConfigurationError("\n  - ".join(["ClientData:", *faults]))
         self._clients = clients if callable(clients) else clients.__getitem__
         self._count = known
         self._function = clients if callable(clients) else None
@@ -56,6 +72,8 @@ class ClientData(PartitionOwner):
     def client(self, client: int, *, round: int) -> ClientLoaders:
         """See ``PartitionOwner``."""
         given = self._clients(client)
+        if fault := _fault(given):
+            raise ClientError(f"is given data by ClientData that {fault}.")
         if isinstance(given, LightningDataModule):
             return ClientLoaders(datamodule=given)
         train, val = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
@@ -64,3 +82,22 @@ class ClientData(PartitionOwner):
     def can_evaluate(self) -> bool:
         """Whether a client has data to evaluate on only the client knows."""
         return True
+
+
+def _fault(given: Any) -> str | None:
+    """What is wrong with what a client is given: a clause, or ``None``."""
+    pair = given if isinstance(given, tuple) and len(given) == 2 else (given,)
+    return next((fault for one in pair if (fault := _no_loader(one))), None)
+
+
+def _no_loader(one: Any) -> str | None:
+    kind, wanted = type(one).__name__, "a train loader, a pair of a train and a val loader, or a LightningDataModule"
+    if isinstance(one, LightningDataModule) or one is None:
+        return None if one is not None else f"is None: write {wanted}"
+    if checks.is_of_another_kind(one):
+        return checks.why_not(one)
+    table = kind == "Dataset" and type(one).__module__.startswith("datasets.")  # of Hugging Face
+    if table or isinstance(one, torch.Tensor) or (isinstance(one, Dataset) and not isinstance(one, IterableDataset)):
+        return f"is a {kind}, which would be trained on example by example: write DataLoader(..., batch_size=...)"
+    iterable = hasattr(one, "__iter__") or hasattr(one, "__getitem__")
+    return None if iterable and not isinstance(one, str) else f"is {checks.as_typed(one)}: write {wanted}"

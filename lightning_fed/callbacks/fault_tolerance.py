@@ -8,6 +8,7 @@ from typing import Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_fed import checks
 from lightning_fed.callbacks.base import FailureOwner
 from lightning_fed.errors import ClientError, ConfigurationError
 
@@ -37,7 +38,8 @@ class FaultTolerance(FailureOwner):
         on_error: Literal["warn", "ignore"] | Callable[[ClientError], None] = "warn",
     ) -> None:
         is_part = isinstance(min_results, float)
-        if not (0 < min_results <= 1 if is_part else min_results >= 1):
+        good = checks.is_number(min_results) and (0 < min_results <= 1 if is_part else min_results >= 1)
+        if not good:
             raise ConfigurationError(
                 f"FaultTolerance(min_results={min_results!r}): write a number of clients (int, at least 1) or a part of"
                 " the cohort (float, in (0, 1])."

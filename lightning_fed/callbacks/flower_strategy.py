@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_fed import messages
+from lightning_fed import checks, messages
 from lightning_fed.callbacks.base import FederatedCallback, Stage
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.plain import from_plain, to_plain
@@ -43,10 +43,13 @@ class FlowerStrategy(FederatedCallback):
 
     def __init__(self, strategy: Strategy, mods: Sequence[Mod] = ()) -> None:
         if not isinstance(strategy, Strategy):
+            why = checks.why_not(strategy) if checks.is_of_another_kind(strategy) else "is none"
             raise ConfigurationError(
-                f"FlowerStrategy({strategy!r}) wants an instance of flwr.serverapp.strategy.Strategy. Strategies of"
-                " flwr.server.strategy (NumPyClient's time) have a counterpart there."
+                f"FlowerStrategy({checks.as_typed(strategy)}) wants an instance of flwr.serverapp.strategy.Strategy:"
+                f" {checks.as_typed(strategy)} {why}."
             )
+        if callable(mods) or not all(callable(mod) for mod in mods):
+            raise ConfigurationError(f"FlowerStrategy(mods={mods!r}): write a list of client mods, mods=[...].")
         self.strategy, self.mods = strategy, mods
         self.running = strategy
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from lightning_fed import checks
 from lightning_fed.callbacks.base import CohortOwner, Stage
 from lightning_fed.errors import ConfigurationError
 
@@ -43,10 +44,14 @@ class PartialParticipation(CohortOwner):
             "min_evaluate_clients": min_evaluate_clients,
             "min_available_clients": min_available_clients,
         }
-        faults = [f"{name}={value!r} must be at least 1" for name, value in minimums.items() if value < 1]
-        if not 0 < fraction_train <= 1:
+        faults = [
+            f"{name}={value!r} must be at least 1"
+            for name, value in minimums.items()
+            if not (checks.is_number(value, whole=True) and value >= 1)
+        ]
+        if not (checks.is_number(fraction_train) and 0 < fraction_train <= 1):
             faults.append(f"fraction_train={fraction_train!r} must be in (0, 1]")
-        if not 0 <= fraction_evaluate <= 1:
+        if not (checks.is_number(fraction_evaluate) and 0 <= fraction_evaluate <= 1):
             faults.append(f"fraction_evaluate={fraction_evaluate!r} must be in [0, 1]")
         if faults:
             raise ConfigurationError(f"PartialParticipation: {'; '.join(faults)}.")

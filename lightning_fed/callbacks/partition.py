@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_fed import checks
 from lightning_fed.callbacks.base import PartitionOwner
 from lightning_fed.data import ClientLoaders, in_memory, labels_of, require_sliceable, slice_loader
 from lightning_fed.errors import ConfigurationError
@@ -52,15 +54,21 @@ class Partition(PartitionOwner):
         labels: Sequence[Any] | torch.Tensor | Callable[[Any], Any] | None = None,
         cache: bool = False,
     ) -> None:
-        if isinstance(partitioner, int):
-            if partitioner < 1:
+        if checks.is_number(partitioner, whole=True):
+            if partitioner < 1:  # type: ignore[operator]
                 raise ConfigurationError(f"num_clients={partitioner} must be at least 1.")
             from flwr_datasets.partitioner import IidPartitioner
 
-            partitioner = IidPartitioner(partitioner)
-        if not 0 <= val_fraction < 1:
+            partitioner = IidPartitioner(int(partitioner))  # type: ignore[arg-type]
+        if inspect.isclass(partitioner) or not hasattr(partitioner, "load_partition"):
+            raise ConfigurationError(
+                f"Partition({checks.as_typed(partitioner)}): write a number of clients, or a partitioner of"
+                " flwr_datasets.partitioner, such as Partition(IidPartitioner(num_partitions=10))."
+            )
+        if not (checks.is_number(val_fraction) and 0 <= val_fraction < 1):
             raise ConfigurationError(f"Partition(val_fraction={val_fraction!r}) must be in [0, 1).")
-        self.partitioner, self.val_fraction = partitioner, val_fraction
+        self.partitioner: Partitioner = partitioner  # type: ignore[assignment]
+        self.val_fraction = val_fraction
         self._labels, self.cache = labels, cache
         self._read: dict[tuple[str, int], Any] = {}
         self._loader: Any = None

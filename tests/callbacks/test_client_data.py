@@ -76,7 +76,7 @@ def test_length_of_a_stream_is_left_to_training():
         (lambda: ClientData(loader), r"ClientData\(fn\) does not tell how many clients there are: add num_clients="),
         (lambda: ClientData([]), "ClientData got 0 clients: give one entry for each client, at least one"),
         (lambda: ClientData(loader, num_clients=0), "ClientData got 0 clients"),
-        (lambda: ClientData([1, 2], num_clients=3), "ClientData got 2 clients and num_clients=3"),
+        (lambda: ClientData([[1], [2]], num_clients=3), "ClientData got 2 clients and num_clients=3"),
     ],
 )
 def test_number_of_clients_must_be_known_and_agree(build, message):

@@ -261,7 +261,7 @@ def test_ctrl_c_in_a_client_is_ctrl_c(tmp_path: Path) -> None:
         ({"client_state": "keep"}, ["client_state='keep'", "carry"]),
         ({"callbacks": [FedAvg(), FedAdam()]}, ["FedAvg and FedAdam both decide the aggregation"]),
         (
-            {"num_clients": None, "callbacks": [Partition(2), ClientData([1, 2])]},
+            {"num_clients": None, "callbacks": [Partition(2), ClientData([[1], [2]])]},
             ["Partition and ClientData both decide the partition"],
         ),
         ({"callbacks": [PartialParticipation(), PartialParticipation()]}, ["both decide the cohort"]),

@@ -1,0 +1,61 @@
+"""Clients' learning rates, for a ``LearningRateMonitor`` at the server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+
+from lightning_fed.callbacks.base import FederatedCallback
+from lightning_fed.metrics import RATE, MetricState
+
+
+class LearningRates(FederatedCallback):
+    """Lets clients report what ``LearningRateMonitor`` logs in a plain fit, under the same names.
+
+    Args:
+        monitors: Those at the server, who tell what to report.
+    """
+
+    def __init__(self, monitors: Sequence[LearningRateMonitor]) -> None:
+        self.momentum = any(monitor.log_momentum for monitor in monitors)
+        self.weight_decay = any(monitor.log_weight_decay for monitor in monitors)
+
+    def local_callbacks(self) -> Sequence[Callback]:
+        """The callback that reports."""
+        return [ReportLearningRates(self.momentum, self.weight_decay)]
+
+
+class ReportLearningRates(Callback):
+    """Reports a client's learning rates at the start of the last epoch of its local fit.
+
+    Args:
+        momentum: Whether to report the optimizers' momentum.
+        weight_decay: Whether to report their weight decay.
+    """
+
+    acts_elementwise = True  # it reads options of optimizers, which clients that are trained as one share
+
+    def __init__(self, momentum: bool, weight_decay: bool) -> None:
+        self._monitor = LearningRateMonitor("epoch", momentum, weight_decay)
+        self._found: dict[str, float] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds the names."""
+        self._monitor.on_train_start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the rates."""
+        self._found = self._monitor._extract_stats(trainer, "any")
+
+    def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Reports them beside what the module has logged."""
+        states = [
+            MetricState(name, RATE, {"value": torch.tensor(float(rate), dtype=torch.float64)})
+            for name, rate in self._found.items()
+        ]
+        for caught in getattr(trainer, "each_caught", [trainer.caught]):
+            caught += states

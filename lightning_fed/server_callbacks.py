@@ -1,0 +1,54 @@
+"""Callbacks as the server sees them: views over those whose training is the clients'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_fed.client.local_trainer import LocalTrainer
+from lightning_fed.views import View, users_own
+
+
+class TrainsOnClients(View):
+    """A module's callback that acts on training: at the server it validates, tests and predicts, and does not train.
+
+    The clients have copies of it, or the very callback where it is a layer of the module.
+    """
+
+
+def _on_clients(name: str) -> Any:
+    def hook(self: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if isinstance(trainer, LocalTrainer):
+            users_own(self, name)(trainer, *args, **kwargs)
+
+    return hook
+
+
+for _hook in (
+    *("on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end"),
+    *("on_train_batch_start", "on_train_batch_end", "on_before_zero_grad"),
+    *("on_before_backward", "on_after_backward", "on_before_optimizer_step"),
+):
+    setattr(TrainsOnClients, _hook, _on_clients(_hook))
+
+
+class MonitorsClients(View):
+    """A ``LearningRateMonitor``: the rates are those that clients report, and are logged with their metrics."""
+
+    lrs: dict[str, list[float]]
+
+    def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        super().on_train_start(trainer, *args, **kwargs)  # type: ignore[misc]
+        self.lrs = {}
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        for name, value in trainer.round_metrics.items():
+            if name in trainer.learning_rates:
+                self.lrs.setdefault(name, []).append(value)
