@@ -27,6 +27,7 @@ from torch.utils.data import (
 )
 
 from lightning_fed.errors import ConfigurationError
+from lightning_fed.part import Part
 
 
 @dataclass
@@ -103,7 +104,7 @@ def slice_loader(
         keep_workers: Keep worker processes from one pass to the next.
         part: These examples, where ``in_memory`` has them.
     """
-    part = Subset(loader.dataset, list(indices)) if part is None else part
+    part = Part(loader.dataset, list(indices)) if part is None else part
     whole: Any = _sampler(loader)
     batches: Any = loader if loader.batch_sampler is None else loader.batch_sampler
     shuffled = isinstance(whole, RandomSampler) if shuffle is None else shuffle
@@ -152,17 +153,30 @@ def in_memory(loader: DataLoader[Any], indices: Sequence[int]) -> Dataset[Any]:
 
 
 class Gathered(TensorDataset):
-    """A TensorDataset, or a part of one, that gives a batch by one indexing call for each tensor."""
+    """A TensorDataset, or a part of one, that gives a batch by one indexing call for each tensor.
+
+    Args:
+        tensors: All examples.
+        indices: Those that it has, or ``None`` for all.
+
+    Attributes:
+        whole: All examples, of which it has only some.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], indices: Sequence[int] | None) -> None:
-        super().__init__(*tensors)
+        self.whole = tensors
         self._indices = None if indices is None else _within(indices, len(tensors[0]))
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Its own examples."""
+        return tuple(self.whole) if self._indices is None else tuple(self.__getitems__(torch.arange(len(self))))
+
     def __len__(self) -> int:
-        return len(self.tensors[0]) if self._indices is None else len(self._indices)
+        return len(self.whole[0]) if self._indices is None else len(self._indices)
 
     def where(self, indices: Tensor) -> Tensor:
-        """Where in its tensors some of its examples are."""
+        """Where in ``whole`` some of its examples are."""
         return indices if self._indices is None else self._indices[indices]
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -170,7 +184,7 @@ class Gathered(TensorDataset):
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> list[Tensor]:
         chosen = self.where(torch.as_tensor(indices))
-        return [tensor.index_select(0, chosen.to(tensor.device)) for tensor in self.tensors]
+        return [tensor.index_select(0, chosen.to(tensor.device)) for tensor in self.whole]
 
 
 def _within(indices: Sequence[int], count: int) -> Tensor:
@@ -215,7 +229,7 @@ def gathering(loader: Any) -> Any:
     if not usual or loader.batch_sampler is None:
         return loader
     dataset, indices = loader.dataset, None
-    while type(dataset) is Subset:
+    while type(dataset) in (Subset, Part):
         # The outer part's indices alone are looked up: a client must not pay for the whole data set.
         indices = dataset.indices if indices is None else [dataset.indices[i] for i in indices]
         dataset = dataset.dataset

@@ -19,7 +19,18 @@ ROOT = Path(__file__).parent.parent / "lightning_fed"
 # A module imports only from lines above its own: never from its line, never from below. "" is the package itself.
 # A name that is written out comes before a pattern.
 LEVELS = [
-    ["_version", "checks", "errors", "seeding", "tracebacks", "views", "state", "state.generators", "state.nodes"],
+    [
+        "_version",
+        "checks",
+        "errors",
+        "seeding",
+        "part",
+        "tracebacks",
+        "views",
+        "state",
+        "state.generators",
+        "state.nodes",
+    ],
     ["state.content"],
     ["state.walk"],
     ["state.snapshot"],
@@ -36,7 +47,7 @@ LEVELS = [
     ["strategies.*", "client.local_fit", "client.compiled_step", "client.step_watch"],
     ["strategies", "engines.base", "client.cohort"],
     ["callbacks.base", "client.vectorized_fit"],
-    ["client.trial", "exchange"],
+    ["client.trial", "exchange", "client.changes"],
     ["client.together"],
     ["callbacks.*", "client.app", "engines.in_process", "engines.transport"],
     ["engines.worker"],

@@ -77,12 +77,12 @@ class StackedLoader(DataLoader[Any]):
 
     def _of_tensors(self) -> Generator[list[Part], None, None]:
         """Tensor data sets: an epoch's order is drawn at once, and a batch is one indexing call."""
-        gather = _Gather([loader.dataset.tensors for loader in self._own])
+        gather = _Gather([loader.dataset.whole for loader in self._own])
         orders = []
         for client, (loader, begin) in enumerate(zip(self._own, gather.begins, strict=True)):
             with self._streams.torch_of(client):
                 order = loader.dataset.where(loader.batch_sampler.order()) + begin
-            orders.append(order.to(loader.dataset.tensors[0].device).split(loader.batch_sampler.batch_size))
+            orders.append(order.to(loader.dataset.whole[0].device).split(loader.batch_sampler.batch_size))
         for step in range(len(self)):
             yield [
                 Part(rows, gather(clients, [orders[client][step] for client in clients]))

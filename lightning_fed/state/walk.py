@@ -19,6 +19,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, default_collate
 
+from lightning_fed.part import Part
 from lightning_fed.state import nodes
 from lightning_fed.state.content import ARRAY, TENSOR, Content, Generator, Limits, TensorFlags, is_plain
 from lightning_fed.state.generators import generator_kind, is_global
@@ -56,6 +57,7 @@ _MACHINERY_WITHIN = (
     *("torch._", "torch.fx", "torch.distributed", "torch.jit", "torch.utils.tensorboard", "lightning.fabric"),
     *("lightning.pytorch.trainer", "lightning.pytorch.loggers", "lightning.pytorch.loops"),
     *("lightning.pytorch.strategies", "lightning.pytorch.profilers", "lightning.pytorch.accelerators"),
+    *("lightning_fed.client", "lightning_fed.state", "lightning_fed.engines"),
 )
 # Packages whose classes and functions hold nothing that a client changes.
 _LIBRARIES = frozenset({"torch", "torchvision", "torchmetrics", "lightning", "lightning_fed", "numpy"})
@@ -154,7 +156,7 @@ def _sort(cls: type) -> tuple[str, list[Kind], list[Child]]:
         return "generator", [], []
     if issubclass(cls, type):
         return "class", [], []
-    if issubclass(cls, (tuple, types.FunctionType, types.MethodType, functools.partial)) or cls in _PASSED:
+    if issubclass(cls, (tuple, types.FunctionType)) or cls in _PASSED:
         return "passage", [], []
     if issubclass(cls, (*_ATOMS, Enum)) or _is_machinery(cls):
         return "", [], []
@@ -219,6 +221,7 @@ _PASSED: dict[type, tuple[str, ...]] = {
     functools.partial: ("func", "args", "keywords"),
     DataLoader: ("dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn", "generator"),
     Subset: ("dataset",),
+    Part: ("dataset",),
     RandomSampler: ("generator",),
     SequentialSampler: (),
     BatchSampler: ("sampler",),
@@ -236,7 +239,7 @@ def _passed(thing: Any) -> list[Child]:
         return [*drawn, *((("closure", i), cell) for i, cell in enumerate(thing.__closure__ or ()))]
     if type(thing) is DataLoader and _is_usual(thing):
         return [(("attribute", "dataset"), thing.dataset)]
-    names = next(names for base, names in _PASSED.items() if isinstance(thing, base))
+    names = next(names for base, names in _PASSED.items() if type(thing) is base)
     return [(("attribute", name), getattr(thing, name)) for name in names]
 
 

@@ -1,0 +1,96 @@
+"""A client's data set shows the client's own examples."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_fed import FederatedTrainer
+from lightning_fed.callbacks import Partition
+from lightning_fed.part import Part
+from lightning_fed.testing import ToyModule, toy_data
+from tests.helpers import QUIET
+
+
+class Pictures(Dataset):
+    """As torchvision's data sets are."""
+
+    classes = ("cat", "dog")
+
+    def __init__(self) -> None:
+        self.data, self.targets = torch.arange(12.0).reshape(6, 2), [0, 0, 0, 1, 1, 1]
+        self.names = np.array(list("abcdef"))
+        self.transform = torch.nn.Identity()
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index], self.targets[index]
+
+    def get_labels(self) -> list[int]:
+        return self.targets
+
+
+def test_what_there_is_for_each_example_is_there_for_the_client_s_own() -> None:
+    part = Part(Pictures(), [1, 4, 5])
+    assert part.targets == [0, 1, 1]
+    assert part.data.tolist() == [[2, 3], [8, 9], [10, 11]]
+    assert part.names.tolist() == ["b", "e", "f"]
+    assert part.classes == ("cat", "dog")
+    assert isinstance(part.transform, torch.nn.Identity)
+    assert [y for _, y in part] == [0, 1, 1]
+
+
+def test_methods_would_speak_of_everybody_s_examples() -> None:
+    with pytest.raises(AttributeError, match=r"Pictures.get_labels speaks of the examples of all clients"):
+        Part(Pictures(), [0]).get_labels()
+    assert not hasattr(Part(Pictures(), [0]), "no_such_thing")
+
+
+def test_a_part_can_be_pickled() -> None:
+    assert pickle.loads(pickle.dumps(Part(Pictures(), [3]))).targets == [1]
+
+
+FOUND: list[Any] = []
+
+
+class ClassWeights(ToyModule):
+    """Weighs classes by how often they are in what it trains on."""
+
+    def on_train_start(self) -> None:
+        for loader in (self.trainer.train_dataloader, self.trainer.datamodule.train_dataloader()):
+            FOUND.append((self.trainer.client_id, loader.dataset.tensors[1].tolist()))
+
+
+class Data(LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(x, torch.arange(30) % 2), 5, shuffle=True)
+
+
+def test_class_weights_are_those_of_the_client_s_own_labels() -> None:
+    FOUND.clear()
+    partition = Partition(3)
+    FederatedTrainer(max_rounds=1, seed=0, callbacks=[partition], **QUIET).fit(ClassWeights(), datamodule=Data())
+    expected = [(client, [int(i) % 2 for i in partition.indices(client)]) for client in range(3) for _ in range(2)]
+    assert expected == FOUND
+
+
+def test_a_whole_tensor_data_set_is_as_ever() -> None:
+    found = []
+
+    class Looks(ToyModule):
+        def on_validation_start(self) -> None:
+            found.append(self.trainer.val_dataloaders.dataset.tensors[0].shape)
+
+    FederatedTrainer(max_rounds=1, num_clients=2, **QUIET).fit(
+        Looks(), DataLoader(toy_data(16), 8), DataLoader(toy_data(6), 4)
+    )
+    assert found == [(6, 8)]
