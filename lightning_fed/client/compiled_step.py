@@ -194,6 +194,8 @@ class CompiledStep:
                 function = step_of_all(module, step, self._here)
             else:
                 function = update_of_all(module, step, self._here, update.groups)
+            # torch counts the graphs of a piece of code, of whichever run they are: each run's is a piece of its own.
+            function.__code__ = function.__code__.replace()
             self._compiled[updates] = torch.compile(function, backend=self._numbered, fullgraph=True)
         return self._compiled[updates]
 
