@@ -20,6 +20,7 @@ from typing import Any
 
 import cloudpickle
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_fed.tensor_array import TensorArray
@@ -168,8 +169,23 @@ class _ByName(_Tensors, pickle.Pickler):
     pass
 
 
+class AbsentTrainer:
+    """In a worker, where the server's trainer would be: what holds it (a datamodule, a callback) is sent without it."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"trainer.{name}: the server's trainer is not in the processes in which clients train. Use the `trainer`"
+            " that a hook is called with, or keep what you need of the server's in an attribute of your own."
+        )
+
+    def __reduce__(self) -> Any:
+        return AbsentTrainer, ()
+
+
 class _ByValue(_Tensors, cloudpickle.Pickler):  # type: ignore[misc]
     def _other(self, thing: Any) -> Any:
+        if isinstance(thing, Trainer):
+            return AbsentTrainer, ()
         if isinstance(thing, CodeType):
             # cloudpickle leaves the name of the source file out, and with it the lines of a traceback.
             make, parts = cloudpickle.Pickler.dispatch_table[CodeType](thing)
