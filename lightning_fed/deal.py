@@ -45,6 +45,10 @@ class Deal:
         self._opened: int | None = None
         self._makers: DataSnapshot | None = None
 
+    def roots(self) -> dict[str, Any]:
+        """What clients' data depends on, by name."""
+        return {"train": self._train, "clients": self.owner.source}
+
     def open(self, round: int = 1) -> None:
         """Opens the loader for a round, if it is not open.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -11,13 +13,17 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_fed import messages
+from lightning_fed.client.changes import Changes, apply
+from lightning_fed.client.isolation import weights_of
 from lightning_fed.client.local_fit import local_evaluate, local_fit, set_up
 from lightning_fed.client.local_run import LocalOptions, LocalResult
 from lightning_fed.client.local_trainer import LocalTask
 from lightning_fed.client.together import Together
 from lightning_fed.client.trial import Case
 from lightning_fed.data import ClientLoaders
+from lightning_fed.errors import ClientError
 from lightning_fed.seeding import random_states_kept
+from lightning_fed.state.snapshot import DataSnapshot, Snapshot
 from lightning_fed.weights import Weights, split
 
 
@@ -33,6 +39,7 @@ class ClientSide:
         mods: Flower client mods by stage, outermost first.
         is_set_up: Whether the module has been set up in this process.
         together: Trains several clients as one, or ``None``.
+        is_stale: Why this process' copies are not as the server's are; empty if they are.
     """
 
     module: LightningModule
@@ -42,6 +49,15 @@ class ClientSide:
     mods: dict[str, Sequence[Mod]] = field(default_factory=dict)
     is_set_up: bool = False
     together: Together | None = None
+    is_stale: str = ""
+
+    def roots(self) -> dict[str, Any]:
+        """What a client's work depends on besides weights and data, by name."""
+        return {"module": self.module, "options": vars(self.options), "mods": self.mods}
+
+    def data_roots(self) -> dict[str, Any]:
+        """What a client's data depends on, likewise."""
+        return {"datamodule": self.datamodule, **getattr(self.data, "roots", dict)()}
 
     def decide_together(self, stages: Sequence[str], clients: int, weights: Weights, seed: int) -> None:
         """Finds out, before the first round, in which stages clients can be served as one.
@@ -70,6 +86,30 @@ class LocalClientApp(ClientApp):
     def __init__(self, side: ClientSide) -> None:
         super().__init__()
         self._side = side
+        self._changes: Changes | None = None
+
+    def changes(self) -> bytes | None:
+        """What has changed at the server since this was asked last, for ``change`` of the copies in other processes.
+
+        Raises:
+            ConfigurationError: If it cannot be sent.
+        """
+        if self._changes is None:
+            side = self._side
+            weights = partial(weights_of, side.module)
+            self._changes = Changes(Snapshot(side.roots(), weights), DataSnapshot(side.data_roots()))
+            return None
+        return self._changes.take()
+
+    def change(self, changes: bytes) -> None:
+        """Makes the changes that another process' ``changes`` gave; where that fails, so does all work from then on."""
+        try:
+            apply(changes, {**self._side.roots(), **self._side.data_roots()})
+        except Exception as error:
+            self._side.is_stale = f"{type(error).__name__}: {error}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_changes": None}
 
     def at_once(self, stage: str) -> int:
         """How many messages of a type to give to ``serve``."""
@@ -81,7 +121,7 @@ class LocalClientApp(ClientApp):
         side, stage = self._side, received[0][0].metadata.message_type
         calls = [_Call(message, context, messages.detach_integers(message)) for message, context in received]
         results: Sequence[LocalResult | None] = [None] * len(calls)
-        if len(calls) > 1 and side.together is not None:
+        if len(calls) > 1 and side.together is not None and not side.is_stale:
             tasks = [_task(stage, call.message, call.context, call.integers) for call in calls]
             results = side.together.run(stage, side.module, side.datamodule, side.data, tasks, side.options)
         return [
@@ -137,6 +177,11 @@ def _wrap(inner: ClientAppCallable, mod: Mod) -> ClientAppCallable:
 
 def _run(side: ClientSide, stage: str, message: Message, context: Context, integers: Weights) -> LocalResult:
     task = _task(stage, message, context, integers)
+    if side.is_stale:
+        raise ClientError(
+            "was not trained: what the server changed between rounds could not be changed in its process"
+            f" ({side.is_stale}). Write engine='in_process', or change it in a hook of the local fit."
+        )
     with random_states_kept():
         work = (side.module, side.datamodule, side.data(task.client, task.round), task, side.options)
         if not side.is_set_up:

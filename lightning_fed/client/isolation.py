@@ -63,7 +63,7 @@ class Isolation:
                 snapshot.renew()
             return
         self._noted = module, datamodule
-        self._snapshots = [Snapshot({"module": module}, lambda: _weights_of(module))]
+        self._snapshots = [Snapshot({"module": module}, lambda: weights_of(module))]
         if datamodule is not None:
             self._snapshots.append(DataSnapshot({"datamodule": datamodule}))
         _say_endless(self._snapshots)
@@ -73,7 +73,7 @@ class ContentLost(ClientError):
     """A client wrote into something too large to have been copied."""
 
 
-def _weights_of(module: LightningModule) -> list[Tensor]:
+def weights_of(module: LightningModule) -> list[Tensor]:
     """The tensors that are loaded for each client: those of the state dict themselves, not copies that it may make."""
     return [value for value in module.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
 

@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from typing import Literal
@@ -32,10 +32,12 @@ class Pool:
         start: What they run.
         devices: CUDA devices by index, given to the workers in turn; empty for no choice.
         method: How they start, or ``None`` for what is safe when they do.
+        changes: What the server has changed since the run began; it grows.
     """
 
-    def __init__(self, start: Start, devices: list[int], method: StartMethod | None) -> None:
-        self._start, self._devices, self._method = start, devices, method
+    def __init__(self, start: Start, devices: list[int], method: StartMethod | None, changes: list[bytes]) -> None:
+        self._start, self._devices, self._method, self.changes = start, devices, method, changes
+        self._changes_packed = 0  # how many of them are in what is packed
         self._found: StartMethod | None = None
         self._packed: transport.Packed | None = None
         self.workers: list[Worker] = []
@@ -60,8 +62,8 @@ class Pool:
         self._found = "forkserver"
         return True
 
-    def launch(self, device: int | None) -> tuple[socket.socket, BaseProcess]:
-        """A new process and the connection to it."""
+    def launch(self, device: int | None) -> tuple[socket.socket, BaseProcess, int]:
+        """A new process, the connection to it, and how many changes it begins with."""
         ours, theirs = socket.socketpair()
         try:
             if start_method(self._method or self._found, self._start.threads) == "fork":
@@ -69,7 +71,11 @@ class Pool:
                 context = multiprocessing.get_context("fork")
                 process: BaseProcess = context.Process(target=work, args=(theirs, device, self._start, ends))
                 process.start()
+                known = len(self.changes)
             else:
+                if self._packed is None:
+                    self._changes_packed = len(self.changes)
+                known = self._changes_packed
                 packed = self._packed = self._packed or remote.packed(self._start, "processes", transport.pack)
                 with _main_left_out():
                     process = _forkserver().Process(target=work, args=(theirs, device, None, ()))
@@ -81,7 +87,7 @@ class Pool:
             raise
         finally:
             theirs.close()
-        return ours, process
+        return ours, process, known
 
 
 class Worker:
@@ -92,11 +98,17 @@ class Worker:
         self._failures = 0
         self.ready = False
         self._process: BaseProcess | None
-        self.connection, self._process = pool.launch(device)
+        self.connection, self._process, self._known = pool.launch(device)
 
     def send(self, packed: transport.Packed) -> None:
         """Tells the process something."""
         transport.send(self.connection, packed)
+
+    def changes(self) -> Sequence[bytes]:
+        """What has changed since the process started, or since this was asked last."""
+        new = self._pool.changes[self._known :]
+        self._known = len(self._pool.changes)
+        return new
 
     def receive(self) -> list[Done] | None:
         """What the process says; ``None`` when it speaks of itself: it is ready, or has given way to one that will be.
@@ -108,7 +120,7 @@ class Worker:
         said = transport.receive(self.connection)
         if isinstance(said, Failed) and said.by_fork and self._pool.stop_forking():
             self.end()
-            self.connection, self._process = self._pool.launch(self._device)
+            self.connection, self._process, self._known = self._pool.launch(self._device)
             return None
         if isinstance(said, Failed):
             raise ConfigurationError(f"A worker process cannot start:\n{said.traceback}")
@@ -127,7 +139,7 @@ class Worker:
         self.ready = False
         if self._failures >= _ATTEMPTS and not any(worker.ready for worker in self._pool.workers):
             raise ConfigurationError(f"{_ATTEMPTS} worker processes in a row could not start: the last one {how}.")
-        self.connection, self._process = self._pool.launch(self._device)
+        self.connection, self._process, self._known = self._pool.launch(self._device)
         return how
 
     def end(self) -> str:

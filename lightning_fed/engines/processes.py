@@ -94,8 +94,9 @@ class ProcessGrid(RemoteGrid):
 
     def __init__(self, client_app: ClientApp, num_clients: Callable[[], int], engine: Processes) -> None:
         super().__init__(client_app, num_clients)
-        self.client_app, self._num_workers = client_app, engine.num_workers
-        self.pool = Pool(Start(client_app, self._run.run_id, engine.threads), engine.devices, engine.start_method)
+        self._num_workers = engine.num_workers
+        start = Start(client_app, self._run.run_id, engine.threads)
+        self.pool = Pool(start, engine.devices, engine.start_method, self.changes)
 
     def _exchange(self, sent: list[Message], call: int, timeout: float | None) -> Iterator[Message]:
         # As late as this: by now Lightning has set module and data up.
@@ -160,7 +161,11 @@ class Exchange:
                 self.has[worker] = set()
 
     def _give(self, worker: Worker, messages: Sequence[Message]) -> None:
-        tasks = [self.grid.task(message, self._content(worker, message), self.call) for message in messages]
+        news = [worker.changes(), *[()] * (len(messages) - 1)]  # with the first is soon enough
+        tasks = [
+            self.grid.task(message, self._content(worker, message), self.call, new)
+            for message, new in zip(messages, news, strict=True)
+        ]
         worker.send(transport.pack(tasks))
 
     def _content(self, worker: Worker, message: Message) -> dict[str, Any]:

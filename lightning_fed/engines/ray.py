@@ -100,6 +100,8 @@ class RayGrid(RemoteGrid):
         self._start = Start(client_app, self._run.run_id, max(1, int(engine.client_resources["num_cpus"])))
         self._actors: list[Any] = []
         self._made: Callable[[], Any] | None = None
+        self._told: dict[Any, int] = {}  # how many changes each actor knows of
+        self._begins_with = 0
 
     def _exchange(self, sent: list[Message], call: int, timeout: float | None) -> Iterator[Message]:
         self._grow(len(sent))
@@ -142,6 +144,7 @@ class RayGrid(RemoteGrid):
             return
         if self._made is None:
             kind = self._ray.remote(_Actor).options(**self._engine.client_resources)
+            self._begins_with = len(self.changes)
             start = packed(self._start, self._engine.name, transport.to_bytes)
             self._made = partial(kind.remote, self._ray.put(_bytes(start)))
         new = [self._made() for _ in range(wanted - len(self._actors))]
@@ -154,6 +157,7 @@ class RayGrid(RemoteGrid):
         """Another actor in an actor's place; what it is given waits until it has started."""
         assert self._made is not None
         self._ray.kill(actor)
+        self._told.pop(actor, None)
         self._actors[self._actors.index(actor)] = new = self._made()
         return new
 
@@ -170,6 +174,8 @@ class RayGrid(RemoteGrid):
         return room
 
     def _give(self, actor: Any, message: Message, call: int, shared: dict[int, tuple[int, Any]]) -> Any:
+        new = self.changes[self._told.get(actor, self._begins_with) :]
+        self._told[actor] = len(self.changes)
         content: dict[str, Any] = {}
         ahead = []
         for name, record in message.content.items():
@@ -181,7 +187,7 @@ class RayGrid(RemoteGrid):
                 shared[key] = len(shared), self._ray.put(_bytes(transport.to_bytes(record)))
             content[name], reference = shared[key]
             ahead += [content[name], reference]
-        return actor.work.remote(_bytes(transport.to_bytes([self.task(message, content, call)])), *ahead)
+        return actor.work.remote(_bytes(transport.to_bytes([self.task(message, content, call, new)])), *ahead)
 
     def _take(self, message: Message, reference: Any, actor: Any) -> tuple[Message, Any]:
         """A reply as the loop gets it, and the actor that is free now."""

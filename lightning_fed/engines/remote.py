@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from flwr.app import Message
+from flwr.clientapp import ClientApp
 
+from lightning_fed.client.app import LocalClientApp
 from lightning_fed.engines import transport
 from lightning_fed.engines.in_process import InProcessGrid
 from lightning_fed.engines.worker import Done, Start, Task
@@ -58,21 +60,28 @@ class RemoteGrid(InProcessGrid):
 
     _calls = 0
 
+    def __init__(self, client_app: ClientApp, num_clients: Callable[[], int]) -> None:
+        super().__init__(client_app, num_clients)
+        self.client_app = client_app
+        self.changes: list[bytes] = []  # of what workers have copies of; each is told those that came after its start
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """The replies in the order of the messages, each as soon as it and those before it are there."""
         sent = list(messages)
         for message in sent:
             message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
         self._calls += 1
+        if isinstance(self.client_app, LocalClientApp) and (changes := self.client_app.changes()) is not None:
+            self.changes.append(changes)
         yield from self._exchange(sent, self._calls, timeout)
 
     def _exchange(self, sent: list[Message], call: int, timeout: float | None) -> Iterator[Message]:
         """The replies; ``call`` is the number of this exchange in the run."""
         raise NotImplementedError
 
-    def task(self, message: Message, content: dict[str, Any], call: int) -> Task:
-        """What a worker is told of a message, and of its client."""
-        return Task(message.metadata, content, call, self._context_of(message))
+    def task(self, message: Message, content: dict[str, Any], call: int, changes: Sequence[bytes]) -> Task:
+        """What a worker is told of a message, of its client, and of what the server has changed."""
+        return Task(message.metadata, content, call, self._context_of(message), changes)
 
     def take_back(self, message: Message, done: Done) -> Message:
         """A reply as the loop gets it; what the client keeps goes to its context."""

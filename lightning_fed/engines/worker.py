@@ -55,12 +55,14 @@ class Task:
         content: Its records by name; for shared ones the key under which they were sent ahead.
         call: To which call the shared ones belong.
         context: The client's.
+        changes: What the server has changed, since this worker was told last, of what workers have copies of.
     """
 
     metadata: Metadata
     content: dict[str, Any]
     call: int
     context: Context
+    changes: Sequence[bytes] = ()
 
 
 @dataclass
@@ -163,6 +165,8 @@ def serve(
     """
     received = []
     for task in tasks:
+        for changes in task.changes:
+            app.change(changes)  # type: ignore[attr-defined]
         records = {name: known[task.call, r] if isinstance(r, int) else r for name, r in task.content.items()}
         received.append((deliver(task.metadata, RecordDict(records)), task.context))
     done = [_sealed(reply, context) for reply, (_, context) in zip(answer(app, received), received, strict=True)]

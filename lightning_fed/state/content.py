@@ -84,6 +84,10 @@ class Content(Node):
             return not self._reader.equal(self.thing, self.copy)
         return not alike(self._mark, self._reader.mark(self.thing, self._limits.samples))
 
+    def read(self) -> Any:
+        """A copy of what it contains now."""
+        return self._reader.copy(self.thing)
+
     @property
     def is_lost(self) -> bool:
         """Whether it was written to and there is no copy to put back."""
@@ -106,7 +110,7 @@ class TensorFlags(Node):
         self._pointer = _pointer(tensor)
         self._data = tensor.detach()
         self._hooks = [dict(hooks or ()) for hooks in _hooks(tensor)]
-        self.saved = tensor.requires_grad, dict(_attributes(tensor))
+        self.saved = self.flags()
 
     def differs(self) -> bool:
         tensor: Tensor = self.thing
@@ -114,22 +118,35 @@ class TensorFlags(Node):
             tensor.requires_grad != self.saved[0]
             or _pointer(tensor) != self._pointer
             or not same(_attributes(tensor), self.saved[1])
-            or any(not same(hooks or {}, saved) for hooks, saved in zip(_hooks(tensor), self._hooks, strict=True))
+            or self.has_other_hooks()
         )
+
+    def has_other_hooks(self) -> bool:
+        """Whether hooks were registered or removed."""
+        return any(not same(hooks or {}, saved) for hooks, saved in zip(_hooks(self.thing), self._hooks, strict=True))
+
+    def flags(self) -> tuple[bool, dict[str, Any]]:
+        """Whether it is trained, and its attributes, as they are now."""
+        return self.thing.requires_grad, dict(_attributes(self.thing))
 
     def restore(self) -> None:
         tensor: Tensor = self.thing
         if _pointer(tensor) != self._pointer:
             tensor.data = self._data
-        if tensor.is_leaf and tensor.requires_grad != self.saved[0]:
-            tensor.requires_grad_(self.saved[0])
-        for name in _attributes(tensor).keys() - self.saved[1].keys():
-            del tensor.__dict__[name]
-        tensor.__dict__.update(self.saved[1])
+        set_flags(tensor, *self.saved)
         for hooks, saved in zip(_hooks(tensor), self._hooks, strict=True):
             if hooks is not None:  # in place: autograd holds this very dict
                 hooks.clear()
                 hooks.update(saved)
+
+
+def set_flags(tensor: Tensor, requires_grad: bool, attributes: dict[str, Any]) -> None:
+    """Gives a tensor what ``TensorFlags.flags`` read."""
+    if tensor.is_leaf and tensor.requires_grad != requires_grad:
+        tensor.requires_grad_(requires_grad)
+    for name in _attributes(tensor).keys() - attributes.keys():
+        del tensor.__dict__[name]
+    tensor.__dict__.update(attributes)
 
 
 def _attributes(tensor: Tensor) -> dict[str, Any]:
@@ -230,3 +247,8 @@ def _mark_array(array: np.ndarray[Any, Any], samples: bool) -> tuple[Any, ...]:
 
 TENSOR = Reader(_copy_tensor, _put_tensor, _equal_tensor, _mark_tensor)
 ARRAY = Reader(np.copy, _put_array, _equal_array, _mark_array)
+
+
+def write(thing: Any, content: Any) -> None:
+    """Gives a tensor or an array the content that ``Content.read`` read."""
+    (TENSOR if isinstance(thing, Tensor) else ARRAY).put(thing, content)

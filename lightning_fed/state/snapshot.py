@@ -47,8 +47,12 @@ class Snapshot:
         self._empty, self._emptied = walk.empty, [node.thing for node in walk.empty]
         self.generators = [node for node in walk.contents if isinstance(node, Generator)]
         self._self_seeding = [node for node in walk.containers if _seeds_itself(node)]
-        for node in (*walk.containers, *walk.contents):
+        for node in self.nodes():
             node.save()
+
+    def nodes(self) -> list[Node]:
+        """All that is looked after."""
+        return [*self._containers, *self._empty, *self._contents]
 
     def renew(self) -> None:
         """Takes note of what they hold now."""
