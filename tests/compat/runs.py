@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import FederatedCallback, History
 from lightning_fed.engines import Engine, Processes
-from lightning_fed.seeding import seed_all
+from lightning_fed.seeding import seed_all, seed_for
 
 ROUNDS, STOP_ROUND, CLIENTS = 3, 2, 3
 # A module, and what else ``fit`` gets.
@@ -81,6 +82,35 @@ def run(
         )
         trainer.fit(module, ckpt_path=ckpt_path, **data)
     return Outcome(whole_state(module), history.rows)
+
+
+def one_round_of_one_client(build: Build, directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of one client after one round of two epochs, and those of a plain Trainer after as many.
+
+    Both without validation, which draws from the global random state.
+    """
+    states = []
+    for federated in (True, False):
+        with isolate_rng():
+            seed_all(0)
+            module, data = build()
+            # What a plain Trainer draws here would shift what it draws in training; ours draws it apart.
+            data["datamodule"].prepare_data()
+            data["datamodule"].setup(TrainerFn.FITTING)
+            options: dict[str, Any] = {
+                "accelerator": "cpu",
+                "default_root_dir": directory,
+                "limit_val_batches": 0,
+            }
+            trainer: Trainer
+            if federated:
+                trainer = FederatedTrainer(max_rounds=1, num_clients=1, local_epochs=2, seed=0, **options)
+            else:
+                trainer = Trainer(max_epochs=2, **options)
+                seed_all(seed_for(0, "train", round=1, client=0))
+            trainer.fit(module, **data)
+        states.append(whole_state(module))
+    return states[0], states[1]
 
 
 def stopped_run(build: Build, directory: Path, *callbacks: Any, **options: Any) -> Path:

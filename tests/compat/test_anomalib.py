@@ -18,14 +18,25 @@ from anomalib.data import Folder
 from anomalib.metrics import AUROC, Evaluator
 from anomalib.models import Fastflow, Ganomaly
 from anomalib.pre_processing import PreProcessor
-from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
+from torchvision.transforms.v2 import Compose, Normalize, RandomHorizontalFlip, Resize
 
 from lightning_fed.callbacks import Partition
-from tests.compat.runs import CLIENTS, ENGINES, ROUNDS, Outcome, assert_same, moved, run, stopped_run
+from tests.compat.runs import (
+    CLIENTS,
+    ENGINES,
+    ROUNDS,
+    Outcome,
+    assert_same,
+    moved,
+    one_round_of_one_client,
+    run,
+    stopped_run,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-SIZE = 32
+# Pictures are larger than what the modules are made for: their PreProcessor resizes them, on clients and server.
+LARGE, SIZE = 40, 32
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +47,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (directory / name).mkdir()
         for i in range(count):
             state = np.random.RandomState(i)
-            picture = np.tile(128 + 80 * np.sin(np.arange(SIZE) + state.rand()), (SIZE, 1))
+            picture = np.tile(128 + 80 * np.sin(np.arange(LARGE) + state.rand()), (LARGE, 1))
             if name == "bad":
-                row, column = state.randint(4, SIZE - 12, 2)
+                row, column = state.randint(4, LARGE - 12, 2)
                 picture[row : row + 8, column : column + 8] = 255
-            noisy = np.clip(picture + state.randn(SIZE, SIZE) * 4, 0, 255).astype(np.uint8)
+            noisy = np.clip(picture + state.randn(LARGE, LARGE) * 4, 0, 255).astype(np.uint8)
             Image.fromarray(np.stack([noisy] * 3, axis=-1)).save(directory / name / f"{i:02}.png")
     return directory
 
 
 def pre_processor() -> PreProcessor:
-    return PreProcessor(Compose([Resize((SIZE, SIZE))]))
+    return PreProcessor(Compose([Resize((SIZE, SIZE)), Normalize([0.5] * 3, [0.3] * 3)]))
 
 
 def evaluator() -> Evaluator:
@@ -112,6 +123,11 @@ def test_another_seed_is_another_run(case: Case, expected: Outcome, tmp_path: Pa
     """What the tests below compare does depend on what is drawn."""
     with pytest.raises(AssertionError):
         assert_same(run(case.build, tmp_path, *case.callbacks(), seed=1), expected)
+
+
+def test_one_client_in_one_round_is_a_plain_trainer(case: Case, tmp_path: Path) -> None:
+    ours, plain = one_round_of_one_client(case.build, tmp_path)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -21,7 +21,17 @@ from peft import (
 from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel, get_linear_schedule_with_warmup
 
 from lightning_fed.callbacks import FedAdam, Partition
-from tests.compat.runs import CLIENTS, ENGINES, ROUNDS, Outcome, assert_same, moved, run, stopped_run
+from tests.compat.runs import (
+    CLIENTS,
+    ENGINES,
+    ROUNDS,
+    Outcome,
+    assert_same,
+    moved,
+    one_round_of_one_client,
+    run,
+    stopped_run,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -138,6 +148,11 @@ def test_another_seed_is_another_run(case: Case, expected: Outcome, tmp_path: Pa
     """What the tests below compare does depend on what is drawn."""
     with pytest.raises(AssertionError):
         assert_same(run(case.build, tmp_path, *case.callbacks(), seed=1), expected)
+
+
+def test_one_client_in_one_round_is_a_plain_trainer(case: Case, tmp_path: Path) -> None:
+    ours, plain = one_round_of_one_client(case.build, tmp_path)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
