@@ -39,7 +39,7 @@ def run(checkout: Path, trainer: str, paths: tuple[str, ...] = SCOPE, arguments:
     command = [
         *(sys.executable, "-m", "pytest", "-p", "tests.compat.lightning_plugin", "--trainer", trainer),
         *("-c", str(checkout / "pyproject.toml"), "--rootdir", str(checkout), "-o", "addopts="),
-        *("--quiet", "--timeout=120", "--disable-warnings", "--tb=short", "-r", "fE"),
+        *("--quiet", "--timeout=600", "--disable-warnings", "--tb=short", "-r", "fE"),
         *(f"--ignore={tests / 'tests_pytorch' / path}" for path in LEFT_OUT),
         *arguments,
         *(str(tests / "tests_pytorch" / path) for path in paths),
