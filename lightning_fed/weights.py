@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +15,7 @@ from lightning_fed.errors import ConfigurationError, InvalidUpdateError
 
 Weights = dict[str, Tensor]
 
+_LEAST = torch.iinfo(torch.int64).min
 # Elements averaged at a time: their float64 scratch memory, one MiB, stays in a processor's cache.
 _CHUNK = 1 << 17
 
@@ -31,15 +33,69 @@ def read(module: nn.Module, *, copy: bool = True) -> Weights:
 def load(module: LightningModule, weights: Mapping[str, Tensor]) -> None:
     """Copies ``weights`` into ``module``; each tensor takes the dtype and device of the module's own.
 
-    Entries of the state dict that are no tensors (``get_extra_state``) stay what they are.
+    Entries of the state dict that are no tensors (``get_extra_state``) stay what they are. The module never holds one
+    of the given tensors afterwards, whatever its own code does with them.
     """
-    state = {name: value for name, value in module.state_dict().items() if not isinstance(value, Tensor)}
-    module.load_state_dict({**state, **weights}, strict=module.strict_loading)
+    present = module.state_dict()
+    state = OrderedDict((name, value) for name, value in present.items() if not isinstance(value, Tensor))
+    copied = _copied_by_torch(module)
+    state.update((name, tensor if name in copied else tensor.clone()) for name, tensor in weights.items())
+    # The versions of its layers: without them some take what they get for that of an old release.
+    state._metadata = getattr(present, "_metadata", {})  # type: ignore[attr-defined]
+    module.load_state_dict(state, strict=module.strict_loading)
+
+
+def _copied_by_torch(module: nn.Module) -> set[str]:
+    """The parameters and buffers into which torch's own code copies what is loaded.
+
+    All else may keep the very tensor that it gets: a torchmetrics metric its states, ``set_extra_state``, a hook, a
+    ``load_state_dict`` of the user's with ``assign=True``.
+    """
+    if getattr(module.load_state_dict, "__func__", None) is not nn.Module.load_state_dict:
+        return set()
+    names: set[str] = set()
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        if child._load_state_dict_pre_hooks:  # these see everything that is loaded
+            return set()
+        load = getattr(child._load_from_state_dict, "__func__", None)
+        if getattr(load, "__module__", "").startswith("torch.nn."):
+            path = f"{prefix}." if prefix else ""
+            names.update(path + name for name in (*child._parameters, *child._buffers))
+    return names
 
 
 def parameter_names(module: nn.Module) -> frozenset[str]:
-    """The names of parameters, tied ones under each of their names; all other weights are buffers."""
-    return frozenset(name for name, _ in module.named_parameters(remove_duplicate=False))
+    """The entries of the state dict that are parameters, whatever it calls them; all others are buffers.
+
+    Tied parameters have all their names. A state dict may be renamed by an override, a hook or a package such as peft.
+    """
+    state = read(module, copy=False)
+    parameters, buffers = ({_place(tensor) for tensor in own} for own in (module.parameters(), module.buffers()))
+    names = {name for name, tensor in state.items() if _place(tensor) in parameters}
+    unclear = {name for name, tensor in state.items() if is_averaged(tensor) and _place(tensor) not in buffers} - names
+    return frozenset(names | _moving(module, unclear) if unclear else names)
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Where a tensor is in memory, and how it lies there."""
+    if tensor.layout is not torch.strided:
+        return (id(tensor),)
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+@torch.no_grad()
+def _moving(module: nn.Module, names: set[str]) -> set[str]:
+    """Which entries of a state dict change with the parameters, where it has copies of them."""
+    before = read(module)
+    kept = [(parameter, parameter.clone()) for parameter in module.parameters() if is_averaged(parameter)]
+    try:
+        for parameter, value in kept:
+            parameter.copy_(value == 0)
+        after = read(module, copy=False)
+        return {name for name in names if not torch.equal(after[name], before[name])}
+    finally:
+        for parameter, value in kept:
+            parameter.copy_(value)
 
 
 def refuse_lazy(module: nn.Module) -> None:
@@ -178,8 +234,8 @@ class RunningMean:
             self._dtype.setdefault(name, tensor.dtype)
             if not is_averaged(tensor):
                 # float64 holds no integer beyond 2**53: what is averaged is the distance from the first client's.
-                whole = tensor.to(torch.int64, copy=True)
-                tensor = whole - self._origin.setdefault(name, whole)
+                whole = _whole(tensor)
+                tensor = _distance(whole, self._origin.setdefault(name, whole))
             if name in self._mean:
                 _move(self._mean[name], tensor, coefficient / self.total)
             else:
@@ -201,4 +257,22 @@ def _move(mean: Tensor, tensor: Tensor, share: float) -> None:
 def _narrow(mean: Tensor, dtype: torch.dtype, origin: Tensor | None) -> Tensor:
     if origin is None:
         return mean.to(dtype, copy=True)
-    return (origin + (mean + 0.5).floor().to(torch.int64)).to(dtype)
+    # In two parts: a distance of 2**63 and more is no int64, while the sum is one again.
+    distance = (mean + 0.5).floor()
+    high = (distance / 2**32).floor()
+    value = origin + (high.to(torch.int64) << 32) + (distance - high * 2**32).to(torch.int64)
+    return (value ^ _LEAST).view(dtype) if dtype is torch.uint64 else value.to(dtype)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Integers or bools as int64, in the same order."""
+    if tensor.dtype is torch.uint64:
+        return tensor.detach().contiguous().view(torch.int64) ^ _LEAST
+    return tensor.detach().to(torch.int64, copy=True)
+
+
+def _distance(whole: Tensor, origin: Tensor) -> Tensor:
+    """``whole - origin`` in float64, exact below 2**53, also where int64 cannot hold it."""
+    difference = whole - origin
+    wrapped = ((whole ^ origin) & (whole ^ difference)) < 0
+    return torch.where(wrapped, whole.double() - origin.double(), difference.double())

@@ -21,13 +21,23 @@ def weighted_mean(clients: Sequence[Weights], coefficients: Sequence[float]) -> 
     total = float(sum(coefficients))
     mean = {}
     for name, like in clients[0].items():
-        value = sum(n / total * client[name].double() for client, n in zip(clients, coefficients, strict=True))
-        mean[name] = (value if like.is_floating_point() else (value + 0.5).floor()).to(like.dtype)
+        value = sum(n / total * _double(client[name]) for client, n in zip(clients, coefficients, strict=True))
+        whole = not (like.is_floating_point() or like.is_complex())
+        mean[name] = ((value + 0.5).floor() if whole else value).to(like.dtype)
     return mean
 
 
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
 def _wide(x: Weights, mean: Weights) -> tuple[Weights, Weights]:
-    return {k: v.double() for k, v in x.items()}, {k: mean[k].double() - v.double() for k, v in x.items()}
+    return {k: _double(v) for k, v in x.items()}, {k: _double(mean[k]) - _double(v) for k, v in x.items()}
+
+
+def squared(delta: Tensor) -> Tensor:
+    """``D^2``; of complex numbers the squared modulus ``re^2 + im^2``, which is real as a second moment must be."""
+    return delta.real**2 + delta.imag**2 if delta.is_complex() else delta**2
 
 
 def fedavgm(lr: float, momentum: float) -> ServerStep:
@@ -53,7 +63,7 @@ def _adaptive(lr: float, beta_1: float, tau: float, second_moment: Callable[[Ten
         if not state:
             state = {
                 "m": {k: torch.zeros_like(d) for k, d in delta.items()},
-                "v": {k: torch.full_like(d, tau**2) for k, d in delta.items()},
+                "v": {k: torch.full_like(squared(d), tau**2) for k, d in delta.items()},
             }
         m = {k: beta_1 * state["m"][k] + (1 - beta_1) * d for k, d in delta.items()}
         v = {k: second_moment(state["v"][k], d) for k, d in delta.items()}
@@ -64,17 +74,17 @@ def _adaptive(lr: float, beta_1: float, tau: float, second_moment: Callable[[Ten
 
 def fedadagrad(lr: float, beta_1: float, tau: float) -> ServerStep:
     """``v_t = v_{t-1} + D_t^2``."""
-    return _adaptive(lr, beta_1, tau, lambda v, d: v + d**2)
+    return _adaptive(lr, beta_1, tau, lambda v, d: v + squared(d))
 
 
 def fedadam(lr: float, beta_1: float, beta_2: float, tau: float) -> ServerStep:
     """``v_t = beta_2 v_{t-1} + (1 - beta_2) D_t^2``."""
-    return _adaptive(lr, beta_1, tau, lambda v, d: beta_2 * v + (1 - beta_2) * d**2)
+    return _adaptive(lr, beta_1, tau, lambda v, d: beta_2 * v + (1 - beta_2) * squared(d))
 
 
 def fedyogi(lr: float, beta_1: float, beta_2: float, tau: float) -> ServerStep:
     """``v_t = v_{t-1} - (1 - beta_2) D_t^2 sign(v_{t-1} - D_t^2)``."""
-    return _adaptive(lr, beta_1, tau, lambda v, d: v - (1 - beta_2) * d**2 * torch.sign(v - d**2))
+    return _adaptive(lr, beta_1, tau, lambda v, d: v - (1 - beta_2) * squared(d) * torch.sign(v - squared(d)))
 
 
 def run_rounds(

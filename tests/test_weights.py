@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torchmetrics import MetricCollection, SumMetric
 
 from lightning_fed import weights
 from lightning_fed.errors import ConfigurationError, InvalidUpdateError
@@ -75,8 +76,179 @@ def test_load_refuses_a_missing_tensor():
         weights.load(module, sent)
 
 
+class Keeps(nn.Module):
+    """Keeps what it is given to load, in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(2))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self._buffers["kept"] = state_dict[prefix + "kept"]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class KeepsExtra(nn.Module):
+    """State that is a tensor and neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = torch.zeros(2)
+
+    def get_extra_state(self):
+        return self.kept
+
+    def set_extra_state(self, state):
+        self.kept = state
+
+
+class KeepsByHook(nn.Module):
+    """A hook of its own at loading."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(2))
+        self.register_load_state_dict_pre_hook(self._keep)
+
+    def _keep(self, module, state_dict, prefix, *args):
+        self._buffers["kept"] = state_dict[prefix + "kept"]
+
+
+class KeepsOnTheInstance(nn.Module):
+    """Has its loading replaced on the instance, as some packages do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(2))
+        self._load_from_state_dict = self._keep
+
+    def _keep(self, state_dict, prefix, *args):
+        self._buffers["kept"] = state_dict[prefix + "kept"]
+
+
+def of_metric():
+    metric = SumMetric()
+    metric.persistent(True)
+    return metric
+
+
+class Whole(LightningModule):
+    def __init__(self, part) -> None:
+        super().__init__()
+        self.linear, self.part = nn.Linear(2, 2), part
+
+
+class Assigns(Whole):
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        return super().load_state_dict(state_dict, strict, assign=True)
+
+
+def holdings(module):
+    """The addresses of all memory that a module holds: parameters, buffers, and tensors in attributes."""
+    held = [*module.parameters(), *module.buffers()]
+    held += [value for child in module.modules() for value in vars(child).values() if isinstance(value, torch.Tensor)]
+    return {tensor.untyped_storage().data_ptr() for tensor in held}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Whole(of_metric()),
+        Whole(MetricCollection({"a": of_metric()})),
+        Whole(Keeps()),
+        Whole(KeepsExtra()),
+        Whole(KeepsByHook()),
+        Whole(KeepsOnTheInstance()),
+        Whole(torch.ao.quantization.MinMaxObserver()),
+        Assigns(nn.BatchNorm1d(2)),
+    ],
+    ids=lambda module: f"{type(module).__name__}-{type(module.part).__name__}",
+)
+def test_what_is_loaded_is_never_a_tensor_that_somebody_else_holds(module):
+    sent = {name: tensor + 1 for name, tensor in weights.read(module).items()}
+    weights.load(module, sent)
+    read = weights.read(module)
+    assert all(torch.equal(read[name], tensor) for name, tensor in sent.items())
+    assert not holdings(module) & {tensor.untyped_storage().data_ptr() for tensor in sent.values()}
+
+
+def test_layers_of_torch_are_loaded_without_a_second_copy(monkeypatch):
+    module = Whole(nn.Sequential(nn.BatchNorm1d(2), nn.Conv1d(2, 2, 1), nn.LSTM(2, 2), nn.Embedding(3, 2)))
+    sent = weights.read(module)
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor, **_: copied.append(tensor) or tensor)
+    weights.load(module, sent)
+    assert copied == []
+
+
+# ------------------------------------------------------------------------------------------------- parameters by name
+
+
 def test_parameters_are_told_from_buffers_under_all_their_names():
     assert weights.parameter_names(Net()) == {"embed.weight", "out.weight", "norm.weight", "norm.bias", "frozen"}
+
+
+PREFIXED = {f"net.{name}" for name in ("embed.weight", "out.weight", "norm.weight", "norm.bias", "frozen")}
+
+
+class Prefixed(Net):
+    """Renames its entries."""
+
+    def state_dict(self, *args, **kwargs):
+        return {f"net.{name}": value for name, value in super().state_dict(*args, **kwargs).items()}
+
+
+class WithoutArguments(Net):
+    """As many write it."""
+
+    def state_dict(self):
+        return {f"net.{name}": value for name, value in super().state_dict().items()}
+
+
+class Copying(Net):
+    """Gives copies, in another precision and another order."""
+
+    def state_dict(self):
+        state = {f"net.{k}": v.double() if torch.is_tensor(v) else v for k, v in super().state_dict().items()}
+        return dict(reversed(state.items()))
+
+
+class Hooked(Net):
+    """Renames its entries in a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(self._rename)
+
+    @staticmethod
+    def _rename(module, state, prefix, metadata):
+        for name in list(state):
+            state[f"net.{name}"] = state.pop(name)
+
+
+class Selecting(Net):
+    """Sends one parameter and the buffers."""
+
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        return {"head": state["norm.weight"], "mean": state["norm.running_mean"], "ones": torch.ones(3)}
+
+
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [
+        (Prefixed, PREFIXED),
+        (WithoutArguments, PREFIXED),
+        (Copying, PREFIXED),
+        (Hooked, PREFIXED),
+        (Selecting, {"head"}),
+    ],
+)
+def test_parameters_are_known_by_what_they_are_and_not_by_their_names(cls, names):
+    module = cls()
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    assert weights.parameter_names(module) == names
+    assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
 
 
 def test_integer_and_bool_tensors_are_parted_from_what_strategies_average():
@@ -236,6 +408,32 @@ def test_integers_are_averaged_and_rounded_with_their_dtype():
     assert value["n"].dtype == torch.int64
     assert value["on"].tolist() == [True, False]
     assert value["on"].dtype == torch.bool
+
+
+HIGH, LOW = 2**63 - 1, -(2**63)
+
+
+@pytest.mark.parametrize(
+    ("clients", "coefficients", "expected"),
+    [
+        ([[HIGH, LOW], [LOW, HIGH]], [1, 1], [0, 0]),  # -0.5, halves up
+        ([[HIGH], [HIGH - 2]], [1, 1], [HIGH - 1]),
+        ([[LOW], [LOW + 2]], [1, 1], [LOW + 1]),
+        ([[2**62], [-(2**62) - 2**61]], [1, 3], [2**60 - 3 * 2**60 - 3 * 2**59]),
+        ([[LOW], [HIGH], [HIGH]], [1, 1, 2], [2**62]),
+    ],
+)
+def test_mean_of_integers_at_the_ends_of_int64_does_not_wrap_around(clients, coefficients, expected):
+    value = mean_of([{"n": torch.tensor(client)} for client in clients], coefficients)["n"]
+    assert value.dtype == torch.int64
+    assert value.tolist() == pytest.approx(expected, abs=2**11)  # the distance in float64
+
+
+def test_mean_of_uint64_beyond_int64_does_not_wrap_around():
+    clients = [{"n": torch.tensor([n], dtype=torch.uint64)} for n in (2**64 - 1, 2**62)]
+    value = mean_of(clients, [1, 3])["n"]
+    assert value.dtype == torch.uint64
+    assert value.tolist() == pytest.approx([2**62 + 3 * 2**60], abs=2**11)
 
 
 def test_half_is_rounded_up_whichever_client_comes_first():

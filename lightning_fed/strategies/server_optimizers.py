@@ -123,12 +123,13 @@ class AdaptiveMean(ServerOptimizer):
     def step(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
         """See the class."""
         m = self.keep("m", name, (self.moment("m", name, x) * self.beta_1).add_(delta, alpha=1 - self.beta_1))
-        v = self.keep("v", name, self.second_moment(self.moment("v", name, x, self.tau**2), delta * delta))
+        squared = (delta * delta.conj()).real if delta.is_complex() else delta * delta
+        v = self.keep("v", name, self.second_moment(self.moment("v", name, squared, self.tau**2), squared))
         return x + self.learning_rate * m / (v.sqrt() + self.tau)
 
     @abstractmethod
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
-        """The new ``v``, from ``squared = delta ** 2``."""
+        """The new ``v``, from ``squared = |delta| ** 2``, both real also where the parameter is complex."""
 
 
 class AdagradMean(AdaptiveMean):

@@ -17,7 +17,8 @@ SIZES = (1, 100, 3, 17)  # examples of each client
 def noise(like: Tensor, *key: int) -> Tensor:
     """The same random tensor for the same key."""
     seed = sum(k * 1009**i for i, k in enumerate(key, 1))
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(like.dtype)
+    wide = torch.complex128 if like.is_complex() else torch.float64
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=wide).to(like.dtype)
 
 
 def local_training(client: int, round: int, x: Weights) -> Weights:

@@ -54,6 +54,33 @@ def test_three_rounds_of_plain_flower_are_the_papers(name):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 
+WAVES = {
+    "wave": torch.complex(torch.linspace(-1, 1, 6), torch.linspace(2, -1, 6)).to(torch.complex128),
+    "real": torch.tensor([0.1, 0.2], dtype=torch.float64),
+}
+
+
+@each
+def test_second_moment_of_complex_parameters_is_the_squared_modulus_over_three_rounds(name):
+    strategy, step = CASES[name]
+    expected = references.run_rounds(WAVES, clients, step, rounds=3)
+    optimizer = strategy()
+    after, _ = start(optimizer, WAVES)
+    for got, want in zip(after, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+    # A second moment is real: squared as a number, (3 + 4i)^2 is -7 + 24i, of which no root would do.
+    second = optimizer.moments.get("v")
+    assert second is None or (second["wave"].dtype, bool((second["wave"] > 0).all())) == (torch.float64, True)
+
+
+@each
+def test_complex_parameters_keep_their_dtype(name):
+    x = {"w": torch.tensor([1 + 1j], dtype=torch.complex64)}
+    new = one_round(CASES[name][0](), x, {"w": torch.tensor([4 + 5j], dtype=torch.complex64)})
+    assert new["w"].dtype == torch.complex64
+    assert new["w"].imag.item() > 1
+
+
 def test_first_adam_step_by_hand():
     # One parameter, x = 1, mean = 3: D = 2, m = 0.1 * 2, v = 0.99 * 0.01^2 + 0.01 * 4, no bias correction.
     strategy = AdamMean(learning_rate=0.5, beta_1=0.9, beta_2=0.99, tau=0.01)
@@ -240,3 +267,24 @@ def test_federated_run_with_batchnorm_is_plain_torch_with_the_papers_step(name, 
     trainer.fit(module)
     torch.testing.assert_close(dict(module.net.state_dict()), expected[-1], rtol=1e-4, atol=1e-5)
     assert module.net[1].num_batches_tracked.item() == expected[-1]["1.num_batches_tracked"].item() > 0
+
+
+class Renamed(Normed):
+    """The same, with a state dict under other names, as peft and many wrappers have."""
+
+    def state_dict(self, *args, **kwargs):
+        return {f"model.{name}": value for name, value in super().state_dict(*args, **kwargs).items()}
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        return super().load_state_dict({k.removeprefix("model."): v for k, v in state_dict.items()}, *args, **kwargs)
+
+
+@each
+def test_renamed_state_dict_changes_nothing_of_a_server_optimizer(name, quiet):
+    ends = []
+    for cls in (Normed, Renamed):
+        loaders = [DataLoader(toy_data(size, seed=i), batch_size=8) for i, size in enumerate((8, 40))]
+        module = cls()
+        FederatedTrainer(max_rounds=2, callbacks=[ClientData(loaders), METHODS[name]], **quiet).fit(module)
+        ends.append(dict(module.net.state_dict()))
+    assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
