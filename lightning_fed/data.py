@@ -38,13 +38,11 @@ class ClientLoaders:
         train: The client's train loader(s); ``None`` when ``datamodule`` gives them.
         val: The client's own held-out part, or ``None``.
         datamodule: A datamodule of the client's own, or ``None``.
-        num_examples: The client's training examples; ``None`` where only training tells (a dataset without length).
     """
 
     train: Any = None
     val: Any = None
     datamodule: LightningDataModule | None = None
-    num_examples: int | None = None
 
 
 def require_sliceable(loader: object) -> DataLoader[Any]:
@@ -249,14 +247,6 @@ def _draws_at_once(sampler: Any) -> bool:
         # With a generator of its own the numbers that nobody asks for would be drawn, too.
         return not sampler.replacement and sampler._num_samples is None and sampler.generator is None
     return type(sampler) is SequentialSampler
-
-
-def count_examples(loader: object) -> int | None:
-    """The examples of a loader's dataset, or ``None`` where it has no length."""
-    dataset = getattr(loader, "dataset", None)
-    if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        return None
-    return len(dataset)
 
 
 def labels_of(dataset: Any) -> np.ndarray[Any, Any] | None:

@@ -39,7 +39,7 @@ LEVELS = [
         *("client.heap", "client.lean_loop", "client.local_update", "client.logged", "client.stack_cost"),
         "client.streams",
     ],
-    ["messages", "client.local_trainer", "client.stack"],
+    ["messages", "client.examples", "client.local_trainer", "client.stack"],
     [
         *("strategies.mean", "plain", "roster", "client.local_run"),
         *("client.stacked_data", "client.stacked_log", "client.stacked_optimization"),

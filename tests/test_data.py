@@ -14,7 +14,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_fed.data import count_examples, gathering, labels_of, require_sliceable, slice_loader
+from lightning_fed.data import gathering, labels_of, require_sliceable, slice_loader
 from lightning_fed.errors import ConfigurationError
 
 
@@ -180,13 +180,7 @@ def test_slice_may_be_empty(shuffled):
     assert (len(sliced), list(sliced)) == (0, [])
 
 
-# ------------------------------------------------------------------------------------------------- counting, labels
-
-
-def test_examples_are_counted_where_there_is_a_length():
-    assert count_examples(DataLoader(Numbers(7), batch_size=3)) == 7
-    assert count_examples(DataLoader(Stream())) is None
-    assert count_examples([1, 2, 3]) is None
+# ------------------------------------------------------------------------------------------------- labels
 
 
 X = torch.zeros(4, 2)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from lightning_fed import checks
 from lightning_fed.callbacks.base import PartitionOwner
-from lightning_fed.data import ClientLoaders, count_examples
+from lightning_fed.data import ClientLoaders
 from lightning_fed.errors import ClientError, ConfigurationError
 
 
@@ -77,7 +77,7 @@ class ClientData(PartitionOwner):
         if isinstance(given, LightningDataModule):
             return ClientLoaders(datamodule=given)
         train, val = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
-        return ClientLoaders(train=train, val=val, num_examples=count_examples(train))
+        return ClientLoaders(train=train, val=val)
 
     def can_evaluate(self) -> bool:
         """Whether a client has data to evaluate on only the client knows."""

@@ -182,7 +182,6 @@ class Partition(PartitionOwner):
             # After round 1 Lightning starts a fit with two passes; in round 1 the draws are those of a plain Trainer.
             train=self._loader_of("train", client, train, seed=seed, keep_workers=round > 1),
             val=self._loader_of("val", client, val, seed=seed, shuffle=False) if val else None,
-            num_examples=len(train),
         )
 
     def _loader_of(self, which: str, client: int, indices: list[int], **how: Any) -> Any:

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fed import weights
 from lightning_fed.client import fit_state
+from lightning_fed.client.examples import CountExamples, examples_in, nothing_to_train_on
 from lightning_fed.client.isolation import put_back, quiet
 from lightning_fed.client.local_run import (
-    CountExamples,
     LocalHooks,
     LocalOptions,
     LocalResult,
@@ -24,8 +25,7 @@ from lightning_fed.client.local_run import (
     start_at_epoch,
 )
 from lightning_fed.client.local_trainer import ClientDataView, LocalTask, client_view
-from lightning_fed.data import ClientLoaders, count_examples
-from lightning_fed.errors import ClientError
+from lightning_fed.data import ClientLoaders
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.state.snapshot import DataSnapshot
 from lightning_fed.views import laid_over
@@ -74,17 +74,14 @@ def local_fit(
         options: What all local fits have in common.
 
     Raises:
-        ClientError: If the client has no examples, or a scheduler monitors what clients do not log.
+        ClientError: If the client has no batch to train on, or a scheduler monitors what clients do not log.
     """
-    if loaders.num_examples == 0:
-        raise ClientError(
-            "has no training examples. Deal out fewer clients or larger parts (min_partition_size= of the partitioner),"
-            " or let it fail: FaultTolerance(min_results=...)."
-        )
+    known, counter = examples_in(loaders.train), CountExamples()
+    if known == 0:
+        raise nothing_to_train_on(loaders.train)
     first_epoch = options.first_epoch(task.round)
     callbacks: list[Callback] = [LocalHooks(options, first_epoch), *options.method_callbacks()]
-    counter = CountExamples(first_epoch)
-    if loaders.num_examples is None:
+    if known is None:
         callbacks.append(counter)
     with local_run(module, datamodule, task, options, "train", own=loaders.datamodule) as data:
         trainer = build_trainer(task, loaders, module, options, callbacks)
@@ -96,9 +93,9 @@ def local_fit(
             raise explain_monitor(error, trainer) or error from None
         state = fit_state.save(trainer) if options.client_state == "carry" else None
         trainer.let_go(module)
-        examples = loaders.num_examples
-        if examples is None:
-            examples = count_examples(trainer.train_dataloader) or counter.seen
+        if not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+            raise nothing_to_train_on(trainer.train_dataloader, trainer.limit_train_batches)
+        examples = examples_in(loaders.train, trainer.num_training_batches) or counter.count
         return LocalResult(weights.read(module), examples, scalars(trainer), trainer.caught, state)
 
 
@@ -113,14 +110,13 @@ def local_evaluate(
 
     Takes the arguments of ``local_fit``.
     """
-    if loaders.datamodule is None and loaders.val is None:
+    if loaders.val is None and not is_overridden("val_dataloader", loaders.datamodule, LightningDataModule):
         return LocalResult({}, 0, {}, [])
+    counter = CountExamples()
     with local_run(module, datamodule, task, options, "evaluate", own=loaders.datamodule) as data:
-        trainer = build_trainer(task, loaders, module, options, [LocalHooks(options, 0)], validates=True)
+        trainer = build_trainer(task, loaders, module, options, [LocalHooks(options, 0), counter], validates=True)
         trainer.data = data
         start_at_epoch(trainer, options.first_epoch(task.round + 1) - 1)
         call(trainer.validate, trainer, module, datamodule, train=False)
-        loader = trainer.val_dataloaders
-        examples = sum(count_examples(one) or 0 for one in (loader if isinstance(loader, list) else [loader]))
         trainer.let_go(module)
-        return LocalResult({}, examples, scalars(trainer), trainer.caught)
+        return LocalResult({}, counter.count, scalars(trainer), trainer.caught)

@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 
 from lightning_fed import weights
 from lightning_fed.client import fit_state
@@ -100,17 +99,6 @@ class LocalHooks(Callback):
         assert isinstance(trainer, LocalTrainer)
         if trainer.validating and trainer.state.fn == "validate":
             trainer.keep_logged(pl_module)
-
-
-class CountExamples(Callback):
-    """Counts what a round's first epoch trains on, where the data may have no length."""
-
-    def __init__(self, first_epoch: int) -> None:
-        self.first_epoch, self.seen = first_epoch, 0
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch == self.first_epoch:
-            self.seen += _batch_size(batch)
 
 
 def scalars(trainer: LocalTrainer) -> dict[str, float]:
@@ -232,12 +220,6 @@ def local_run(
             snapshot.seed(seed_of)
         seed_all(seed_of(""))
         yield data
-
-
-def _batch_size(batch: Any) -> int:
-    while isinstance(batch, (list, tuple, dict)) and batch:
-        batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
-    return len(batch) if isinstance(batch, Tensor) and batch.dim() else 1
 
 
 def explain_monitor(error: MisconfigurationException, trainer: LocalTrainer) -> ClientError | None:

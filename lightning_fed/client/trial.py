@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import nn
 
+from lightning_fed.client.examples import examples_in
 from lightning_fed.client.local_fit import local_evaluate, local_fit
 from lightning_fed.client.local_run import LocalOptions, LocalResult
 from lightning_fed.client.local_trainer import LocalTask
@@ -214,9 +215,10 @@ def count_batches(loaders: ClientLoaders, stage: str) -> int:
     """
     if loaders.datamodule is not None:
         raise NotStackable("each client has a datamodule of its own")
-    if stage == "train" and loaders.num_examples is None:
+    own = loaders.train if stage == "train" else loaders.val
+    count = batches_of(own)
+    if examples_in(own) is None:
         raise NotStackable("nothing tells how many examples a client has")
-    count = batches_of(loaders.train if stage == "train" else loaders.val)
     if not count:
         raise NotStackable("a client has no batches")
     return count

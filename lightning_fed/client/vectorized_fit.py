@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 from lightning_fed.client.cohort import CohortHooks, CohortTrainer, CohortView
 from lightning_fed.client.compiled_step import CompiledStep
+from lightning_fed.client.examples import examples_in
 from lightning_fed.client.isolation import LocalData
 from lightning_fed.client.local_run import (
     LocalHooks,
@@ -24,7 +25,7 @@ from lightning_fed.client.local_trainer import LocalTask
 from lightning_fed.client.stack import Stack, share_weights
 from lightning_fed.client.stacked_data import StackedLoader
 from lightning_fed.client.streams import NotStackable, Streams
-from lightning_fed.data import ClientLoaders, count_examples
+from lightning_fed.data import ClientLoaders
 from lightning_fed.metrics import MetricState, scalar
 
 
@@ -77,9 +78,10 @@ def vectorized_fit(
             weights = trainer.stack.results()
         finally:
             trainer.let_go(module)
+        counts = [examples_in(one.train, trainer.num_training_batches) or 0 for one in loaders]
         return [
-            LocalResult(own, int(one.num_examples or 0), _scalars(states), states)
-            for own, one, states in zip(weights, loaders, trainer.each_caught, strict=True)
+            LocalResult(own, count, _scalars(states), states)
+            for own, count, states in zip(weights, counts, trainer.each_caught, strict=True)
         ]
 
 
@@ -103,8 +105,9 @@ def vectorized_evaluate(
         start_at_epoch(trainer, options.first_epoch(tasks[0].round + 1) - 1)
         call(trainer.validate, trainer, module, datamodule, train=False)
         trainer.let_go(module)
+        (batches,) = trainer.validate_loop.max_batches
         return [
-            LocalResult({}, count_examples(one.val) or 0, _scalars(states), states)
+            LocalResult({}, examples_in(one.val, batches) or 0, _scalars(states), states)
             for one, states in zip(loaders, trainer.each_caught, strict=True)
         ]
 

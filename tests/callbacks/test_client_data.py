@@ -33,13 +33,13 @@ class Site(LightningDataModule):
         return DataLoader(TensorDataset(*self.data[:4]), batch_size=4)
 
 
-def test_list_gives_each_client_its_entry_and_counts_the_examples():
+def test_list_gives_each_client_its_entry():
     loaders = [loader(10), loader(30)]
     data = ClientData(loaders)
     assert data.num_clients == 2
     own = data.client(1, round=3)
     assert torch.equal(own.train.dataset.tensors[0], loaders[1].dataset.tensors[0])
-    assert (own.val, own.datamodule, own.num_examples) == (None, None, 30)
+    assert (own.val, own.datamodule) == (None, None)
 
 
 def test_function_is_asked_for_the_client():
@@ -52,7 +52,7 @@ def test_function_is_asked_for_the_client():
     data = ClientData(build, num_clients=5)
     assert data.num_clients == 5
     assert not asked  # nobody is built before it is needed
-    assert data.client(3, round=1).num_examples == 13
+    assert len(data.client(3, round=1).train.dataset) == 13
     assert asked == [3]
 
 
@@ -60,14 +60,6 @@ def test_pair_is_a_train_and_a_validation_loader():
     pair = (loader(10), loader(4))
     own = ClientData([pair]).client(0, round=1)
     assert [len(own.train.dataset), len(own.val.dataset)] == [10, 4]
-
-
-def test_length_of_a_stream_is_left_to_training():
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter(toy_data(6))
-
-    assert ClientData([DataLoader(Stream())]).client(0, round=1).num_examples is None
 
 
 @pytest.mark.parametrize(

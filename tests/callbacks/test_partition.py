@@ -240,7 +240,6 @@ def test_clients_loader_is_like_the_users_over_the_clients_examples():
     batches = list(own.train)
     assert [len(batch) for batch in batches] == [10, 10, 5]
     assert sorted(i for batch in batches for i in batch) == parts(partition)[2]
-    assert own.num_examples == 25
     assert own.val is None
 
 
@@ -293,12 +292,12 @@ def test_users_own_generator_gives_another_order_each_round():
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_client_that_gets_no_example_is_counted_as_such():
+def test_client_that_gets_no_example_has_no_batch():
     partitioner = DirichletPartitioner(20, "label", alpha=0.05, min_partition_size=0)
     partition = dealt(Partition(partitioner), Unreadable(30, targets=[0, 1, 2] * 10), shuffle=True)
     empty = partition.sizes().index(0)
     own = partition.client(empty, round=1)
-    assert (own.num_examples, len(own.train), own.val) == (0, 0, None)
+    assert (len(own.train), own.val) == (0, None)
 
 
 # ------------------------------------------------------------------------------------------------- errors
