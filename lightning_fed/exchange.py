@@ -122,7 +122,7 @@ class Exchange:
             alike = getattr(self.terms.strategy, "uniform", False)
             self.integers.add(read.extras.integers, 1.0 if alike else read.num_examples)
         if read.num_examples:
-            self.states.append((read.num_examples, read.extras.states))
+            self.states.append((read.num_examples, metrics.with_own(read.extras.states, read.scalars)))
             report = ClientReport(client, read.num_examples, read.scalars)
             self.terms.tell("on_client_end", self.round, self.stage, report)
         return read.num_examples

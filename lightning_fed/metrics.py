@@ -1,29 +1,36 @@
 """Metrics that clients log: their states out of Lightning, and an exact merge over clients.
 
-A torchmetrics metric is merged by its states, as torchmetrics itself does between processes: the merged F1, AUROC or
-Pearson equals the value over the pooled data. A plain scalar is averaged over the examples it was computed from.
+A torchmetrics metric is merged by its states: the merged F1, AUROC or Pearson equals the value over the pooled data. A
+plain scalar is averaged over the examples it was computed from. What cannot be merged is averaged by examples and said.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
+
+from lightning_fed.metric_states import is_mergeable, states_of, value_over
 
 # How the clients' values of one name become one value.
 MEAN, SUM, MAX, MIN = "mean", "sum", "max", "min"
-LAST = "last"  # logged with on_step=True, on_epoch=False: the last step's value, averaged over clients by examples
+LAST = "last"  # of the last step that logged it: averaged over clients by examples
 METRIC = "metric"  # a torchmetrics metric with states that merge
 RATE = "rate"  # a learning rate of the last epoch; averaged as LAST
 COMPUTED = "computed"  # a value that no longer has states to merge: averaged by examples, and said once
+
+# Hooks that log when there is no batch, so that nothing tells of how many examples a value is.
+_WITHOUT_BATCH = {
+    *("on_train_start", "on_train_epoch_start", "on_train_epoch_end"),
+    *("on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end"),
+}
 
 
 @dataclass
@@ -33,9 +40,10 @@ class MetricState:
     Attributes:
         name: The name the user logged under.
         kind: One of the module's constants, such as ``MEAN`` or ``METRIC``.
-        tensors: ``value`` and, for means, ``weight`` (examples); a metric's states by name for ``METRIC``.
+        tensors: ``value``, for means with its ``weight`` (examples); a metric's states by name for ``METRIC``.
         attribute: Where the metric sits in the module, such as ``"val_f1"``; empty for scalars.
         updates: How many times the metric was updated.
+        own: The client's own value of a metric, if it is one number; it travels among the client's numbers.
     """
 
     name: str
@@ -43,6 +51,7 @@ class MetricState:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     attribute: str = ""
     updates: int = 0
+    own: float | None = None
 
 
 def catch(trainer: Trainer, module: LightningModule, computed: Iterable[str] = ()) -> list[MetricState]:
@@ -54,23 +63,8 @@ def catch(trainer: Trainer, module: LightningModule, computed: Iterable[str] = (
         computed: Names whose value the module had already computed from a metric.
     """
     attributes = {id(child): name for name, child in module.named_modules() if isinstance(child, Metric)}
-    states: list[MetricState] = []
-    for result in (trainer._results or {}).values():
-        if result.has_reset:
-            continue
-        name = _name(result.meta)
-        if not result.is_tensor:
-            caught = [_metric_state(name, result.value, attributes)]
-        else:
-            caught = _scalar_states(name, result)
-            if result.meta.name in computed:
-                caught = [MetricState(s.name, COMPUTED, {"value": result.compute().detach()}) for s in caught]
-        states.extend(caught)
-        if not result.is_tensor and result.meta.forked:
-            states.append(MetricState(f"{name}_epoch", caught[0].kind, caught[0].tensors, *_where(caught[0])))
-            if isinstance(result._forward_cache, Tensor):
-                states.append(MetricState(f"{name}_step", LAST, {"value": result._forward_cache.detach().clone()}))
-    return states
+    logged = [result for result in (trainer._results or {}).values() if not result.has_reset]
+    return _by_name(logged, partial(_of_epoch, attributes=attributes), set(computed))
 
 
 @dataclass
@@ -95,132 +89,164 @@ def catch_each(results: Iterable[Accumulated], clients: int) -> list[list[Metric
         results: Logged numbers, (clients,).
         clients: How many there are.
     """
-    caught: list[list[MetricState]] = [[] for _ in range(clients)]
+    each: list[list[Accumulated]] = [[] for _ in range(clients)]
     for result in results:
         parts = [result.value, result.cumulated_batch_size, result._forward_cache]
         rows = [[None] * clients if part is None else part.detach().expand(clients).unbind() for part in parts]
-        for states, value, examples, last in zip(caught, *rows, strict=True):
-            states.extend(_scalar_states(_name(result.meta), Accumulated(result.meta, value, examples, last)))
-    return caught
+        for logged, value, examples, last in zip(each, *rows, strict=True):
+            logged.append(Accumulated(result.meta, value, examples, last))  # type: ignore[arg-type]
+    return [_by_name(logged, _of_numbers) for logged in each]
+
+
+def _by_name(
+    logged: Sequence[Any], of_epoch: Callable[[Any], MetricState | None], computed: Iterable[str] = ()
+) -> list[MetricState]:
+    """One state a name, by Lightning's rule for ``callback_metrics``.
+
+    An epoch's value replaces a step's; of several hooks the one counts that began to log it last.
+    """
+    found: dict[str, MetricState] = {}
+    for on_step in (True, False):
+        for result in logged:
+            if not (result.meta.on_step if on_step else result.meta.on_epoch):
+                continue
+            state = _of_step(result) if on_step else of_epoch(result)
+            if state is None:
+                continue
+            if result.is_tensor and result.meta.name in computed:
+                state = replace(state, kind=COMPUTED, tensors={"value": _value(state)})
+            found.update((name, replace(state, name=name)) for name in _names(result.meta, on_step))
+    return list(found.values())
+
+
+def _names(meta: Any, on_step: bool) -> tuple[str, str]:
+    """The names under which Lightning keeps a logged value."""
+    loader = meta.dataloader_idx if meta.add_dataloader_idx else None
+    suffix = "" if loader is None else f"/dataloader_idx_{loader}"
+    return meta.name + suffix, meta.forked_name(on_step) + suffix
+
+
+def _of_step(result: Any) -> MetricState | None:
+    last = result._forward_cache
+    return MetricState("", LAST, {"value": last.detach().clone()}) if isinstance(last, Tensor) else None
+
+
+def _of_epoch(result: Any, attributes: Mapping[int, str]) -> MetricState | None:
+    return _of_numbers(result) if result.is_tensor else _of_metric(result.value, attributes)
+
+
+def _of_numbers(result: Any) -> MetricState:
+    meta, value = result.meta, result.value.detach()
+    if not meta.is_mean_reduction:
+        return MetricState(
+            "", MAX if meta.is_max_reduction else MIN if meta.is_min_reduction else SUM, {"value": value.clone()}
+        )
+    state = MetricState("", MEAN, {"value": value.double(), "weight": _double(result.cumulated_batch_size)})
+    if meta.fx.partition(".")[0] not in _WITHOUT_BATCH:
+        return state
+    # A number of the whole epoch (an F1 computed by hand, MinMaxMetric.compute()), from who knows how many examples,
+    # unless the user said it: without a batch Lightning counts 1.
+    tensors = {"value": _value(state)}
+    if float(state.tensors["weight"]) != 1:
+        tensors["weight"] = state.tensors["weight"]
+    return MetricState("", COMPUTED, tensors)
+
+
+def _double(number: Any) -> Tensor:
+    return torch.as_tensor(number, dtype=torch.float64)
+
+
+def _value(state: MetricState) -> Tensor:
+    value = state.tensors["value"]
+    return value / state.tensors["weight"] if state.kind == MEAN else value
 
 
 def scalar(state: MetricState) -> float | None:
-    """The value of what one client logged; ``None`` where it takes a metric to compute it."""
+    """The value of what one client logged; ``None`` where it is not one number."""
     if state.kind == METRIC:
-        return None
-    value = state.tensors["value"]
-    return float(value / state.tensors["weight"]) if state.kind == MEAN else float(value)
+        return state.own
+    value = _value(state)
+    return float(value) if value.numel() == 1 else None
 
 
-def _where(state: MetricState) -> tuple[str, int]:
-    return state.attribute, state.updates
+def with_own(states: Iterable[MetricState], values: Mapping[str, float]) -> list[MetricState]:
+    """The states with the client's own values of its metrics, which it reports by name."""
+    return [replace(state, own=values.get(state.name)) if state.kind == METRIC else state for state in states]
 
 
-def _name(meta: Any) -> str:
-    if meta.dataloader_idx is not None and meta.add_dataloader_idx:
-        return f"{meta.name}/dataloader_idx_{meta.dataloader_idx}"
-    return str(meta.name)
-
-
-def _scalar_states(name: str, result: Any) -> list[MetricState]:
-    meta, value = result.meta, result.value.detach()
-    if meta.is_mean_reduction and "epoch" in meta.fx:
-        # A value of the whole epoch (an F1 computed by hand, MinMaxMetric.compute()), from who knows how many examples.
-        return [MetricState(name, COMPUTED, {"value": result.compute().detach().clone()})]
-    if not meta.on_epoch:
-        return [MetricState(name, LAST, {"value": value.clone()})]
-    if meta.is_mean_reduction:
-        weight = torch.as_tensor(result.cumulated_batch_size, dtype=torch.float64)
-        epoch = MetricState(name, MEAN, {"value": value.double(), "weight": weight})
-    else:
-        kind = MAX if meta.is_max_reduction else MIN if meta.is_min_reduction else SUM
-        epoch = MetricState(name, kind, {"value": value.clone()})
-    if not meta.on_step:
-        return [epoch]
-    last = MetricState(f"{name}_step", LAST, {"value": torch.as_tensor(result._forward_cache).detach().clone()})
-    return [epoch, MetricState(f"{name}_epoch", epoch.kind, epoch.tensors), last]
-
-
-def is_mergeable(metric: Metric) -> bool:
-    """Whether the states of a metric over clients give the value over the pooled data.
-
-    Wrappers (MinMax, BootStrapper, a sum of two metrics) keep theirs in metrics inside; a list that is not concatenated
-    (detection boxes) would lose its borders.
-    """
-    if not metric._reductions or any(isinstance(child, Metric) for child in metric.children()):
-        return False
-    lists = [name for name, default in metric._defaults.items() if isinstance(default, list)]
-    return all(
-        metric._reductions[name] is dim_zero_cat and all(isinstance(item, Tensor) for item in _items(metric, name))
-        for name in lists
-    )
-
-
-def _items(metric: Metric, name: str) -> Sequence[Any]:
-    state = getattr(metric, name)
-    return state if isinstance(state, list) else [state]
-
-
-def _metric_state(name: str, metric: Metric, attributes: Mapping[int, str]) -> MetricState:
+def _of_metric(metric: Metric, attributes: Mapping[int, str]) -> MetricState | None:
     attribute = attributes.get(id(metric), "")
-    if not attribute or not is_mergeable(metric):
-        value = metric.compute()
-        return MetricState(name, COMPUTED, {"value": torch.as_tensor(value).detach()}, attribute)
-    tensors = {}
-    for state in metric._defaults:
-        items = _items(metric, state)
-        tensors[state] = dim_zero_cat(list(items)).detach() if items else torch.zeros(0)
-    return MetricState(name, METRIC, {k: v.clone() for k, v in tensors.items()}, attribute, int(metric._update_count))
+    if attribute and is_mergeable(metric):
+        return MetricState("", METRIC, states_of(metric), attribute, int(metric._update_count))
+    value = metric.compute()
+    # Of anything else Lightning says that it must be a tensor.
+    return MetricState("", COMPUTED, {"value": value.detach()}, attribute) if isinstance(value, Tensor) else None
 
 
-def merge(
-    clients: Sequence[tuple[float, Sequence[MetricState]]], module: nn.Module
-) -> tuple[dict[str, float], list[str]]:
+class Merged(NamedTuple):
+    """What became of the clients' values.
+
+    Attributes:
+        values: One value a name.
+        averaged: The names that are the example-weighted mean of the clients' own values because their states do not
+            merge.
+        left_out: The names that have no value: no client has a single number.
+    """
+
+    values: dict[str, float]
+    averaged: list[str]
+    left_out: list[str]
+
+
+def merge(clients: Sequence[tuple[float, Sequence[MetricState]]], module: nn.Module) -> Merged:
     """One value a name over all clients that logged it.
 
     Args:
         clients: ``(num_examples, states)`` in client order.
         module: The server's module; its metrics tell how states are merged, and are not touched.
-
-    Returns:
-        The values by name, and the names whose metric could not be merged and was averaged over examples instead.
     """
     by_name: dict[str, list[tuple[float, MetricState]]] = {}
     for num_examples, states in clients:
         for state in states:
             by_name.setdefault(state.name, []).append((num_examples, state))
-    values = {name: _merge_one(entries, module) for name, entries in by_name.items()}
-    return values, [name for name, entries in by_name.items() if any(s.kind == COMPUTED for _, s in entries)]
+    merged = Merged({}, [], [])
+    for name, entries in by_name.items():
+        value = _exact(entries, module)
+        if value is None:
+            value = _mean(entries)
+            (merged.left_out if value is None else merged.averaged).append(name)
+        if value is not None:
+            merged.values[name] = value
+    return merged
 
 
-def _merge_one(entries: list[tuple[float, MetricState]], module: nn.Module) -> float:
-    kind = entries[0][1].kind
-    if kind == METRIC:
-        return _merge_metric([state for _, state in entries], module)
-    values = torch.stack([state.tensors["value"].double().cpu() for _, state in entries])
-    if kind == MEAN:
-        weights = torch.stack([state.tensors["weight"].cpu() for _, state in entries])
-        return float(values.sum() / weights.sum())
-    if kind in (SUM, MAX, MIN):
-        return float(getattr(values, kind)())
-    coefficients = torch.tensor([num_examples for num_examples, _ in entries], dtype=torch.float64)
-    return float((values * coefficients).sum() / coefficients.sum())
+def _exact(entries: Sequence[tuple[float, MetricState]], module: nn.Module) -> float | None:
+    """The value over all clients' data, or ``None`` where that is not to be had from what they sent."""
+    kinds, states = {state.kind for _, state in entries}, [state for _, state in entries]
+    if kinds == {LAST}:
+        return _mean(entries)
+    if kinds == {METRIC}:
+        if len(states) == 1 and states[0].own is not None:
+            return states[0].own
+        try:
+            metric = module.get_submodule(states[0].attribute)
+            return value_over(metric, [(state.tensors, state.updates) for state in states])  # type: ignore[arg-type]
+        except Exception:  # of the metric's own code, which may not be written for the states of several clients
+            return None
+    if len(kinds) > 1 or kinds == {COMPUTED}:
+        return None
+    values = torch.stack([state.tensors["value"].double().cpu() for state in states])
+    if kinds == {MEAN}:
+        return float(values.sum() / torch.stack([state.tensors["weight"].cpu() for state in states]).sum())
+    return float(getattr(values, kinds.pop())())
 
 
-def _merge_metric(states: list[MetricState], module: nn.Module) -> float:
-    original = module.get_submodule(states[0].attribute)
-    assert isinstance(original, Metric)
-    metric = copy.deepcopy(original).cpu()
-    metric.reset()
-    for name, default in metric._defaults.items():
-        parts = [state.tensors[name].cpu() for state in states]
-        reduction = metric._reductions[name]
-        if isinstance(default, list):
-            # A client that never updated the metric has nothing to add, not even an empty row.
-            setattr(metric, name, [part for part in parts if part.numel()])
-        else:
-            stacked = torch.stack(parts)
-            setattr(metric, name, stacked if reduction is None else reduction(stacked))  # type: ignore[operator]
-    metric._update_count = sum(state.updates for state in states)
-    metric._computed = None
-    return float(metric.compute())
+def _mean(entries: Sequence[tuple[float, MetricState]]) -> float | None:
+    """The example-weighted mean of the clients' own values, over those that have a single number."""
+    total = weights = 0.0
+    for num_examples, state in entries:
+        value = scalar(state)
+        if value is not None:
+            weight = float(state.tensors.get("weight", num_examples)) if state.kind == COMPUTED else num_examples
+            total, weights = total + value * weight, weights + weight
+    return total / weights if weights else None

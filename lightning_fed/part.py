@@ -33,7 +33,7 @@ class Part(Subset[Any]):
         if callable(value) and not hasattr(value, "__len__") and not isinstance(value, torch.nn.Module):
             raise AttributeError(
                 f"{type(self.dataset).__name__}.{name} speaks of the examples of all clients; a client's data set has"
-                f" {len(self)} of them. What is needed is in its items, or in attributes with an entry for each example."
+                f" {len(self)} of them. What is needed is in its items, or in attributes with one entry an example."
             )
         return value if name in _OF_CLASSES else own(value, self.indices, len(self.dataset))  # type: ignore[arg-type]
 

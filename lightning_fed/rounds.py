@@ -129,9 +129,10 @@ class Rounds:
         for _ in replies:  # a strategy that stopped reading must not hide a failure
             pass
         exchange.require_enough()
-        merged, averaged_only = metrics.merge(exchange.states, self.module)
-        self._say_averaged(averaged_only)
-        logged = {**extra, **merged}
+        merged = metrics.merge(exchange.states, self.module)
+        self._say(_AVERAGED, merged.averaged)
+        self._say(_LEFT_OUT, merged.left_out)
+        logged = {**extra, **merged.values}
         if stage == "evaluate":
             return RoundResult({}, logged)
         rates = frozenset(s.name for _, states in exchange.states for s in states if s.kind == metrics.RATE)
@@ -180,14 +181,20 @@ class Rounds:
         for callback in self.callbacks:
             getattr(callback, hook)(self.trainer, *args)
 
-    def _say_averaged(self, names: Iterable[str]) -> None:
+    def _say(self, what: str, names: Iterable[str]) -> None:
         if new := sorted(set(names) - self._said):
             self._said.update(new)
-            rank_zero_warn(
-                f"The logged {', '.join(map(repr, new))} cannot be merged over clients exactly (a metric that the"
-                " module already computed, or a wrapper such as MinMax or BootStrapper): it is the example-weighted"
-                " mean of the clients' values. Log the torchmetrics object itself for the exact value."
-            )
+            rank_zero_warn(what.format(", ".join(map(repr, new))))
+
+
+# What is said once of a logged name.
+_AVERAGED = (
+    "The logged {} cannot be merged over clients exactly (a value that the module computed itself, a wrapper such as"
+    " MinMax or BootStrapper, a metric whose states do not add up over clients, or a name that clients log in different"
+    " ways): it is the example-weighted mean of the clients' values. Log the torchmetrics object itself for the exact"
+    " value."
+)
+_LEFT_OUT = "The logged {} is not a single number on any client: it is not logged for the round."
 
 
 def _name(strategy: Strategy) -> str:

@@ -23,6 +23,7 @@ LEVELS = [
         "_version",
         "checks",
         "errors",
+        "metric_states",
         "seeding",
         "part",
         "tracebacks",

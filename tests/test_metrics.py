@@ -19,7 +19,8 @@ from torchmetrics.wrappers import BootStrapper, MinMaxMetric
 
 from lightning_fed import FederatedTrainer, metrics
 from lightning_fed.callbacks import ClientData
-from lightning_fed.metrics import METRIC, MetricState, catch, is_mergeable
+from lightning_fed.metric_states import is_mergeable
+from lightning_fed.metrics import METRIC, MetricState, catch
 from tests.helpers import QUIET, class_sorted, loaders, pooled
 
 SIZES = (7, 53, 196)
@@ -88,7 +89,7 @@ class Result:
 
 def over(module: LightningModule, parts: list[TensorDataset]) -> Result:
     states, own = zip(*(validate(module, loader) for loader in loaders(parts)), strict=True)
-    merged, averaged = metrics.merge([(len(p), s) for p, s in zip(parts, states, strict=True)], module)
+    merged, averaged, _ = metrics.merge([(len(p), s) for p, s in zip(parts, states, strict=True)], module)
     truth = validate(module, DataLoader(pooled(parts), batch_size=32))[1]
     return Result(merged, averaged, truth, list(own), list(states))
 
@@ -126,7 +127,7 @@ def test_merge_leaves_the_servers_metrics_alone(result):
     server = Logging()
     server.mean.update(torch.tensor(5.0))
     before = {k: v.clone() for k, v in server.mean.metric_state.items()}
-    merged, _ = metrics.merge([(1, states) for states in result.states], server)
+    merged = metrics.merge([(1, states) for states in result.states], server).values
     assert merged["mean"] == pytest.approx(result.pooled["mean"], abs=1e-6)
     assert all(torch.equal(v, before[k]) for k, v in server.mean.metric_state.items())
     assert server.f1.update_count == 0
@@ -134,7 +135,7 @@ def test_merge_leaves_the_servers_metrics_alone(result):
 
 @pytest.mark.parametrize("client", [1, 2])
 def test_merge_of_one_client_is_that_client(result, client):
-    merged, _ = metrics.merge([(7, result.states[client])], Logging())
+    merged = metrics.merge([(7, result.states[client])], Logging()).values
     for name in NAMES + SCALARS:
         assert merged[name] == pytest.approx(result.own[client][name], abs=1e-6, nan_ok=True), name
 
@@ -251,7 +252,7 @@ def test_values_of_several_validation_loaders_stay_apart():
 
     parts = class_sorted((8, 24))
     clients = [(len(part), validate(Two(), [DataLoader(part, 8), DataLoader(part, 8)])[0]) for part in parts]
-    values, _ = metrics.merge(clients, Two())
+    values = metrics.merge(clients, Two()).values
     assert set(values) == {"x/dataloader_idx_0", "x/dataloader_idx_1", "own_0", "own_1"}
     assert values["own_1"] == pytest.approx(float(pooled(parts).tensors[0].mean()), abs=1e-6)
 
@@ -351,4 +352,4 @@ def test_client_and_server_may_have_the_metric_on_different_devices_and_in_diffe
         own = tm.MeanMetric()
         own.update(torch.tensor(values))
         states.append((1.0, [MetricState("m", METRIC, dict(own.metric_state), "mean", 1)]))
-    assert metrics.merge(states, module)[0]["m"] == pytest.approx(3.0)
+    assert metrics.merge(states, module).values["m"] == pytest.approx(3.0)

@@ -1,0 +1,130 @@
+"""The states of one torchmetrics metric over several clients, merged as torchmetrics merges those of processes.
+
+Only where that gives the value over the pooled data: an error says that it does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
+
+# A client's states by name, and how many times it updated the metric.
+States = tuple[Mapping[str, Tensor], int]
+
+_OF_TORCHMETRICS = (dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum)
+
+
+def is_mergeable(metric: Metric) -> bool:
+    """Whether the states of a metric over clients may give the value over the pooled data.
+
+    Wrappers (MinMax, BootStrapper, a sum of two metrics) keep theirs in metrics inside; a list that is not concatenated
+    (detection boxes) would lose its borders.
+    """
+    if not metric._reductions or any(isinstance(child, Metric) for child in metric.children()):
+        return False
+    lists = [name for name, default in metric._defaults.items() if isinstance(default, list)]
+    return all(
+        metric._reductions[name] is dim_zero_cat and all(isinstance(item, Tensor) for item in _items(metric, name))
+        for name in lists
+    )
+
+
+def states_of(metric: Metric) -> dict[str, Tensor]:
+    """Copies of a mergeable metric's states, lists as one tensor."""
+    states = {}
+    for name, state in metric.metric_state.items():
+        whole = state if isinstance(state, Tensor) else dim_zero_cat(list(state)) if state else torch.zeros(0)
+        states[name] = whole.detach().clone()
+    return states
+
+
+def _items(metric: Metric, name: str) -> Sequence[Any]:
+    state = getattr(metric, name)
+    return state if isinstance(state, list) else [state]
+
+
+def value_over(original: Metric, clients: Sequence[States]) -> float:
+    """The value of a metric over the data of several clients.
+
+    Args:
+        original: The server's metric, which is not touched.
+        clients: The clients' states.
+
+    Raises:
+        ValueError: If the states do not add up, or the value is not a single number.
+        Exception: What the metric itself raises.
+    """
+    metric = copy.deepcopy(original).cpu()
+    if len(clients) > 1 and any(not _is_plain(metric, name) for name in metric._defaults):
+        _require_neutral(metric, clients)
+    return _value(metric, clients)
+
+
+def _value(metric: Metric, clients: Sequence[States]) -> float:
+    metric.reset()
+    updates = [count for _, count in clients]
+    for name in metric._defaults:
+        setattr(metric, name, _merged(metric, name, [states[name].cpu() for states, _ in clients], updates))
+    metric._update_count = sum(updates)
+    metric._computed = None
+    value = metric.compute()
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ValueError("the value is not a single number")
+    return float(value)
+
+
+def _merged(metric: Metric, name: str, parts: list[Tensor], updates: list[int]) -> Tensor | list[Tensor]:
+    default, reduction = metric._defaults[name], metric._reductions[name]
+    if isinstance(default, list):
+        # A client that never updated the metric has nothing to add, not even an empty row.
+        return [part for part in parts if part.numel()]
+    if len(parts) == 1:
+        return parts[0]
+    if reduction is dim_zero_cat:
+        return dim_zero_cat(parts)
+    stacked = torch.stack(parts)
+    if reduction is dim_zero_mean:
+        return _mean(stacked, updates)
+    return stacked if reduction is None else reduction(stacked)  # type: ignore[operator]
+
+
+def _mean(stacked: Tensor, updates: list[int]) -> Tensor:
+    """A mean of means, by how many updates each is of: what one metric that saw them all would hold.
+
+    (Between processes torchmetrics weighs all alike, and cannot average integers.)
+    """
+    wide = stacked.to(torch.promote_types(stacked.dtype, torch.float64))
+    shares = torch.tensor(updates if any(updates) else [1] * len(updates), dtype=torch.float64)
+    mean = torch.tensordot((shares / shares.sum()).to(wide.dtype), wide, dims=1)
+    return mean.to(torch.promote_types(stacked.dtype, torch.get_default_dtype()))
+
+
+def _is_plain(metric: Metric, name: str) -> bool:
+    """Whether torchmetrics itself knows how a state adds up over clients."""
+    return metric._reductions[name] in _OF_TORCHMETRICS
+
+
+def _require_neutral(metric: Metric, clients: Sequence[States]) -> None:
+    """Checks a metric that leaves its states apart, or reduces them in a way of its own.
+
+    Some know what to do with the states of several clients (Pearson), others only forgot to say how theirs are reduced.
+    What a client that saw nothing adds must be nothing.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    empty: States = (metric._defaults, 0)  # type: ignore[assignment]
+    own = {i: _value(metric, [client]) for i, client in enumerate(clients) if client[1]}
+    known = next((i for i, value in own.items() if math.isfinite(value)), None)
+    if known is None:
+        return
+    for pair in ([clients[known], empty], [empty, clients[known]]):
+        if not math.isclose(_value(metric, pair), own[known], rel_tol=1e-4, abs_tol=1e-6):
+            raise ValueError("the states of several clients do not add up")
