@@ -32,7 +32,7 @@ class ClientReport:
 
     Attributes:
         client: The client's index.
-        num_examples: Its averaging coefficient.
+        num_examples: Its averaging coefficient: the examples that its loaders yield in an epoch.
         metrics: The numbers that it reports under the user's names.
     """
 
@@ -180,7 +180,7 @@ class Averaging(FederatedCallback):
     """The base of all methods that start from the clients' mean.
 
     Args:
-        weighting: ``"examples"`` weights a client by its number of training examples, ``"uniform"`` all alike.
+        weighting: ``"examples"`` weights a client by the examples of its epoch, ``"uniform"`` all alike.
 
     Raises:
         ConfigurationError: If ``weighting`` is neither.

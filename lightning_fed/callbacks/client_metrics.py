@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lightning.pytorch import Trainer
 
 from lightning_fed.callbacks.base import CLIENT_METRICS, ClientReport, FederatedCallback, Stage
@@ -11,7 +13,8 @@ class ClientMetrics(FederatedCallback):
     """Logs the least and the greatest of each metric over the round's clients, and on request every client's value.
 
     As ``<name>/min`` and ``<name>/max`` for training, ``clients/<name>/min`` and so on for the clients' own evaluation;
-    every client's value as ``<name>/client_3``. They can be monitored like any other metric.
+    every client's value as ``<name>/client_3``. They can be monitored like any other metric. A client whose value is
+    NaN has no part in the spread; where all are NaN, so is the spread.
 
     Args:
         spread: Log minimum and maximum.
@@ -36,7 +39,8 @@ class ClientMetrics(FederatedCallback):
         """Adds to what is logged."""
         for name, values in self._values.items():
             if self.spread:
-                metrics[f"{name}/min"], metrics[f"{name}/max"] = min(values.values()), max(values.values())
+                numbers = [value for value in values.values() if not math.isnan(value)] or [math.nan]
+                metrics[f"{name}/min"], metrics[f"{name}/max"] = min(numbers), max(numbers)
             if self.per_client:
                 metrics.update({f"{name}/client_{client}": value for client, value in sorted(values.items())})
         self._values = {}

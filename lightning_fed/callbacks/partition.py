@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -36,10 +37,11 @@ class Partition(PartitionOwner):
 
     Args:
         partitioner: Any partitioner of ``flwr_datasets.partitioner``, or a number of clients for an IID partition.
-        val_fraction: The part of each client's examples held out for its client-side evaluation, in ``[0, 1)``; a
-            client always keeps at least one example to train on.
+        val_fraction: The part of each client's examples held out for its client-side evaluation, in ``[0, 1)``, rounded
+            to whole examples; a client always keeps at least one example to train on.
         labels: The label of each example, in the dataset's order, or a function of the dataset that gives them. Needed
-            only where they are found neither in ``.targets``, ``.labels``, a column, nor the last tensor.
+            only where they are found neither in ``.targets``, ``.labels``, a column, nor the last tensor. Every example
+            has one where the partitioner asks for it.
         cache: Keep what was read of a client in memory, transformed, and read it no more. Only for transforms without
             randomness. Each worker process keeps those of the clients that it served.
 
@@ -91,10 +93,12 @@ class Partition(PartitionOwner):
         """See ``PartitionOwner``.
 
         Raises:
-            ConfigurationError: If the loader cannot be sliced, or the partitioner does not fit the data.
+            ConfigurationError: If the loader cannot be sliced, the partitioner does not fit the data, or nobody's
+                ``val_fraction`` is one example.
         """
         self._loader, self._seed, self._cache, self._read = require_sliceable(loader), seed, {}, {}
         self._deal(self._loader.dataset)
+        self._require_held_out()
         each = len(self._loader.dataset) / self.num_clients
         if self._loader.num_workers and each < _WORTH_WORKERS:
             rank_zero_warn(
@@ -108,6 +112,7 @@ class Partition(PartitionOwner):
         from datasets import Dataset
 
         columns = self._columns(dataset)
+        self._require_labels(columns)
         order = np.random.default_rng(seed_for(self._seed, "partition")).permutation(len(dataset))
         dealt = copy.deepcopy(self.partitioner)
         dealt.dataset = Dataset.from_dict({_INDEX: order, **{name: column[order] for name, column in columns.items()}})
@@ -140,9 +145,7 @@ class Partition(PartitionOwner):
         """What a partitioner may deal by, without reading an example."""
         from datasets import ClassLabel, Dataset, Value
 
-        labels = self._labels(dataset) if callable(self._labels) else self._labels
-        if labels is not None and len(labels) != len(dataset):
-            raise ConfigurationError(f"Partition got {len(labels)} labels for {len(dataset)} training examples.")
+        labels = None if self._labels is None else self._given(dataset)
         if labels is None and isinstance(dataset, Dataset):
             cheap = [name for name, kind in dataset.features.items() if isinstance(kind, (Value, ClassLabel))]
             plain = dataset.with_format(None).select_columns(cheap)
@@ -154,6 +157,54 @@ class Partition(PartitionOwner):
         if labels is not None:  # given by hand, they are what the partitioner asks for
             names.add(getattr(self.partitioner, "_partition_by", _LABEL_NAMES[0]))
         return dict.fromkeys(sorted(names), np.asarray(found))
+
+    def _given(self, dataset: Any) -> np.ndarray[Any, Any]:
+        """The labels that the user gave, (n,)."""
+        labels, what = self._labels, "Partition(labels=...) is a"
+        if callable(labels):
+            labels = labels(dataset)
+            what += " function that gave" if labels is None else " function, which gave a"
+        if not hasattr(labels, "__len__"):
+            kind = "None" if labels is None else f"{type(labels).__name__}, which has no length"
+            raise ConfigurationError(f"{what} {kind}: write a list, array or tensor with the label of each example.")
+        if len(labels) != len(dataset):  # type: ignore[arg-type]
+            raise ConfigurationError(f"Partition got {len(labels)} labels for {len(dataset)} training examples.")  # type: ignore[arg-type]
+        array = np.asarray(labels)
+        if array.ndim > 1:
+            raise ConfigurationError(
+                f"Partition(labels=...) has the shape {array.shape}: one label for each example, a number or a text, is"
+                " what examples are dealt out by."
+            )
+        return array
+
+    def _require_labels(self, columns: dict[str, np.ndarray[Any, Any]]) -> None:
+        """Checks that every example has what the partitioner deals by."""
+        wanted = getattr(self.partitioner, "_partition_by", None)
+        column = columns.get(wanted, np.zeros(0)) if isinstance(wanted, str) else np.zeros(0)
+        if column.dtype.kind not in "Of":
+            return
+        missing = [i for i, label in enumerate(column.tolist()) if label is None or label != label]
+        if missing:
+            raise ConfigurationError(
+                f"{type(self.partitioner).__name__}(partition_by={wanted!r}): {len(missing)} of {len(column)} training"
+                f" examples have no {'label' if wanted in _LABEL_NAMES else repr(wanted)} (the first is example"
+                f" {missing[0]}). Leave them out of the data set with torch.utils.data.Subset, or give each a label:"
+                " Partition(..., labels=...)."
+            )
+
+    def _require_held_out(self) -> None:
+        """Checks that somebody has an example to evaluate on, where that is asked for."""
+        clients = range(self.num_clients)
+        if not self.val_fraction or any(len(self.split(client)[1]) for client in clients):
+            return
+        most = max(len(self.indices(client)) for client in clients)
+        instead = f"s. Write val_fraction={math.ceil(500 / most) / 1000} or more"
+        if most == 1:
+            instead = ", which it trains on. Write val_fraction=0"
+        raise ConfigurationError(
+            f"Partition(val_fraction={self.val_fraction!r}) holds nothing out: the largest client has {most}"
+            f" example{instead}, or deal out fewer clients."
+        )
 
     def indices(self, client: int) -> np.ndarray[Any, Any]:
         """All examples of a client, training and held out: indices into the dataset, int64, ascending."""

@@ -69,7 +69,7 @@ class LocalOptions:
 
 @dataclass
 class LocalResult:
-    """What came of it; ``weights`` are the client's own copy."""
+    """What came of it; ``weights`` are the client's own copy, ``num_examples`` what its loaders yield in an epoch."""
 
     weights: Weights
     num_examples: int

@@ -1,5 +1,8 @@
 """The spread of metrics over clients, logged like any other metric."""
 
+import math
+from itertools import permutations
+
 import pytest
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import DataLoader
@@ -39,6 +42,21 @@ def test_round_knows_nothing_of_the_round_before():
     callback = ClientMetrics(per_client=True)
     told(callback, train={0: 2.0, 1: 3.0})
     assert told(callback, train={1: 4.0}) == {"loss/min": 4.0, "loss/max": 4.0, "loss/client_1": 4.0}
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("order", list(permutations([(0, 2.0), (1, NAN), (2, 5.0)])))
+def test_client_without_a_number_has_no_part_in_the_spread_whatever_the_order(order):
+    metrics = told(ClientMetrics(per_client=True), train=dict(order))
+    assert (metrics["loss/min"], metrics["loss/max"]) == (2.0, 5.0)
+    assert math.isnan(metrics["loss/client_1"])
+
+
+def test_spread_of_clients_that_all_have_no_number_is_none_either():
+    metrics = told(ClientMetrics(), train={0: NAN, 1: NAN})
+    assert all(math.isnan(metrics[name]) for name in ("loss/min", "loss/max"))
 
 
 def loader() -> DataLoader:

@@ -243,7 +243,7 @@ def test_clients_loader_is_like_the_users_over_the_clients_examples():
     assert own.val is None
 
 
-@pytest.mark.parametrize(("fraction", "held_out"), [(0.0, 0), (0.2, 5), (0.5, 13), (0.01, 0), (0.02, 1), (0.99, 24)])
+@pytest.mark.parametrize(("fraction", "held_out"), [(0.0, 0), (0.2, 5), (0.5, 13), (0.02, 1), (0.99, 24)])
 def test_fraction_held_out_is_rounded_to_the_nearest_and_leaves_one_to_train_on(fraction, held_out):
     partition = dealt(Partition(4, val_fraction=fraction), Unreadable())
     for client in range(4):
@@ -323,6 +323,10 @@ def used() -> IidPartitioner:
     return partitioner
 
 
+def by_label() -> DirichletPartitioner:
+    return DirichletPartitioner(2, "label", 0.5, min_partition_size=1)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([1, 2])
@@ -354,13 +358,67 @@ class Stream(IterableDataset):
             r"IidPartitioner cannot deal out 100 examples: 101 clients are too many",
         ),
         (lambda: Partition(2), Stream(), r"Stream has no length.*ClientData\(fn\)"),
+        (
+            lambda: Partition(by_label(), labels=[None if i in (7, 9) else i % 3 for i in range(100)]),
+            Unreadable(),
+            r"2 of 100 training examples have no label \(the first is example 7\).*labels=",
+        ),
+        (
+            lambda: Partition(by_label(), labels=lambda dataset: [float("nan"), *SORTED[1:]]),
+            Unreadable(),
+            r"1 of 100 training examples have no label \(the first is example 0\)",
+        ),
+        (
+            lambda: Partition(NaturalIdPartitioner("writer")),
+            HFDataset.from_dict({"writer": ["a", "b", None, "a"]}),
+            r"1 of 4 training examples have no 'writer' \(the first is example 2\)",
+        ),
+        (
+            lambda: Partition(by_label(), labels=lambda dataset: None),
+            Unreadable(targets=SORTED),
+            r"Partition\(labels=\.\.\.\) is a function that gave None",
+        ),
+        (
+            lambda: Partition(by_label(), labels=iter(SORTED)),
+            Unreadable(),
+            r"Partition\(labels=\.\.\.\) is a list_iterator, which has no length",
+        ),
+        (
+            lambda: Partition(by_label(), labels=torch.zeros(100, 3)),
+            Unreadable(),
+            r"Partition\(labels=\.\.\.\) has the shape \(100, 3\): one label for each example",
+        ),
+        (
+            lambda: Partition(4, val_fraction=0.01),
+            Unreadable(),
+            r"val_fraction=0\.01\) holds nothing out: .* has 25 examples\. Write val_fraction=0\.02 or more",
+        ),
+        (
+            lambda: Partition(100, val_fraction=0.9),
+            Unreadable(),
+            r"val_fraction=0\.9\) holds nothing out: the largest client has 1 example, which it trains on",
+        ),
     ],
-    ids=["labels", "used", "no-labels", "no-column", "dirichlet", "too-many", "stream"],
+    ids=[
+        *("labels", "used", "no-labels", "no-column", "dirichlet", "too-many", "stream", "none", "nan"),
+        *("column", "gave-none", "iterator", "one-hot", "nothing-held-out", "one-example-each"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:The specified min_partition_size")
 def test_what_does_not_fit_the_data_is_refused_with_the_way_out(partition, dataset, message):
     with pytest.raises(ConfigurationError, match=message):
         dealt(partition(), dataset)
+
+
+def test_labels_that_nobody_asks_for_may_be_missing():
+    assert_disjoint_and_complete(dealt(Partition(3, labels=[None] * 100), Unreadable()), 100)
+
+
+def test_one_client_with_held_out_examples_is_enough():
+    partition = dealt(
+        Partition(NaturalIdPartitioner("label"), val_fraction=0.1), Unreadable(12, targets=[0] * 2 + [1] * 10)
+    )
+    assert [len(partition.split(client)[1]) for client in range(2)] == [0, 1]
 
 
 def test_failed_deal_leaves_nothing_dealt():
