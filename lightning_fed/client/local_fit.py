@@ -93,9 +93,9 @@ def local_fit(
             raise explain_monitor(error, trainer) or error from None
         state = fit_state.save(trainer) if options.client_state == "carry" else None
         trainer.let_go(module)
-        if not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
-            raise nothing_to_train_on(trainer.train_dataloader, trainer.limit_train_batches)
         examples = examples_in(loaders.train, trainer.num_training_batches) or counter.count
+        if not examples or trainer.limit_train_batches == 0:
+            raise nothing_to_train_on(trainer.train_dataloader, trainer.limit_train_batches)
         return LocalResult(weights.read(module), examples, scalars(trainer), trainer.caught, state)
 
 
@@ -112,11 +112,15 @@ def local_evaluate(
     """
     if loaders.val is None and not is_overridden("val_dataloader", loaders.datamodule, LightningDataModule):
         return LocalResult({}, 0, {}, [])
+    callbacks: list[Callback] = [LocalHooks(options, 0)]
     counter = CountExamples()
+    if examples_in(loaders.val) is None:
+        callbacks.append(counter)
     with local_run(module, datamodule, task, options, "evaluate", own=loaders.datamodule) as data:
-        trainer = build_trainer(task, loaders, module, options, [LocalHooks(options, 0), counter], validates=True)
+        trainer = build_trainer(task, loaders, module, options, callbacks, validates=True)
         trainer.data = data
         start_at_epoch(trainer, options.first_epoch(task.round + 1) - 1)
         call(trainer.validate, trainer, module, datamodule, train=False)
         trainer.let_go(module)
-        return LocalResult({}, counter.count, scalars(trainer), trainer.caught)
+        examples = examples_in(loaders.val, sum(trainer.validate_loop.max_batches)) or counter.count
+        return LocalResult({}, examples, scalars(trainer), trainer.caught)

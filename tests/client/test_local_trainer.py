@@ -40,7 +40,7 @@ def run(module: Looks, what: Any) -> Any:
     FOUND.clear()
     Trainer(max_epochs=0, **QUIET, devices=1).fit(module, DataLoader(toy_data()))
     task = LocalTask(0, 1, 0, read(module))
-    loaders = ClientLoaders(DataLoader(toy_data(16)), DataLoader(toy_data(8)), None, 16)
+    loaders = ClientLoaders(DataLoader(toy_data(16)), DataLoader(toy_data(8)))
     return what(module, None, loaders, task, LocalOptions(trainer={"accelerator": "cpu", "devices": 1}))
 
 

@@ -216,13 +216,14 @@ def test_training_arguments_act_on_clients_as_in_a_plain_trainer(arguments):
 def averaged_plain_trainers(net, arguments):
     """A plain ``lightning.Trainer`` for each client and round, averaged by hand."""
     net = copy.deepcopy(net)
+    sizes = [min(size, 4 * arguments.get("limit_train_batches", 100)) for size in SIZES]  # of an epoch
     for _ in range(ROUNDS):
         states = []
         for loader in loaders():
             module = Classifier(copy.deepcopy(net))
             L.Trainer(max_epochs=EPOCHS, **arguments, **QUIET).fit(module, loader)
             states.append(module.net.state_dict())
-        net.load_state_dict(plain.mean_of(states, SIZES))
+        net.load_state_dict(plain.mean_of(states, sizes))
     return net.state_dict()
 
 

@@ -88,7 +88,7 @@ def test_no_weights_are_left_to_the_garbage_collector(run: Any, apart: bool) -> 
     first = read(module)
     each = [first, read(module) if apart else first]
     tasks = [LocalTask(client, 1, 0, weights, set_up=False) for client, weights in enumerate(each)]
-    loaders = [ClientLoaders(DataLoader(toy_data(16)), DataLoader(toy_data(8)), None, 16)] * 2
+    loaders = [ClientLoaders(DataLoader(toy_data(16)), DataLoader(toy_data(8)))] * 2
     results = run(module, loaders, tasks, LocalOptions(trainer=own))
     given = [tensor for result in results for tensor in result.weights.values()]
     left = [weakref.ref(tensor.untyped_storage()) for tensor in (*first.values(), *each[1].values(), *given)]
