@@ -49,6 +49,7 @@ class Exchange:
         self.weights = weights
         self.integers = RunningMean()
         self.states: list[tuple[float, list[metrics.MetricState]]] = []
+        self.reported: list[tuple[float, dict[str, float]]] = []
         self.good = self.failed = 0
         self.raised: Exception | None = None  # by a callback or the engine while the strategy read the replies
 
@@ -123,6 +124,7 @@ class Exchange:
             self.integers.add(read.extras.integers, 1.0 if alike else read.num_examples)
         if read.num_examples:
             self.states.append((read.num_examples, metrics.with_own(read.extras.states, read.scalars)))
+            self.reported.append((read.num_examples, read.scalars))
             report = ClientReport(client, read.num_examples, read.scalars)
             self.terms.tell("on_client_end", self.round, self.stage, report)
         return read.num_examples

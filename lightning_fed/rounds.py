@@ -38,7 +38,7 @@ from lightning_fed.errors import ClientError, FederationError, RoundError
 from lightning_fed.exchange import Exchange, Terms
 from lightning_fed.roster import RollCall, Roster
 from lightning_fed.seeding import seed_for, seeded
-from lightning_fed.strategies.own_metrics import has_own_metrics
+from lightning_fed.strategies.own_metrics import own_metrics
 from lightning_fed.tracebacks import words
 from lightning_fed.weights import Weights, check_update
 
@@ -131,10 +131,10 @@ class Rounds:
             pass
         exchange.require_enough()
         merged = metrics.merge(exchange.states, self.module)
-        given = extra if has_own_metrics(self.strategy, stage) else {}
-        self._say(_AVERAGED, set(merged.averaged) - set(given))
-        self._say(_LEFT_OUT, set(merged.left_out) - set(given))
-        logged = {**extra, **merged.values, **given}
+        own = own_metrics(self.strategy, stage, extra, exchange.reported)
+        self._say(_AVERAGED, set(merged.averaged) - set(own))
+        self._say(_LEFT_OUT, set(merged.left_out) - set(own))
+        logged = {**extra, **merged.values, **own}
         if stage == "evaluate":
             return RoundResult({}, logged)
         rates = frozenset(s.name for _, states in exchange.states for s in states if s.kind == metrics.RATE)

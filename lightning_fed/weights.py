@@ -72,7 +72,8 @@ def parameter_names(module: nn.Module) -> frozenset[str]:
     state = read(module, copy=False)
     parameters, buffers = ({_place(tensor) for tensor in own} for own in (module.parameters(), module.buffers()))
     names = {name for name, tensor in state.items() if _place(tensor) in parameters}
-    unclear = {name for name, tensor in state.items() if is_averaged(tensor) and _place(tensor) not in buffers} - names
+    others = {name: tensor for name, tensor in state.items() if is_averaged(tensor) and name not in names}
+    unclear = {name: tensor.clone() for name, tensor in others.items() if _place(tensor) not in buffers}
     return frozenset(names | _moving(module, unclear) if unclear else names)
 
 
@@ -84,15 +85,14 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
 
 
 @torch.no_grad()
-def _moving(module: nn.Module, names: set[str]) -> set[str]:
+def _moving(module: nn.Module, entries: Weights) -> set[str]:
     """Which entries of a state dict change with the parameters, where it has copies of them."""
-    before = read(module)
     kept = [(parameter, parameter.clone()) for parameter in module.parameters() if is_averaged(parameter)]
     try:
         for parameter, value in kept:
             parameter.copy_(value == 0)
         after = read(module, copy=False)
-        return {name for name in names if not torch.equal(after[name], before[name])}
+        return {name for name, value in entries.items() if not torch.equal(after[name], value)}
     finally:
         for parameter, value in kept:
             parameter.copy_(value)

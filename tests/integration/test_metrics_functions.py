@@ -89,14 +89,36 @@ def flowers():
     return flower.FedAvg(train_metrics_aggr_fn=train, evaluate_metrics_aggr_fn=evaluate)
 
 
+class Overridden(flower.FedAvg):
+    """A strategy of the user's, which changes one metric of what Flower's makes."""
+
+    def aggregate_train(self, server_round, replies):
+        arrays, record = super().aggregate_train(server_round, replies)
+        record["train_f1"] = 10 + record["train_f1"]
+        return arrays, record
+
+    def aggregate_evaluate(self, server_round, replies):
+        return MetricRecord({"val_f1": 11.0, "val_by_hand": 12.0})
+
+
+class Watching(flower.FedAvg):
+    """A strategy of the user's that leaves the metrics to Flower."""
+
+    def aggregate_train(self, server_round, replies):
+        return super().aggregate_train(server_round, list(replies))
+
+    def aggregate_evaluate(self, server_round, replies):
+        return super().aggregate_evaluate(server_round, list(replies))
+
+
 def wrapped():
     return flower.DifferentialPrivacyServerSideFixedClipping(flowers(), 1e-12, 1e6, 3)
 
 
 @pytest.mark.parametrize(
     "callback",
-    [Ours(), FlowerStrategy(flowers()), FlowerStrategy(wrapped())],
-    ids=["ours", "flowers", "wrapped"],
+    [Ours(), FlowerStrategy(flowers()), FlowerStrategy(wrapped()), FlowerStrategy(Overridden())],
+    ids=["ours", "flowers", "wrapped", "overridden"],
 )
 def test_the_users_function_wins_for_the_names_that_it_gives_and_for_no_others(callback):
     row, said = run(callback)
@@ -107,7 +129,9 @@ def test_the_users_function_wins_for_the_names_that_it_gives_and_for_no_others(c
 
 
 @pytest.mark.parametrize(
-    "callback", [FlowerStrategy(flower.FedAvg()), FlowerStrategy(flower.FedMedian())], ids=["fedavg", "fedmedian"]
+    "callback",
+    [FlowerStrategy(flower.FedAvg()), FlowerStrategy(flower.FedMedian()), FlowerStrategy(Watching())],
+    ids=["fedavg", "fedmedian", "watching"],
 )
 def test_flowers_default_does_not_replace_what_is_merged_exactly(callback):
     row, said = run(callback)
