@@ -14,7 +14,7 @@ from lightning_fed import arguments, owners, placement
 from lightning_fed.callbacks.base import FederatedCallback
 from lightning_fed.callbacks.learning_rates import LearningRates
 from lightning_fed.client.local_run import LocalOptions
-from lightning_fed.server_callbacks import MonitorsClients, TrainsOnClients
+from lightning_fed.server_callbacks import VIEWS, TrainsOnClients
 from lightning_fed.views import laid_over
 
 
@@ -61,8 +61,9 @@ class Roles:
         """The server's fit begins, and the list of its callbacks is whole."""
         self.take_up(callbacks)
         for callback in callbacks:
-            if isinstance(callback, LearningRateMonitor):
-                self.views.enter_context(laid_over(callback, MonitorsClients))
+            for kind, view in VIEWS.items():
+                if isinstance(callback, kind):
+                    self.views.enter_context(laid_over(callback, view))
         for said in placement.once_a_round([c for c in callbacks if c not in self._of_module]):
             rank_zero_warn(said)
 

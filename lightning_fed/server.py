@@ -22,6 +22,8 @@ from lightning_fed.views import View, users_own
 class RoundRunner(Protocol):
     """What the views ask of the server's trainer."""
 
+    seems_automatic: bool
+
     def run_round(self) -> None: ...
     def take_over_weights(self) -> None: ...
     def place_callbacks(self, given: Sequence[Callback]) -> list[Callback]: ...
@@ -105,10 +107,11 @@ class ServerView(View):
     """A module as the server sees it."""
 
     trainer: RoundRunner
+    _trainer: RoundRunner | None
 
     @property
     def automatic_optimization(self) -> bool:
-        return False
+        return self._trainer is not None and self._trainer.seems_automatic
 
     @automatic_optimization.setter
     def automatic_optimization(self, value: bool) -> None:

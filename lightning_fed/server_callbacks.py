@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
 from lightning_fed.client.local_trainer import LocalTrainer
 from lightning_fed.views import View, users_own
@@ -52,3 +53,46 @@ class MonitorsClients(View):
         for name, value in trainer.round_metrics.items():
             if name in trainer.learning_rates:
                 self.lrs.setdefault(name, []).append(value)
+
+
+class SavesOnceARound(View):
+    """A ``ModelCheckpoint``: what it saves by steps or time it saves when the round is over, with its validation.
+
+    To Lightning a round's one step comes before its validation, and is one by hand, for which a ``ModelCheckpoint``
+    knows neither ``train_time_interval`` nor when a metric is of the round before.
+    """
+
+    _step: tuple[Any, ...] = ()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._step = args
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        args, self._step = self._step, ()
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        last, progress.is_last_batch = progress.is_last_batch, False  # or it would wait for the validation
+        trainer.seems_automatic = True
+        try:
+            super().on_train_batch_end(trainer, pl_module, *args)  # type: ignore[misc]
+        finally:
+            trainer.seems_automatic, progress.is_last_batch = False, last
+        super().on_train_epoch_end(trainer, pl_module)  # type: ignore[misc]
+        if trainer.clients_validate:
+            super().on_validation_end(trainer, pl_module)  # type: ignore[misc]
+
+
+class ChecksOnceARound(View):
+    """An ``EarlyStopping``: where the clients alone validate, the round's end is the end of the validation."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)  # type: ignore[misc]
+        if trainer.clients_validate:
+            super().on_validation_end(trainer, pl_module)  # type: ignore[misc]
+
+
+# What lies over Lightning's own callbacks in the server's fit.
+VIEWS: dict[type[Callback], type[View]] = {
+    LearningRateMonitor: MonitorsClients,
+    ModelCheckpoint: SavesOnceARound,
+    EarlyStopping: ChecksOnceARound,
+}

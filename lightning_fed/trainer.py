@@ -19,6 +19,7 @@ from torch._dynamo import OptimizedModule
 
 from lightning_fed import arguments, checks, owners, placement
 from lightning_fed.callbacks import FederatedCallback, RichRoundBar
+from lightning_fed.callbacks.base import CLIENT_METRICS
 from lightning_fed.client.app import ClientSide, build_client_app
 from lightning_fed.client.compiled_step import CompiledStep
 from lightning_fed.client.local_run import ClientState, LocalOptions
@@ -85,6 +86,7 @@ class FederatedTrainer(Trainer):
     """
 
     callbacks: list[Callback]
+    seems_automatic = False  # the server steps by hand; while a callback must not know, it is true
 
     @defaults_from_environment
     def __init__(
@@ -193,6 +195,13 @@ class FederatedTrainer(Trainer):
         return self.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed
 
     @property
+    def clients_validate(self) -> bool:
+        """Whether the round's validation is the clients': they evaluated, and the server has nothing to validate on."""
+        batches = self.num_val_batches
+        at_server = sum(batches) if isinstance(batches, list) else batches
+        return not at_server and any(name.startswith(CLIENT_METRICS) for name in self.round_metrics)
+
+    @property
     def learning_rates(self) -> frozenset[str]:
         """Which of the last round's metrics are clients' learning rates, for a ``LearningRateMonitor``."""
         return self.federation.rates
@@ -238,12 +247,11 @@ class FederatedTrainer(Trainer):
         server_app = self._server_app(task, ckpt_path, weights_only)
         context = Context(0, 0, {}, RecordDict(), {})
         try:
-            with alone():
-                self.engine.run(
-                    lambda grid: server_app(grid, context),
-                    build_client_app(task.side),
-                    lambda: self.owners.partition.num_clients,
-                )
+            self.engine.run(
+                lambda grid: server_app(grid, context),
+                build_client_app(task.side),
+                lambda: self.owners.partition.num_clients,
+            )
         except FederationError as error:
             raise shorten(error)  # noqa: B904  it is the same error
 
@@ -327,6 +335,7 @@ class FederatedTrainer(Trainer):
         if weights_only is not None:  # an argument since Lightning 2.6
             loaders["weights_only"] = weights_only
         with ExitStack() as stack:
+            stack.enter_context(alone())
             # What setup draws (a random split, layers) is the run's, too, and the same in every process.
             stack.enter_context(seeded(seed_for(self.seed, "setup")))
             stack.enter_context(quiet_flower())

@@ -1,0 +1,149 @@
+"""ModelCheckpoint and EarlyStopping act when a round is over, also where the clients alone validate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_fed import FederatedTrainer
+from lightning_fed.callbacks import FedAdam, History, Partition
+from lightning_fed.testing import ToyModule, toy_data
+from tests.helpers import QUIET
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+
+def loader(examples: int = 48, **options: Any) -> DataLoader[Any]:
+    return DataLoader(toy_data(examples), batch_size=8, **options)
+
+
+def federated(*callbacks: Any, rounds: int = 6, **options: Any) -> FederatedTrainer:
+    return FederatedTrainer(
+        max_rounds=rounds,
+        callbacks=[Partition(2, val_fraction=0.25), *callbacks],
+        **{**QUIET, "enable_checkpointing": True, **options},
+    )
+
+
+class ByRound(ToyModule):
+    """Its validation metrics are the round's number."""
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        self.log_dict({"val_loss": float(self.trainer.current_round), "val_acc": -float(self.trainer.current_round)})
+
+
+def rounds_saved(folder: Path) -> list[int]:
+    """The rounds whose weights were saved: as many steps as rounds."""
+    return sorted(torch.load(file, weights_only=True)["global_step"] for file in folder.glob("*.ckpt"))
+
+
+# ------------------------------------------------------------------------------------------- by steps and by time
+
+
+@pytest.mark.parametrize("validates", [True, False])
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"every_n_train_steps": 2}, [2, 4, 6]),
+        ({"train_time_interval": timedelta(0)}, [1, 2, 3, 4, 5, 6]),
+        ({"train_time_interval": timedelta(days=1)}, []),
+    ],
+)
+def test_model_checkpoint_by_steps_or_time_saves_rounds_without_a_false_warning(tmp_path, how, expected, validates):
+    checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, **how)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        federated(checkpoint).fit(ByRound(), loader(), loader(8) if validates else None)
+    assert rounds_saved(tmp_path) == expected
+    assert not [one for one in caught if "manual optimization" in str(one.message)]
+    assert type(checkpoint) is ModelCheckpoint
+
+
+@pytest.mark.parametrize("how", [{"every_n_train_steps": 1}, {"train_time_interval": timedelta(0)}, {}])
+@pytest.mark.parametrize("monitor", ["val_loss", "clients/val_loss"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_model_checkpoint_monitors_the_round_that_it_saves(tmp_path, how, monitor, every):
+    name = "{step}-{" + monitor + "}"
+    checkpoint = ModelCheckpoint(tmp_path, name, monitor, save_top_k=-1, auto_insert_metric_name=False, **how)
+    federated(checkpoint, check_val_every_n_epoch=every).fit(ByRound(), loader(), loader(8))
+    saved = {step: float(score) for step, score in checkpoint.best_k_models.items()}
+    for path, score in saved.items():
+        step = torch.load(path, weights_only=True)["global_step"]
+        assert score == step // every * every  # that of this round, or of the last one that was validated
+    rounds = [6 // 2, 6][every == 1] if not how else 7 - every
+    assert len(saved) == rounds
+
+
+def run(folder: Path, how: dict[str, Any], ckpt_path: Path | None = None, **options: Any) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    module, history = ToyModule(), History()
+    callbacks = [history, FedAdam(), ModelCheckpoint(folder, save_top_k=-1, **how)]
+    trainer = federated(*callbacks, rounds=3, **options)
+    trainer.fit(module, loader(shuffle=True), loader(8), ckpt_path=ckpt_path)
+    return module, history
+
+
+@pytest.mark.parametrize("how", [{"every_n_train_steps": 1}, {"train_time_interval": timedelta(0)}])
+def test_a_run_resumed_from_a_checkpoint_by_steps_or_time_lacks_no_validation(tmp_path, how):
+    expected, history = run(tmp_path / "whole", how)
+    for checkpoint in (tmp_path / "whole").glob("*.ckpt"):
+        module, resumed = run(tmp_path / "resumed", how, checkpoint)
+        torch.testing.assert_close(dict(module.state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
+        assert resumed.rows == history.rows
+
+
+# ------------------------------------------------------------------------------------------- clients validate alone
+
+
+@pytest.mark.parametrize(("every", "validated"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (3, [3, 6])])
+@pytest.mark.parametrize("monitor", ["clients/val_loss", None])
+def test_model_checkpoint_saves_where_the_clients_alone_validate(tmp_path, every, validated, monitor):
+    checkpoint = ModelCheckpoint(tmp_path, monitor=monitor, save_top_k=-1)
+    federated(checkpoint, check_val_every_n_epoch=every).fit(ByRound(), loader())
+    assert rounds_saved(tmp_path) == validated
+    if monitor:
+        assert float(checkpoint.best_model_score) == validated[0]
+
+
+@pytest.mark.parametrize(("every", "stopped"), [(1, 3), (2, 6), (3, 9)])
+@pytest.mark.parametrize("explicit", [None, False])
+def test_early_stopping_checks_where_the_clients_alone_validate(every, stopped, explicit):
+    # Round 1 is the best: with a patience of two validations the third is the last.
+    stopping = EarlyStopping("clients/val_loss", patience=2, check_on_train_epoch_end=explicit)
+    trainer = federated(stopping, rounds=12, check_val_every_n_epoch=every)
+    trainer.fit(ByRound(), loader())
+    assert trainer.current_epoch == stopped
+    assert type(stopping) is EarlyStopping
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_limit_val_batches_0_is_no_validation_at_the_server(every):
+    stopping = EarlyStopping("clients/val_loss", patience=1)
+    trainer = federated(stopping, rounds=12, check_val_every_n_epoch=every, limit_val_batches=0)
+    trainer.fit(ByRound(), loader(), loader(8))
+    assert trainer.current_epoch == 2 * every
+
+
+@pytest.mark.parametrize(("every", "stopped"), [(1, 3), (3, 9)])
+@pytest.mark.parametrize("monitor", ["val_loss", "clients/val_loss", "train_loss"])
+def test_early_stopping_beside_a_validation_at_the_server_checks_once_each_time(every, stopped, monitor):
+    class Flat(ByRound):
+        def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * 0 + 1.0
+
+        def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            super().log(name, 1.0 if name == "train_loss" else value, *args, **kwargs)
+
+    stopping = EarlyStopping(monitor, patience=2)
+    trainer = federated(stopping, rounds=12, check_val_every_n_epoch=every)
+    trainer.fit(Flat(), loader(), loader(8))
+    assert (trainer.current_epoch, stopping.wait_count) == (stopped, 2)
