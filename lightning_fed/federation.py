@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_fed import weights
-from lightning_fed.callbacks.base import FederatedCallback
+from lightning_fed import placement, weights
+from lightning_fed.callbacks.base import CLIENT_METRICS, FederatedCallback
 from lightning_fed.callbacks.flower_strategy import (
     FlowerStrategy,
     load_strategy_state,
@@ -105,6 +105,7 @@ class Federation(Callback):
             max_clients=self.max_clients,
         )
         self._check_cohort(self._rounds.roster.num_clients)
+        self._warn_of_monitors(trainer, self._rounds.roster.num_clients)
         self._restore()
         rank_zero_info(self._summary(trainer))
         for callback in self.owners.callbacks:
@@ -223,6 +224,17 @@ class Federation(Callback):
             raise ConfigurationError(
                 f"{type(self.owners.failures).__name__}(min_results={needed}) can never be met: {cohort} clients train"
                 " in a round."
+            )
+
+    def _warn_of_monitors(self, trainer: Trainer, clients: int) -> None:
+        """Clients that change from round to round are no measure of it."""
+        evaluate = self.owners.cohorts.size("evaluate", clients)
+        monitors = placement.monitors_of_a_part(trainer.callbacks, CLIENT_METRICS)  # type: ignore[attr-defined]
+        if monitors and 0 < evaluate < clients:
+            rank_zero_warn(
+                f"{' and '.join(monitors)}: {evaluate} of {clients} clients evaluate in a round, each round others, so"
+                " the metric jumps with who they are. Let all evaluate, fraction_evaluate=1.0, or monitor the server's"
+                " own validation."
             )
 
     def _evaluates(self, trainer: Trainer, round: int) -> bool:

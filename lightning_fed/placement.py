@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar
 
 from lightning_fed.callbacks.base import FederatedCallback
 from lightning_fed.views import users_own, wrote
@@ -80,6 +80,15 @@ def misplaced(callbacks: Sequence[Callback], client_callbacks: Sequence[Callback
                 " trial steps), which a round cannot give it: leave it out."
             )
     return faults
+
+
+def monitors_of_a_part(callbacks: Sequence[Callback], prefix: str) -> list[str]:
+    """Each callback that stops or saves by a metric of this prefix, as its user wrote it."""
+    return [
+        f"{type(callback).__name__}(monitor={callback.monitor!r})"
+        for callback in callbacks
+        if isinstance(callback, (EarlyStopping, ModelCheckpoint)) and str(callback.monitor).startswith(prefix)
+    ]
 
 
 def once_a_round(callbacks: Sequence[Callback]) -> list[str]:

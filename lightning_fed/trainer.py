@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ from flwr.serverapp import Grid, ServerApp
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.compile import from_compiled
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch._dynamo import OptimizedModule
 
 from lightning_fed import arguments, checks, owners, placement
-from lightning_fed.callbacks import FederatedCallback, RichRoundBar
+from lightning_fed.callbacks import FederatedCallback, RichRoundBar, RoundPrinter
 from lightning_fed.callbacks.base import CLIENT_METRICS
+from lightning_fed.callbacks.progress import is_terminal
 from lightning_fed.client.app import ClientSide, build_client_app
 from lightning_fed.client.compiled_step import CompiledStep
 from lightning_fed.client.local_run import ClientState, LocalOptions
@@ -37,6 +37,7 @@ from lightning_fed.seeding import run_seed, seed_for, seeded
 from lightning_fed.server import RoundLoader, ServerDataView, ServerView
 from lightning_fed.tracebacks import shorten
 from lightning_fed.views import laid_over
+from lightning_fed.wording import speaking_of_rounds
 
 ENGINES: dict[str, type[Engine]] = {"in_process": InProcess, "processes": Processes, "ray": Ray}
 
@@ -111,7 +112,7 @@ class FederatedTrainer(Trainer):
     ) -> None:
         own, local = checks.listed(callbacks), checks.listed(client_callbacks)
         if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
-            own.append(RichRoundBar())
+            own.append(RichRoundBar() if is_terminal() else RoundPrinter())
         federated = [callback for callback in own if isinstance(callback, FederatedCallback)]
         dev_run = int(kwargs.get("fast_dev_run") or 0)
         numbers = {
@@ -167,11 +168,17 @@ class FederatedTrainer(Trainer):
         )
         self._roles = Roles(own, self.local_options, num_clients)
         self.federation = Federation(self.owners, self.seed, timeout, 2 if dev_run else None, self.engine.name)
-        if kwargs.get("log_every_n_steps") is None:
+        every = kwargs.get("log_every_n_steps")
+        if every != 0:  # for no logging of training
             kwargs["log_every_n_steps"] = 1
+        if every and every > 1:
+            rank_zero_info(
+                f"log_every_n_steps={every} counts a client's steps, which are not logged one by one: the server logs"
+                " every round."
+            )
         # In kwargs, so that LightningCLI knows max_epochs, too, and refusals() can say what to write instead.
         kwargs["max_epochs"] = -1 if max_rounds is None else max_rounds
-        with taken_from_environment(type(self)):
+        with taken_from_environment(type(self)), speaking_of_rounds(clients_validate=False):
             super().__init__(callbacks=[self.federation, *own], **kwargs)
         self.strategy.process_dataloader = gathering  # type: ignore[assignment, method-assign]
         if dev_run:  # Lightning's own makes n batches of it; here they are n rounds
@@ -339,10 +346,7 @@ class FederatedTrainer(Trainer):
             # What setup draws (a random split, layers) is the run's, too, and the same in every process.
             stack.enter_context(seeded(seed_for(self.seed, "setup")))
             stack.enter_context(quiet_flower())
-            stack.enter_context(warnings.catch_warnings())
-            # Said of the server's one-item loader and of every client's, these are noise.
-            for message in ("The 'train_dataloader' does not have many workers", "Found .* in eval mode at the start"):
-                warnings.filterwarnings("ignore", f".*{message}.*")
+            stack.enter_context(speaking_of_rounds(self.owners.partition.can_evaluate()))
             if task.datamodule is not None:
                 stack.enter_context(laid_over(task.datamodule, ServerDataView))
             stack.enter_context(laid_over(task.module, ServerView))

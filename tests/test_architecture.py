@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent / "lightning_fed"
 LEVELS = [
     [
         "_version",
+        "wording",
         "checks",
         "errors",
         "metric_states",

@@ -11,7 +11,7 @@ from lightning_fed.callbacks.flower_strategy import FlowerStrategy
 from lightning_fed.callbacks.history import History
 from lightning_fed.callbacks.participation import PartialParticipation
 from lightning_fed.callbacks.partition import Partition
-from lightning_fed.callbacks.progress import RichRoundBar, TQDMRoundBar
+from lightning_fed.callbacks.progress import RichRoundBar, RoundPrinter, TQDMRoundBar
 
 __all__ = [
     "ClientData",
@@ -30,5 +30,6 @@ __all__ = [
     "PartialParticipation",
     "Partition",
     "RichRoundBar",
+    "RoundPrinter",
     "TQDMRoundBar",
 ]

@@ -1,12 +1,14 @@
-"""Progress bars that show the round, the clients done of the cohort, and the global metrics."""
+"""Progress: bars that show the round, the clients done of the cohort and the global metrics; or a line a round."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from rich import get_console
 
 from lightning_fed.callbacks.base import ClientReport, FederatedCallback, Stage
 from lightning_fed.errors import ClientError
@@ -82,3 +84,66 @@ class RichRoundBar(RoundProgress, RichProgressBar):
         """Shows the round's metrics; the clients have moved the bar."""
         self._update_metrics(trainer, pl_module)
         self.refresh()
+
+
+class RoundPrinter(FederatedCallback, ProgressBar):
+    """Prints a plain line a round, for a log file; the default where the output is no terminal.
+
+    Args:
+        max_metrics: How many metrics a line shows at most.
+    """
+
+    def __init__(self, max_metrics: int = 12) -> None:
+        super().__init__()
+        self.max_metrics = max_metrics
+        self._enabled = True
+        self._done: dict[Stage, list[int]] = {}
+        self._of_clients: set[str] = set()
+        self._own: dict[str, float] = {}
+        self._began = 0.0
+
+    def enable(self) -> None:
+        """Lets it print."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Lets it print nothing."""
+        self._enabled = False
+
+    def on_round_start(self, trainer: Trainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
+        """Begins a round, or its evaluation."""
+        if stage == "train":
+            self._done, self._own, self._began = {}, {}, time.monotonic()
+        self._done[stage] = [0, len(cohort)]
+
+    def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
+        """Counts a client."""
+        self._done[stage][0] += 1
+
+    def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Keeps the server's own metrics."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._of_clients.update(trainer.round_metrics)
+            own = trainer.callback_metrics.items()
+            self._own = {name: float(value) for name, value in own if name not in self._of_clients}
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Prints the round."""
+        if self._enabled:
+            self.print(self.line(trainer), flush=True)
+
+    def line(self, trainer: Any) -> str:
+        """The line of the round that ends."""
+        of = f"/{trainer.max_epochs}" if trainer.max_epochs != -1 else ""
+        doing = {"train": "trained", "evaluate": "evaluated"}
+        counts = ", ".join(f"{done} of {total} {doing[stage]}" for stage, (done, total) in self._done.items())
+        metrics = [f"{name} {value:.4g}" for name, value in {**trainer.round_metrics, **self._own}.items()]
+        more = [f"{len(metrics) - self.max_metrics} more"] if len(metrics) > self.max_metrics else []
+        seconds = f"{time.monotonic() - self._began:.1f} s"
+        return "  ".join([f"Round {trainer.current_round}{of}: {counts}", seconds, *metrics[: self.max_metrics], *more])
+
+
+def is_terminal() -> bool:
+    """Whether a bar can be drawn where the program writes to: in a terminal or a notebook."""
+    console = get_console()
+    return (console.is_terminal or console.is_jupyter) and not console.is_dumb_terminal

@@ -11,6 +11,7 @@ import torch
 from flwr.serverapp.strategy import FedAvgM as FlowerFedAvgM
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ProgressBar
 from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer, callbacks
@@ -36,6 +37,7 @@ SIMPLE = {
     "PartialParticipation": lambda: callbacks.PartialParticipation(0.5),
     "Partition": lambda: callbacks.Partition(2),
     "RichRoundBar": lambda: callbacks.RichRoundBar(),
+    "RoundPrinter": lambda: callbacks.RoundPrinter(),
     "TQDMRoundBar": lambda: callbacks.TQDMRoundBar(),
 }
 
@@ -61,7 +63,7 @@ def run(name: str, quiet, rounds: int = 2) -> FederatedCallback:
     """The callback after a run with it."""
     callback = made(name)
     owners = [] if "partition" in callback.decides else [callbacks.Partition(2, val_fraction=0.25)]
-    bar = {"enable_progress_bar": isinstance(callback, callbacks.RichRoundBar | callbacks.TQDMRoundBar)}
+    bar = {"enable_progress_bar": isinstance(callback, ProgressBar)}
     trainer = FederatedTrainer(max_rounds=rounds, callbacks=[*owners, callback], **{**quiet, **bar})
     trainer.fit(ToyModule(), None if name == "ClientData" else client_loader(0))
     assert trainer.global_step == rounds

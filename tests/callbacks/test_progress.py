@@ -11,7 +11,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import ClientData, FaultTolerance, Partition, RichRoundBar, TQDMRoundBar
+from lightning_fed.callbacks import ClientData, FaultTolerance, Partition, RichRoundBar, RoundPrinter, TQDMRoundBar
 from lightning_fed.callbacks import progress as progress_module
 from lightning_fed.testing import ToyModule, toy_data
 
@@ -103,7 +103,9 @@ def test_rich_bar_shows_the_round_the_clients_done_and_the_metrics(quiet, consol
     assert "val_loss" in text
 
 
-def test_rich_bar_is_the_default(quiet):
+def test_rich_bar_is_the_default_in_a_terminal(quiet, monkeypatch):
+    monkeypatch.setattr(progress_module, "get_console", lambda: Console(force_terminal=True))
+    monkeypatch.setenv("TERM", "xterm")
     trainer = FederatedTrainer(max_rounds=1, num_clients=2, **{**quiet, "enable_progress_bar": True})
     assert isinstance(trainer.progress_bar_callback, RichRoundBar)
     assert len([c for c in trainer.callbacks if isinstance(c, RichProgressBar)]) == 1
@@ -167,3 +169,70 @@ def test_run_without_a_last_round_does_not_name_one(quiet, bar_class):
 def test_a_bar_of_ones_own_says_how_it_draws():
     with pytest.raises(NotImplementedError):
         progress_module.RoundProgress().show("Round 1/1 training", 0)
+
+
+# ------------------------------------------------------------------------------------------------- a line a round
+
+
+def lines(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("Round")]
+
+
+@pytest.mark.parametrize(
+    ("console", "drawn"),
+    [
+        ({"force_terminal": False}, False),
+        ({"force_terminal": True}, True),
+        ({"force_jupyter": True}, True),
+    ],
+)
+def test_a_line_a_round_is_the_default_where_nothing_can_be_drawn(quiet, monkeypatch, console, drawn):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress_module, "get_console", lambda: Console(**console))
+    trainer = FederatedTrainer(max_rounds=1, num_clients=2, **{**quiet, "enable_progress_bar": True})
+    assert type(trainer.progress_bar_callback) is (RichRoundBar if drawn else RoundPrinter)
+    assert FederatedTrainer(max_rounds=1, num_clients=2, **quiet).progress_bar_callback is None
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(progress_module, "get_console", lambda: Console(force_terminal=True))
+    assert not progress_module.is_terminal()
+
+
+def test_a_file_has_one_plain_line_a_round_with_its_clients_and_metrics(quiet, capsys):
+    run(quiet, RoundPrinter())
+    first, second = lines(capsys)
+    assert re.fullmatch(
+        r"Round 1/2: 3 of 3 trained, 3 of 3 evaluated  \d+\.\d s  train_loss 0\.\d+  clients/val_loss 0\.\d+ "
+        r" clients/val_acc 0\.\d+  val_loss 0\.\d+  val_acc [01]\.?\d*",
+        first,
+    )
+    assert second.startswith("Round 2/2: 3 of 3 trained")
+
+
+def test_a_line_counts_clients_that_failed_out(quiet, capsys):
+    run(quiet, RoundPrinter(), FaultTolerance(on_error="ignore"), module=Breaks(), max_rounds=1)
+    assert lines(capsys)[0].startswith("Round 1/1: 2 of 3 trained, 3 of 3 evaluated")
+
+
+def test_a_line_has_the_servers_validation_of_its_own_round_only(quiet, capsys):
+    run(quiet, RoundPrinter(), check_val_every_n_epoch=2, max_rounds=3)
+    assert [" val_loss" in line for line in lines(capsys)] == [False, True, False]
+
+
+def test_a_line_shows_so_many_metrics(quiet, capsys):
+    run(quiet, RoundPrinter(max_metrics=2), max_rounds=1)
+    [line] = lines(capsys)
+    assert line.endswith("3 more")
+    assert "clients/val_acc" not in line
+
+
+def test_a_printer_that_is_disabled_prints_nothing(quiet, capsys):
+    printer = RoundPrinter()
+    printer.disable()
+    run(quiet, printer)
+    assert not lines(capsys)
+    printer.enable()
+    run(quiet, printer)
+    assert len(lines(capsys)) == 2
