@@ -61,6 +61,16 @@ class Federation(Callback):
         self._new: weights.Weights | None = None
         self._before: tuple[weights.Weights, dict[str, Any]] | None = None
         self._undecided = True
+        self._kept: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickle has no grid and no clients; what a checkpoint needs of them is in it."""
+        arguments = self.owners, self.seed, self.timeout, self.max_clients, self.engine
+        return {"arguments": arguments, "metrics": self.metrics, "rates": self.rates, "_kept": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(*state.pop("arguments"))  # type: ignore[misc]
+        self.__dict__.update(state)
 
     @property
     def state_key(self) -> str:
@@ -168,7 +178,7 @@ class Federation(Callback):
         In the middle of a round, or after one that failed: what stood when it began, for it will be run again.
         """
         if self._strategy is None:
-            return {}
+            return self._kept
         warn_of_unsaved(self._strategy)
         strategy = strategy_state(self._strategy) if self._before is None else self._before[1]
         state: dict[str, Any] = {"seed": self.seed, "strategy": strategy}
