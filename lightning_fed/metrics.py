@@ -23,7 +23,6 @@ from lightning_fed.metric_states import is_mergeable, states_of, value_over
 MEAN, SUM, MAX, MIN = "mean", "sum", "max", "min"
 LAST = "last"  # of the last step that logged it: averaged over clients by examples
 METRIC = "metric"  # a torchmetrics metric with states that merge
-RATE = "rate"  # a learning rate of the last epoch; averaged as LAST
 COMPUTED = "computed"  # a value that no longer has states to merge: averaged by examples, and said once
 
 # Hooks that log when there is no batch, so that nothing tells of how many examples a value is.
@@ -31,6 +30,10 @@ _WITHOUT_BATCH = {
     *("on_train_start", "on_train_epoch_start", "on_train_epoch_end"),
     *("on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end"),
 }
+
+
+# The attribute of a state that is no metric of the module's, but a client's learning rate.
+RATE = "learning rate"
 
 
 @dataclass

@@ -137,7 +137,7 @@ class Rounds:
         logged = {**extra, **merged.values, **own}
         if stage == "evaluate":
             return RoundResult({}, logged)
-        rates = frozenset(s.name for _, states in exchange.states for s in states if s.kind == metrics.RATE)
+        rates = frozenset(s.name for _, states in exchange.states for s in states if s.attribute == metrics.RATE)
         return RoundResult(self._new_weights(round, weights, averaged, exchange.integers.value()), logged, rates)
 
     def _aggregate(self, exchange: Exchange, replies: Iterator[Message]) -> tuple[ArrayRecord | None, dict[str, float]]:

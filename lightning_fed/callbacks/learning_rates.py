@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 
 from lightning_fed.callbacks.base import FederatedCallback
-from lightning_fed.metrics import RATE, MetricState
+from lightning_fed.metrics import LAST, RATE, MetricState
 
 
 class LearningRates(FederatedCallback):
@@ -54,7 +54,7 @@ class ReportLearningRates(Callback):
     def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Reports them beside what the module has logged."""
         states = [
-            MetricState(name, RATE, {"value": torch.tensor(float(rate), dtype=torch.float64)})
+            MetricState(name, LAST, {"value": torch.tensor(float(rate), dtype=torch.float64)}, RATE)
             for name, rate in self._found.items()
         ]
         for caught in getattr(trainer, "each_caught", [trainer.caught]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,8 +36,9 @@ class Deadline:
 
     def __init__(self, timeout: float | None) -> None:
         now = time.monotonic()
-        self._half = None if timeout is None else now + timeout / 2
-        self._end = None if timeout is None else now + timeout
+        seconds = None if timeout is None or math.isinf(timeout) else timeout
+        self._half = None if seconds is None else now + seconds / 2
+        self._end = None if seconds is None else now + seconds
 
     @property
     def is_up(self) -> bool:

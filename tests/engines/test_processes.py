@@ -131,6 +131,16 @@ class Bomb:
         return _explode, ()
 
 
+@pytest.mark.parametrize("timeout", [None, float("inf")])
+def test_a_timeout_without_end_waits_for_all(timeout):
+    app = client_that(lambda client: time.sleep(0.3 if client == 0 else 0))
+
+    def main(grid):
+        return [r.metadata.src_node_id for r in grid.send_and_receive(train_messages(grid), timeout=timeout)]
+
+    assert Processes(num_workers=2).run(main, app, lambda: 3) == [1, 2, 3]
+
+
 def test_leaving_an_exchange_early_ends_the_work_on_it():
     app = client_that(lambda client: time.sleep(60 if client else 0))
 
