@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 from flwr.serverapp.strategy import Strategy
+from lightning.pytorch import Callback
 from lightning.pytorch.accelerators import Accelerator, CUDAAccelerator
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_fed import checks, owners, placement
+from lightning_fed.callbacks.base import FederatedCallback
 from lightning_fed.checks import number_faults
-from lightning_fed.engines.base import Engine
+from lightning_fed.engines import Engine, Ray
 from lightning_fed.errors import ConfigurationError
 
 CLIENTS = (
@@ -120,6 +124,37 @@ def cuda_devices(accelerator: str | Accelerator, devices: Any) -> list[int]:
     return []
 
 
+def callback_faults(callbacks: Sequence[Any], client_callbacks: Sequence[Any], num_clients: int | None) -> list[str]:
+    """A sentence for each callback that is none, is in the wrong place, or decides what another one decides.
+
+    Args:
+        callbacks: What was given for the server.
+        client_callbacks: What was given for the clients.
+        num_clients: Short for an IID partition.
+    """
+    own, local = ([c for c in given if isinstance(c, Callback)] for given in (callbacks, client_callbacks))
+    return [
+        *checks.callback_faults("callbacks", callbacks),
+        *checks.callback_faults("client_callbacks", client_callbacks),
+        *placement.misplaced(own, local),
+        *owners.faults([callback for callback in own if isinstance(callback, FederatedCallback)], num_clients),
+    ]
+
+
+def log_every(steps: int | None) -> int:
+    """``log_every_n_steps`` of the server, to whom a round is a step: every round is logged.
+
+    Args:
+        steps: What the user gave; 0 for no logging of training.
+    """
+    if steps is not None and steps > 1:
+        rank_zero_info(
+            f"log_every_n_steps={steps} counts a client's steps, which are not logged one by one: the server logs every"
+            " round."
+        )
+    return 0 if steps == 0 else 1
+
+
 def engine_faults(engine: object, known: Iterable[str], numbers: dict[str, int | None]) -> list[str]:
     """A sentence for each fault in ``engine=`` and what goes with it.
 
@@ -147,15 +182,15 @@ def choice_faults(name: str, value: object, known: Iterable[str]) -> list[str]:
     return [] if value in (words := tuple(known)) else [f"{name}={value!r} is unknown: write one of {words}."]
 
 
-def vectorize_faults(vectorize: object, compiles: bool, on_ray: bool) -> list[str]:
-    """A sentence for each fault in ``vectorize_clients=`` and ``compile_clients=``."""
+def vectorize_faults(vectorize: object, compiles: bool, engine: object) -> list[str]:
+    """A sentence for each fault in ``vectorize_clients=`` and ``compile_clients=``, with this ``engine=``."""
     if vectorize is False:
         alone = "compile_clients=True compiles clients that are trained as one: write vectorize_clients=True, too."
         return [alone] if compiles else []
     counts = isinstance(vectorize, int) and vectorize > 1
     if not (vectorize is True or vectorize == "require" or counts):
         return [f"vectorize_clients={vectorize!r}: write True, 'require', or how many at once, at least 2."]
-    if on_ray:
+    if engine == "ray" or isinstance(engine, Ray):
         return [
             "vectorize_clients= is for engine='in_process' and engine='processes'; Ray's actors train one at a time."
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -10,15 +9,14 @@ from typing import Any, Literal, get_args
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.compile import from_compiled
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch._dynamo import OptimizedModule
 
-from lightning_fed import arguments, checks, owners, placement
-from lightning_fed.callbacks import FederatedCallback, RichRoundBar, RoundPrinter
-from lightning_fed.callbacks.base import CLIENT_METRICS
+from lightning_fed import arguments, checks, placement
+from lightning_fed.callbacks import RichRoundBar, RoundPrinter
 from lightning_fed.callbacks.progress import is_terminal
 from lightning_fed.client.app import ClientSide, build_client_app
 from lightning_fed.client.compiled_step import CompiledStep
@@ -26,20 +24,18 @@ from lightning_fed.client.local_run import ClientState, LocalOptions
 from lightning_fed.client.together import Together
 from lightning_fed.data import gathering
 from lightning_fed.deal import Deal
-from lightning_fed.engines import Engine, InProcess, Processes, Ray
+from lightning_fed.engines import ENGINES, Engine, InProcess, Processes, made
 from lightning_fed.environment import alone, defaults_from_environment, taken_from_environment
 from lightning_fed.errors import FederationError
 from lightning_fed.federation import Federation
-from lightning_fed.owners import Owners
 from lightning_fed.roles import Roles
 from lightning_fed.rounds import quiet_flower
 from lightning_fed.seeding import run_seed, seed_for, seeded
 from lightning_fed.server import RoundLoader, ServerDataView, ServerView
+from lightning_fed.server_trainer import ServerTrainer
 from lightning_fed.tracebacks import shorten
 from lightning_fed.views import laid_over
 from lightning_fed.wording import speaking_of_rounds
-
-ENGINES: dict[str, type[Engine]] = {"in_process": InProcess, "processes": Processes, "ray": Ray}
 
 
 @dataclass
@@ -53,7 +49,7 @@ class _Task:
     side: ClientSide
 
 
-class FederatedTrainer(Trainer):
+class FederatedTrainer(ServerTrainer):
     """A Lightning Trainer whose epochs are federated rounds: the same LightningModule, trained by many clients.
 
     Callbacks, loggers, checkpoints, ``max_time`` and validation act at the server, per round; gradient clipping,
@@ -86,9 +82,6 @@ class FederatedTrainer(Trainer):
         ConfigurationError: If arguments contradict each other or have no meaning in a federation; all faults together.
     """
 
-    callbacks: list[Callback]
-    seems_automatic = False  # the server steps by hand; while a callback must not know, it is true
-
     @defaults_from_environment
     def __init__(
         self,
@@ -113,8 +106,6 @@ class FederatedTrainer(Trainer):
         own, local = checks.listed(callbacks), checks.listed(client_callbacks)
         if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
             own.append(RichRoundBar() if is_terminal() else RoundPrinter())
-        federated = [callback for callback in own if isinstance(callback, FederatedCallback)]
-        dev_run = int(kwargs.get("fast_dev_run") or 0)
         numbers = {
             "max_rounds": max_rounds,
             "num_clients": num_clients,
@@ -125,30 +116,25 @@ class FederatedTrainer(Trainer):
         }
         arguments.refuse(
             arguments.refusals(kwargs),
-            checks.callback_faults("callbacks", own),
-            checks.callback_faults("client_callbacks", local),
-            placement.misplaced(*([c for c in some if isinstance(c, Callback)] for some in (own, local))),
-            arguments.faults(numbers, endless=bool(kwargs.get("max_time") or dev_run)),
-            owners.faults(federated, num_clients),
+            arguments.callback_faults(own, local, num_clients),
+            arguments.faults(numbers, endless=bool(kwargs.get("max_time") or kwargs.get("fast_dev_run"))),
             checks.number_faults({"seed": seed}),
             checks.time_faults("timeout", timeout),
             checks.switch_faults({"compile_clients": compile_clients, "local_validation": local_validation}),
             arguments.engine_faults(engine, ENGINES, numbers),
-            arguments.vectorize_faults(
-                vectorize_clients, compile_clients is True, engine == "ray" or isinstance(engine, Ray)
-            ),
+            arguments.vectorize_faults(vectorize_clients, compile_clients is True, engine),
             arguments.choice_faults("client_state", client_state, get_args(ClientState)),
         )
         max_rounds, num_clients, local_epochs, local_steps, num_workers, clients_per_device = (
             None if number is None else int(number) for number in numbers.values()
         )
-        devices = kwargs.get("devices", "auto")
+        dev_run, devices = int(kwargs.get("fast_dev_run") or 0), kwargs.get("devices", "auto")
         cuda = arguments.cuda_devices(kwargs.get("accelerator", "auto"), devices)
         client_kwargs = arguments.split(kwargs, cuda, local_epochs or 1)
         if dev_run:
             local_epochs, local_steps = 1, None
             client_kwargs |= {"limit_train_batches": dev_run, "limit_val_batches": dev_run}
-        self.engine = _engine(engine, cuda, num_workers, clients_per_device or 1)
+        self.engine = made(engine, cuda, num_workers, clients_per_device or 1)
         if cuda and self.engine.shows_one_device:
             client_kwargs["devices"] = [0]
         elif isinstance(self.engine, InProcess) and len(cuda) > 1 and devices != "auto":
@@ -168,14 +154,7 @@ class FederatedTrainer(Trainer):
         )
         self._roles = Roles(own, self.local_options, num_clients)
         self.federation = Federation(self.owners, self.seed, timeout, 2 if dev_run else None, self.engine.name)
-        every = kwargs.get("log_every_n_steps")
-        if every != 0:  # for no logging of training
-            kwargs["log_every_n_steps"] = 1
-        if every and every > 1:
-            rank_zero_info(
-                f"log_every_n_steps={every} counts a client's steps, which are not logged one by one: the server logs"
-                " every round."
-            )
+        kwargs["log_every_n_steps"] = arguments.log_every(kwargs.get("log_every_n_steps"))
         # In kwargs, so that LightningCLI knows max_epochs, too, and refusals() can say what to write instead.
         kwargs["max_epochs"] = -1 if max_rounds is None else max_rounds
         with taken_from_environment(type(self)), speaking_of_rounds(clients_validate=False):
@@ -185,51 +164,6 @@ class FederatedTrainer(Trainer):
             self.fit_loop.max_epochs, self.fit_loop.epoch_loop.max_steps = dev_run, -1
         if getattr(self.precision_plugin, "scaler", None) is not None:
             self.precision_plugin.scaler = None  # type: ignore[attr-defined]  # the server has no gradients to scale
-
-    @property
-    def owners(self) -> Owners:
-        """Who decides what in the run."""
-        return self._roles.owners
-
-    @property
-    def current_round(self) -> int:
-        """The round that runs, or that would run next, from 1."""
-        return self.current_epoch + 1
-
-    @property
-    def global_step(self) -> int:
-        """How many times the server has taken new weights over. Also after ``fit``, when the view is off."""
-        return self.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed
-
-    @property
-    def clients_validate(self) -> bool:
-        """Whether the round's validation is the clients': they evaluated, and the server has nothing to validate on."""
-        batches = self.num_val_batches
-        at_server = sum(batches) if isinstance(batches, list) else batches
-        return not at_server and any(name.startswith(CLIENT_METRICS) for name in self.round_metrics)
-
-    @property
-    def learning_rates(self) -> frozenset[str]:
-        """Which of the last round's metrics are clients' learning rates, for a ``LearningRateMonitor``."""
-        return self.federation.rates
-
-    @property
-    def round_metrics(self) -> dict[str, float]:
-        """What the clients of the last round gave, by the names that it is logged under."""
-        return self.federation.metrics
-
-    def run_round(self) -> None:
-        """One round; called by the server view of the module."""
-        self.federation.run_round(self)
-
-    def take_over_weights(self) -> None:
-        """The server optimizer's step; called by the server view of the module."""
-        self.federation.take_over()
-
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As ``Trainer.save_checkpoint``; in the middle of a round it saves what the round began with."""
-        with self.federation.saving():
-            super().save_checkpoint(*args, **kwargs)
 
     def fit(
         self,
@@ -316,15 +250,6 @@ class FederatedTrainer(Trainer):
             self.callbacks = [c for c in self.callbacks if not placement.takes_over(c)]  # the Tuner leaves them there
         arguments.refuse(faults)
 
-    def place_callbacks(self, given: Sequence[Callback]) -> list[Callback]:
-        """Which of the module's own callbacks are for the server; called by the server view of the module."""
-        return self._roles.place(given)
-
-    def take_up_callbacks(self) -> None:
-        """Called by the federation when the module's own callbacks have joined the list."""
-        self._roles.begin(self.callbacks)
-        self.federation.owners = self.owners
-
     def _server_app(self, task: _Task, ckpt_path: Any, weights_only: bool | None) -> ServerApp:
         app = ServerApp()
 
@@ -354,11 +279,3 @@ class FederatedTrainer(Trainer):
             stack.enter_context(self._roles.views)
             self.federation.begin(grid, task.deal, task.side)
             super().fit(task.module, ckpt_path=ckpt_path, **loaders)
-
-
-def _engine(engine: str | Engine, cuda: list[int], num_workers: int | None, clients_per_device: int) -> Engine:
-    if engine == "processes":
-        return Processes(num_workers or len(cuda) * clients_per_device or None, devices=cuda)
-    if engine == "ray":
-        return Ray(num_workers, {"num_gpus": 1 / clients_per_device} if cuda else None)
-    return ENGINES[engine]() if isinstance(engine, str) else engine

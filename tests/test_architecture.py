@@ -59,6 +59,7 @@ LEVELS = [
     ["engines", "environment", "owners", "placement", "rounds", "server", "server_callbacks"],
     ["arguments", "deal"],
     ["federation", "roles"],
+    ["server_trainer"],
     ["trainer"],
     ["", "testing"],
 ]

@@ -1,0 +1,82 @@
+"""A Trainer as the server's views, its federation and its callbacks need it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from lightning_fed.callbacks.base import CLIENT_METRICS
+from lightning_fed.federation import Federation
+from lightning_fed.owners import Owners
+from lightning_fed.roles import Roles
+
+
+class ServerTrainer(Trainer):
+    """What the server's fit asks its trainer for, beyond Lightning.
+
+    Attributes:
+        federation: What one fit holds together.
+        seems_automatic: Whether the server seems to optimize automatically. It steps by hand; while a callback must not
+            know, this is true.
+    """
+
+    callbacks: list[Callback]
+    federation: Federation
+    seems_automatic = False
+    _roles: Roles
+
+    @property
+    def owners(self) -> Owners:
+        """Who decides what in the run."""
+        return self._roles.owners
+
+    @property
+    def current_round(self) -> int:
+        """The round that runs, or that would run next, from 1."""
+        return self.current_epoch + 1
+
+    @property
+    def global_step(self) -> int:
+        """How many times the server has taken new weights over. Also after ``fit``, when the view is off."""
+        return self.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed
+
+    @property
+    def clients_validate(self) -> bool:
+        """Whether the round's validation is the clients': they evaluated, and the server has nothing to validate on."""
+        batches = self.num_val_batches
+        at_server = sum(batches) if isinstance(batches, list) else batches
+        return not at_server and any(name.startswith(CLIENT_METRICS) for name in self.round_metrics)
+
+    @property
+    def learning_rates(self) -> frozenset[str]:
+        """Which of the last round's metrics are clients' learning rates, for a ``LearningRateMonitor``."""
+        return self.federation.rates
+
+    @property
+    def round_metrics(self) -> dict[str, float]:
+        """What the clients of the last round gave, by the names that it is logged under."""
+        return self.federation.metrics
+
+    def run_round(self) -> None:
+        """One round; called by the server view of the module."""
+        self.federation.run_round(self)
+
+    def take_over_weights(self) -> None:
+        """The server optimizer's step; called by the server view of the module."""
+        self.federation.take_over()
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As ``Trainer.save_checkpoint``; in the middle of a round it saves what the round began with."""
+        with self.federation.saving():
+            super().save_checkpoint(*args, **kwargs)
+
+    def place_callbacks(self, given: Sequence[Callback]) -> list[Callback]:
+        """Which of the module's own callbacks are for the server; called by the server view of the module."""
+        return self._roles.place(given)
+
+    def take_up_callbacks(self) -> None:
+        """Called by the federation when the module's own callbacks have joined the list."""
+        self._roles.begin(self.callbacks)
+        self.federation.owners = self.owners
