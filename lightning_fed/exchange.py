@@ -96,6 +96,15 @@ class Exchange:
         for client in sorted(waiting.values()):
             self._failed(self._error(client, f"did not reply within {self.terms.timeout:g} s."))
 
+    def names(self, which: Callable[[metrics.MetricState], bool]) -> frozenset[str]:
+        """The names of those of the clients' states of which something holds."""
+        return frozenset(state.name for _, states in self.states for state in states if which(state))
+
+    @property
+    def unlogged(self) -> frozenset[str]:
+        """The names that no client wants to have logged."""
+        return self.names(lambda state: not state.logged) - self.names(lambda state: state.logged)
+
     def require_enough(self) -> None:
         """Raises:
         RoundError: If there are fewer good replies than the owner of failures asks for.

@@ -51,6 +51,7 @@ class Federation(Callback):
         self.engine = engine
         self.metrics: dict[str, float] = {}
         self.rates: frozenset[str] = frozenset()
+        self.unlogged: frozenset[str] = frozenset()
         self._grid: Grid | None = None
         self._deal: Deal | None = None
         self._side: ClientSide | None = None
@@ -137,7 +138,8 @@ class Federation(Callback):
         except BaseException:
             weights.load(self._module, before)
             raise
-        self._new, self.metrics, self.rates = result.weights, result.metrics, result.rates
+        self._new, self.metrics = result.weights, result.metrics
+        self.rates, self.unlogged = result.rates, result.unlogged
         # What the server draws from here on (its validation) depends on the round alone, also after a restart.
         seed_all(seed_for(self.seed, "server", round=round))
 

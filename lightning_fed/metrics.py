@@ -47,6 +47,7 @@ class MetricState:
         attribute: Where the metric sits in the module, such as ``"val_f1"``; empty for scalars.
         updates: How many times the metric was updated.
         own: The client's own value of a metric, if it is one number; it travels among the client's numbers.
+        logged: Whether it goes to loggers, as the user logged it.
     """
 
     name: str
@@ -55,6 +56,7 @@ class MetricState:
     attribute: str = ""
     updates: int = 0
     own: float | None = None
+    logged: bool = True
 
 
 def catch(trainer: Trainer, module: LightningModule, computed: Iterable[str] = ()) -> list[MetricState]:

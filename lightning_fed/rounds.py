@@ -45,11 +45,19 @@ from lightning_fed.weights import Weights, check_update
 
 @dataclass
 class RoundResult:
-    """What a round gave: the new weights, the numbers to log by name, and which of these are learning rates."""
+    """What a round gave.
+
+    Attributes:
+        weights: The new weights.
+        metrics: Numbers by name.
+        rates: Which of these are learning rates.
+        unlogged: Which of these go to no logger.
+    """
 
     weights: Weights
     metrics: dict[str, float]
     rates: frozenset[str] = frozenset()
+    unlogged: frozenset[str] = frozenset()
 
 
 class Rounds:
@@ -107,13 +115,13 @@ class Rounds:
             trained = self._stage("train", round, weights)
             if trained is None:
                 raise RoundError(f"Round {round}: no client was chosen to train.", round=round, stage="train")
-            logged = trained.metrics
-            if evaluate:
-                evaluated = self._stage("evaluate", round, trained.weights)
-                if evaluated is not None:
-                    logged.update({f"{CLIENT_METRICS}{name}": v for name, v in evaluated.metrics.items()})
+            evaluated = self._stage("evaluate", round, trained.weights) if evaluate else None
+        logged, unlogged = trained.metrics, trained.unlogged
+        if evaluated is not None:
+            logged.update({f"{CLIENT_METRICS}{name}": v for name, v in evaluated.metrics.items()})
+            unlogged |= {f"{CLIENT_METRICS}{name}" for name in evaluated.unlogged}
         self._tell("on_round_end", round, logged)
-        return RoundResult(trained.weights, logged, trained.rates)
+        return RoundResult(trained.weights, logged, trained.rates, unlogged)
 
     def _stage(self, stage: Stage, round: int, weights: Weights) -> RoundResult | None:
         cohort = self.cohorts.sample(stage, round, self.roster.num_clients, self.seed)[: self.max_clients]
@@ -135,10 +143,10 @@ class Rounds:
         self._say(_AVERAGED, set(merged.averaged) - set(own))
         self._say(_LEFT_OUT, set(merged.left_out) - set(own))
         logged = {**extra, **merged.values, **own}
+        told = exchange.names(lambda state: state.attribute == metrics.RATE), exchange.unlogged
         if stage == "evaluate":
-            return RoundResult({}, logged)
-        rates = frozenset(s.name for _, states in exchange.states for s in states if s.attribute == metrics.RATE)
-        return RoundResult(self._new_weights(round, weights, averaged, exchange.integers.value()), logged, rates)
+            return RoundResult({}, logged, *told)
+        return RoundResult(self._new_weights(round, weights, averaged, exchange.integers.value()), logged, *told)
 
     def _aggregate(self, exchange: Exchange, replies: Iterator[Message]) -> tuple[ArrayRecord | None, dict[str, float]]:
         stage, round = exchange.stage, exchange.round

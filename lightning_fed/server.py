@@ -30,6 +30,8 @@ class RoundRunner(Protocol):
 
     @property
     def round_metrics(self) -> dict[str, float]: ...
+    @property
+    def unlogged(self) -> frozenset[str]: ...
 
 
 _NO_BATCH = (
@@ -146,7 +148,10 @@ class ServerView(View):
         # Only what is logged on_step is there to monitor in every hook of its own round.
         # Names of clients with several validation loaders carry dataloader_idx, which Lightning would add itself.
         when = {"on_step": True, "on_epoch": False, "prog_bar": True, "batch_size": 1, "add_dataloader_idx": False}
-        self.log_dict(self.trainer.round_metrics, **when)  # type: ignore[attr-defined]
+        unlogged = self.trainer.unlogged
+        for logger in (True, False):
+            some = {name: v for name, v in self.trainer.round_metrics.items() if (name not in unlogged) is logger}
+            self.log_dict(some, logger=logger, **when)  # type: ignore[attr-defined]
         return RoundOutputs({name: torch.tensor(value) for name, value in self.trainer.round_metrics.items()})
 
 

@@ -55,6 +55,11 @@ class ServerTrainer(Trainer):
         return self.federation.rates
 
     @property
+    def unlogged(self) -> frozenset[str]:
+        """Which of the last round's metrics go to no logger."""
+        return self.federation.unlogged
+
+    @property
     def round_metrics(self) -> dict[str, float]:
         """What the clients of the last round gave, by the names that it is logged under."""
         return self.federation.metrics

@@ -39,7 +39,7 @@ LEVELS = [
     [
         *("weights", "metrics", "data", "tensor_array", "client", "client.isolation", "client.fit_state"),
         *("client.heap", "client.lean_loop", "client.local_update", "client.logged", "client.stack_cost"),
-        "client.streams",
+        *("client.streams", "client.loggers"),
     ],
     ["messages", "client.examples", "client.local_trainer", "client.stack"],
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from torch import Tensor
 
 from lightning_fed.client.local_trainer import how_logged
+from lightning_fed.client.loggers import kept_from_loggers
 from lightning_fed.client.streams import NotStackable
 from lightning_fed.metrics import Accumulated, MetricState, catch_each
 
@@ -72,9 +73,10 @@ class StackedLog:
 
     def end_epoch(self) -> list[list[MetricState]]:
         """What each client logged in the epoch, which is over."""
+        kept = kept_from_loggers(self._results.values())
         caught = catch_each(self._results.values(), self._clients)
         self._results = {}
-        return caught
+        return [[replace(state, logged=state.name not in kept) for state in states] for states in caught]
 
     def _whole(self, logged: Sequence[Logged], i: int) -> tuple[Tensor, Tensor]:
         """The values and batch sizes of all clients, from those of some and others."""
