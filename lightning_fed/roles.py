@@ -34,10 +34,15 @@ class Roles:
         self._options, self._num_clients = options, num_clients
         self._for_clients = list(options.callbacks)
         self._of_module: list[Callback] = []
+        self._moved: list[Callback] = []
         self._federated: list[FederatedCallback] | None = None
         self.owners: owners.Owners
         self.views = ExitStack()
         self.take_up(callbacks)
+
+    def without_moved(self, callbacks: Sequence[Callback]) -> list[Callback]:
+        """The list before a fit: without what an earlier one added to it for the clients of another module."""
+        return [callback for callback in callbacks if callback not in self._moved]
 
     def misplaced(self, callbacks: Sequence[Callback]) -> list[str]:
         """A sentence for each callback that came to the list since and cannot do its work there."""
@@ -84,5 +89,5 @@ class Roles:
         moved = [callback for callback in given if placement.acts_on_clients(callback)]
         # As in Lightning, they take the place of the user's of their kind.
         kept = [c for c in self._for_clients if not any(isinstance(one, type(c)) for one in moved)]
-        self._options.callbacks = [*kept, *moved]
+        self._options.callbacks, self._moved = [*kept, *moved], moved
         return moved

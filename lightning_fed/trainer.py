@@ -231,7 +231,7 @@ class FederatedTrainer(ServerTrainer):
     def _task(self, model: Any, train: Any, val: Any, datamodule: LightningDataModule | None) -> _Task:
         module = from_compiled(model) if isinstance(model, OptimizedModule) else model
         arguments.refuse(checks.fit_faults(module, train, datamodule))
-        self._refuse_misplaced()
+        self._look_at_callbacks()
         self._roles.take_up(self.callbacks)
         if isinstance(train, LightningDataModule):
             train, datamodule = None, train
@@ -243,8 +243,9 @@ class FederatedTrainer(ServerTrainer):
             side.together = Together(self._vectorize, CompiledStep() if self._compile else None, workers)
         return _Task(module, datamodule, val, deal, side)
 
-    def _refuse_misplaced(self) -> None:
+    def _look_at_callbacks(self) -> None:
         """Looks at what came to the list of callbacks since it was made: appended, or by the Tuner."""
+        self.callbacks = self._roles.without_moved(self.callbacks)
         faults = self._roles.misplaced(self.callbacks)
         if faults:
             self.callbacks = [c for c in self.callbacks if not placement.takes_over(c)]  # the Tuner leaves them there

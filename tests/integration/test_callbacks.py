@@ -309,6 +309,17 @@ def test_a_second_fit_places_the_modules_callbacks_anew():
     assert len(callback.notes) == 2 * first
 
 
+def test_a_modules_callbacks_do_not_act_on_the_next_module():
+    callback, trainer = OnBatches(), federated(rounds=1)
+    trainer.fit(toy(callback, cls=Zeroed), loader(), loader(8))
+    first = len(callback.notes)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(toy(), loader(), loader(8))
+    assert len(callback.notes) == first
+    assert callback not in trainer.callbacks
+    assert trainer.global_step == 2
+
+
 # ------------------------------------------------------------------------------------------------- federated ones
 
 
