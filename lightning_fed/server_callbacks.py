@@ -38,10 +38,12 @@ class MonitorsClients(View):
     """A ``LearningRateMonitor``: the rates are those that clients report, and are logged with their metrics."""
 
     lrs: dict[str, list[float]]
+    last_momentum_values: dict[str, float]
+    last_weight_decay_values: dict[str, float]
 
     def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         super().on_train_start(trainer, *args, **kwargs)  # type: ignore[misc]
-        self.lrs = {}
+        self.lrs, self.last_momentum_values, self.last_weight_decay_values = {}, {}, {}
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -50,8 +52,13 @@ class MonitorsClients(View):
         pass
 
     def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        for name, value in trainer.round_metrics.items():
-            if name in trainer.learning_rates:
+        names = trainer.learning_rates
+        for name in names:
+            value, (of, _, what) = trainer.round_metrics[name], name.rpartition("-")
+            if of in names and what in ("momentum", "weight_decay"):
+                last = self.last_momentum_values if what == "momentum" else self.last_weight_decay_values
+                last[name] = value
+            else:
                 self.lrs.setdefault(name, []).append(value)
 
 

@@ -482,14 +482,16 @@ def test_learning_rate_monitor_logs_the_clients_rates(tmp_path, engine):
 @pytest.mark.filterwarnings("ignore:You have set log_momentum=True")
 def test_learning_rates_have_lightnings_names(cls, options, tmp_path):
     expected = plain_names(toy(cls=cls), tmp_path, **options)
-    history = History()
-    trainer = federated(LearningRateMonitor(**options), history, rounds=1, logger=CSVLogger(tmp_path))
+    history, monitor = History(), LearningRateMonitor(**options)
+    trainer = federated(monitor, history, rounds=1, logger=CSVLogger(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", ".*(does not have many|num_workers|have no `val|log_momentum|LeafSpec).*")
         trainer.fit(toy(cls=cls), loader())
     assert {name for name in history.names if name.startswith(("lr-", "mine"))} == expected
-    assert expected
+    assert {*monitor.lrs, *monitor.last_momentum_values, *monitor.last_weight_decay_values} == expected
+    assert bool(monitor.last_momentum_values) is bool(monitor.last_weight_decay_values) is bool(options)
+    assert not any(name.endswith(("-momentum", "-weight_decay")) for name in monitor.lrs)
 
 
 def test_learning_rates_of_clients_that_are_trained_as_one(tmp_path):
