@@ -1,4 +1,4 @@
-"""Defaults from the environment, as Lightning's ``PL_TRAINER_*``; and one fit at a time in a process."""
+"""Defaults from the environment, as Lightning's ``PL_TRAINER_*``."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ import ast
 import functools
 import inspect
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
 
-from lightning_fed.errors import ConfigurationError
-
 Init = TypeVar("Init", bound=Callable[..., None])
-
-# Seeds, signal handlers and Flower's identity of who sends are the process's, not a thread's.
-_RUNNING = threading.RLock()
 
 
 def given_in_environment(cls: type) -> dict[str, Any]:
@@ -59,22 +53,3 @@ def taken_from_environment(cls: type) -> Iterator[None]:
 
 def _prefix(cls: type) -> str:
     return f"PL_{cls.__name__.upper()}_"
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """The time of a fit.
-
-    Raises:
-        ConfigurationError: If another thread of this process is in a fit.
-    """
-    if not _RUNNING.acquire(blocking=False):
-        raise ConfigurationError(
-            "Another FederatedTrainer is fitting in another thread of this process. Random states, signal handlers and"
-            " Flower's identity are the process's, so the two would disturb each other: fit one after the other, or"
-            " each in a process of its own."
-        )
-    try:
-        yield
-    finally:
-        _RUNNING.release()

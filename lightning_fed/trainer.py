@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch._dynamo import OptimizedModule
 
 from lightning_fed import arguments, checks, placement
+from lightning_fed.alone import alone
 from lightning_fed.callbacks import RichRoundBar, RoundPrinter
 from lightning_fed.callbacks.progress import is_terminal
 from lightning_fed.client.app import ClientSide, build_client_app
@@ -25,7 +26,7 @@ from lightning_fed.client.together import Together
 from lightning_fed.data import gathering
 from lightning_fed.deal import Deal
 from lightning_fed.engines import ENGINES, Engine, InProcess, Processes, made
-from lightning_fed.environment import alone, defaults_from_environment, taken_from_environment
+from lightning_fed.environment import defaults_from_environment, taken_from_environment
 from lightning_fed.errors import FederationError
 from lightning_fed.federation import Federation
 from lightning_fed.roles import Roles

@@ -34,14 +34,18 @@ def speaking_of_rounds(clients_validate: bool) -> Iterator[None]:
     logger, noise = rank_zero_module.log, list(_NOISE)
     if clients_validate:
         noise.append("You defined a `validation_step` but have no `val_dataloader`")
-    logger.addFilter(_reword)
+
+    def reword(record: logging.LogRecord) -> bool:  # one of this block, for blocks may lie in one another
+        return _reword(record)
+
+    logger.addFilter(reword)
     try:
         with warnings.catch_warnings():
             for message in noise:
                 warnings.filterwarnings("ignore", f".*{message}.*")
             yield
     finally:
-        logger.removeFilter(_reword)
+        logger.removeFilter(reword)
 
 
 def _reword(record: logging.LogRecord) -> bool:

@@ -56,7 +56,7 @@ LEVELS = [
     ["engines.remote"],
     ["engines.pool"],
     ["engines.*", "callbacks"],
-    ["engines", "environment", "owners", "placement", "rounds", "server", "server_callbacks"],
+    ["alone", "engines", "environment", "owners", "placement", "rounds", "server", "server_callbacks"],
     ["arguments", "deal"],
     ["federation", "roles"],
     ["server_trainer"],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_module
 from torch.utils.data import DataLoader
@@ -67,6 +67,15 @@ def test_lightning_speaks_of_epochs_again_afterwards(said):
     plain = L.Trainer(max_epochs=1, **QUIET)
     plain.fit(ToyModule(), DataLoader(toy_data(64), batch_size=8))
     assert "`Trainer.fit` stopped: `max_epochs=1` reached." in said
+
+
+def test_a_trainer_made_within_a_fit_takes_no_words_away(said):
+    class Makes(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            FederatedTrainer(max_rounds=1, num_clients=1, **QUIET)
+
+    fit(Makes())
+    assert "`FederatedTrainer.fit` stopped: `max_rounds=2` reached." in said
 
 
 @pytest.mark.parametrize("every", [50, 2, 1, None])
