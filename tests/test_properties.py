@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from flwr_datasets.partitioner import DirichletPartitioner
-from hypothesis import assume, given, settings
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_fed.callbacks import FaultTolerance, PartialParticipation, Partition
+from lightning_fed.errors import ConfigurationError
 from lightning_fed.plain import from_plain, to_plain
 from lightning_fed.seeding import seed_for
 from lightning_fed.weights import RunningMean
@@ -82,7 +83,7 @@ def test_integer_mean_is_a_nearest_integer_and_lies_among_the_clients(updates):
         assert abs(value * total - exact) <= total * (0.5 + 1e-9 + spread * 1e-15)
 
 
-@given(st.lists(st.integers(-(2**62), 2**62), min_size=1, max_size=4), st.lists(SIZES, min_size=1, max_size=6))
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=4), st.lists(SIZES, min_size=1, max_size=6))
 def test_mean_of_equal_clients_is_what_they_sent(values, sizes):
     assert mean([(n, values) for n in sizes], torch.int64).tolist() == values
     floats = torch.tensor(values, dtype=torch.float64).div(3)
@@ -118,12 +119,25 @@ def assert_dealt(partition: Partition, size: int, fraction: float) -> None:
 FRACTIONS = st.floats(0, 0.99)
 
 
+def prepared(build, fraction: float, labels: list[int], seed: int) -> Partition:
+    """A partition that is dealt out; where it is refused, nobody has an example to hold out."""
+    whole, partition = Partition(build()), Partition(build(), val_fraction=fraction)
+    loader = DataLoader(Labelled(labels))
+    whole.prepare(loader, seed)
+    parts = [len(whole.indices(client)) for client in range(whole.num_clients)]
+    if fraction and all(size < 2 or int(fraction * size + 0.5) == 0 for size in parts):
+        with pytest.raises(ConfigurationError, match="holds nothing out"):
+            partition.prepare(loader, seed)
+        reject()
+    partition.prepare(loader, seed)
+    return partition
+
+
 @settings(max_examples=25)
 @given(st.integers(1, 60), st.integers(1, 12), FRACTIONS, st.integers(0, 2**32 - 1))
 def test_iid_partition_is_disjoint_complete_and_even(size, num_clients, fraction, seed):
     assume(num_clients <= size)
-    partition = Partition(num_clients, val_fraction=fraction)
-    partition.prepare(DataLoader(Labelled([0] * size)), seed)
+    partition = prepared(lambda: num_clients, fraction, [0] * size, seed)
     assert_dealt(partition, size, fraction)
     sizes = [len(partition.indices(client)) for client in range(num_clients)]
     assert max(sizes) - min(sizes) <= 1
@@ -138,9 +152,10 @@ def test_iid_partition_is_disjoint_complete_and_even(size, num_clients, fraction
     st.integers(0, 2**32 - 1),
 )
 def test_dirichlet_partition_is_disjoint_and_complete(labels, num_clients, alpha, fraction, seed):
-    partitioner = DirichletPartitioner(num_clients, "label", alpha=alpha, min_partition_size=0, seed=seed)
-    partition = Partition(partitioner, val_fraction=fraction)
-    partition.prepare(DataLoader(Labelled(labels)), seed)
+    def build():
+        return DirichletPartitioner(num_clients, "label", alpha=alpha, min_partition_size=0, seed=seed)
+
+    partition = prepared(build, fraction, labels, seed)
     assert_dealt(partition, len(labels), fraction)
 
 
