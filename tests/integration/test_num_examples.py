@@ -367,6 +367,14 @@ def test_a_clients_evaluation_over_any_loaders_has_its_metrics(name):
     assert any(key.startswith("clients/val_loss") for key in seen.names)
 
 
+def test_a_datamodule_without_a_validation_loader_leaves_its_client_out_of_the_evaluation():
+    class Site(LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(DATA, 50)
+
+    assert counted(Site(), (DataLoader(DATA, 50), DataLoader(toy_data(12), 6)), stage="evaluate") == [12]
+
+
 def test_a_limit_of_validation_batches_counts_in_the_evaluation():
     val = [DataLoader(toy_data(20), 8), stream(30, lambda i: DATA[i])]
     assert counted((DataLoader(DATA, 8), val[0]), (DataLoader(DATA, 8), val[1]), fast_dev_run=2) == [16, 16]
