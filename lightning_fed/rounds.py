@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -133,10 +133,11 @@ class Rounds:
             if not sent:
                 return None
             self._tell("on_round_start", round, stage, exchange.cohort)
-            replies = exchange.replies(self.grid.send_and_receive(sent, timeout=self.timeout))
-            averaged, extra = self._aggregate(exchange, replies)
-        for _ in replies:  # a strategy that stopped reading must not hide a failure
-            pass
+            with _closed(self.grid.send_and_receive(sent, timeout=self.timeout)) as received:
+                replies = exchange.replies(received)
+                averaged, extra = self._aggregate(exchange, replies)
+                for _ in replies:  # a strategy that stopped reading must not hide a failure
+                    pass
         exchange.require_enough()
         merged = metrics.merge(exchange.states, self.module)
         own = own_metrics(self.strategy, stage, extra, exchange.reported)
@@ -209,6 +210,16 @@ _LEFT_OUT = "The logged {} is not a single number on any client: it is not logge
 
 def _name(strategy: Strategy) -> str:
     return str(getattr(strategy, "name", type(strategy).__name__))
+
+
+@contextmanager
+def _closed(received: Iterable[Message]) -> Iterator[Iterable[Message]]:
+    """Closes what an engine gives after the block: its workers must not wait for the garbage collector."""
+    try:
+        yield received
+    finally:
+        if isinstance(received, Generator):
+            received.close()
 
 
 @contextmanager

@@ -137,6 +137,12 @@ def _is_finite(tensor: Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
+def _is_finite_where(tensor: Tensor, reference: Tensor) -> bool:
+    """Whether a tensor is finite wherever the global one is: masks of -Inf, and what is NaN until it is set, are not."""
+    tensor, reference = (one.double() if one.element_size() == 1 else one for one in (tensor, reference))
+    return not bool((torch.isfinite(reference.to(tensor.device)) & ~torch.isfinite(tensor)).any())
+
+
 def check_reply(
     averaged: Mapping[str, Tensor], integers: Mapping[str, Tensor], reference: Mapping[str, Tensor]
 ) -> None:
@@ -174,8 +180,8 @@ def check_update(update: Mapping[str, Tensor], reference: Mapping[str, Tensor]) 
     """Checks a client's weights against the global ones.
 
     Raises:
-        InvalidUpdateError: If a name is missing or unknown, a shape or kind of dtype differs, or a value is NaN or Inf;
-            it names the first such tensor.
+        InvalidUpdateError: If a name is missing or unknown, a shape or kind of dtype differs, or a value is NaN or Inf
+            where the global one is neither; it names the first such tensor.
     """
     for name in reference:
         if name not in update:
@@ -198,7 +204,7 @@ def check_update(update: Mapping[str, Tensor], reference: Mapping[str, Tensor]) 
                 " may differ in width; integer and bool ones keep their dtype.",
                 tensor=name,
             )
-        if not _is_finite(tensor):
+        if not _is_finite(tensor) and not _is_finite_where(tensor, reference[name]):
             raise InvalidUpdateError(
                 f"sent {name!r} with NaN or Inf in it. A smaller learning rate or `gradient_clip_val=` keeps local"
                 " training finite; `FaultTolerance(min_results=...)` goes on without such clients.",
@@ -224,6 +230,7 @@ class RunningMean:
         self._mean: Weights = {}
         self._dtype: dict[str, torch.dtype] = {}
         self._origin: Weights = {}
+        self._infinite: set[str] = set()
 
     def add(self, weights: Mapping[str, Tensor], coefficient: float) -> None:
         """Takes one client's ``weights`` in with the averaging ``coefficient`` (> 0), such as its ``num_examples``."""
@@ -236,11 +243,17 @@ class RunningMean:
                 # float64 holds no integer beyond 2**53: what is averaged is the distance from the first client's.
                 whole = _whole(tensor)
                 tensor = _distance(whole, self._origin.setdefault(name, whole))
-            if name in self._mean:
+            if name in self._infinite:
+                mean = self._mean[name]  # of equal infinities the mean is that infinity, and not NaN
+                tensor = tensor.to(mean.dtype)
+                mean.copy_(torch.where(tensor == mean, mean, mean + (tensor - mean) * (coefficient / self.total)))
+            elif name in self._mean:
                 _move(self._mean[name], tensor, coefficient / self.total)
             else:
                 wide = torch.complex128 if tensor.is_complex() else torch.float64
                 self._mean[name] = tensor.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+                if not _is_finite(tensor):
+                    self._infinite.add(name)
 
     def value(self) -> Weights:
         """The mean, each tensor in the dtype of the first client's; integers and bools rounded, halves up."""

@@ -1,5 +1,7 @@
 """Weights: every dtype is kept, every fault names its tensor, one mean whatever the number of clients."""
 
+import math
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -470,3 +472,20 @@ def test_value_given_out_is_not_changed_by_later_clients():
 def test_coefficient_that_is_not_positive_is_refused(coefficient):
     with pytest.raises(ValueError, match="greater than zero"):
         RunningMean().add({"w": torch.zeros(1)}, coefficient)
+
+
+def test_what_is_not_finite_in_the_global_weights_need_not_be_in_a_client_s():
+    mask = torch.tensor([0.0, -math.inf, math.nan])
+    check_update({"mask": mask.clone()}, {"mask": mask})
+    check_update({"mask": torch.zeros(3)}, {"mask": mask})
+    with pytest.raises(InvalidUpdateError, match="sent 'mask' with NaN or Inf in it"):
+        check_update({"mask": mask.flip(0)}, {"mask": mask})
+
+
+def test_mean_of_equal_infinities_is_that_infinity():
+    mean = RunningMean()
+    for value, coefficient in ((1.0, 1), (4.0, 2)):
+        mean.add({"mask": torch.tensor([value, -math.inf, math.inf, math.nan])}, coefficient)
+    torch.testing.assert_close(
+        mean.value()["mask"], torch.tensor([3.0, -math.inf, math.inf, math.nan]), rtol=0, atol=0, equal_nan=True
+    )
