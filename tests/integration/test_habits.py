@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData, History, Partition
@@ -82,3 +82,51 @@ def test_a_generator_that_is_a_variable_of_a_file_is_seeded_too() -> None:
         return DrawsAtModuleLevel()
 
     same(run(build(), shared_loader(), InProcess()), run(build(), shared_loader(), Processes(3)))
+
+
+def _later(habit: str) -> type[Habitual]:
+    """A module whose habit begins only after the trial: in the second round, and not with the first batch."""
+
+    class Later(Habitual):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            habits = self.habits
+            self.__dict__["habits"] = habits if self.trainer.current_round > 1 and batch_idx > 0 else ()
+            try:
+                return super().training_step(batch, batch_idx)
+            finally:
+                self.__dict__["habits"] = habits
+
+    return Later
+
+
+@pytest.mark.parametrize("when", [lambda habit: Habitual, _later], ids=["from the start", "later"])
+@pytest.mark.parametrize("habit", MODULE_HABITS)
+def test_clients_trained_as_one_get_what_each_gets_alone(habit: str, when: Any) -> None:
+    """Within the rounding of stacked products; where that could not be they train one after the other."""
+    ends = []
+    for vectorize in (False, 3):
+        torch.manual_seed(0)
+        made = when(habit)([habit]).double()
+        data = DataLoader(TensorDataset(toy_data(48).tensors[0].double(), toy_data(48).tensors[1]), 8, shuffle=True)
+        history = History()
+        FederatedTrainer(
+            max_rounds=3,
+            seed=3,
+            vectorize_clients=vectorize,
+            callbacks=[Partition(3), history],
+            **QUIET,
+        ).fit(made, data)
+        ends.append((read(made), [row["train_loss"] for row in history.rows]))
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=1e-7, atol=1e-9)
+    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-7)
+
+
+@pytest.mark.parametrize("habit", [*DATA_HABITS, *LOADERS])
+def test_clients_trained_as_one_read_what_each_reads_alone(habit: str) -> None:
+    ends = []
+    for vectorize in (False, 3):
+        made, how = module(), (habit,) if habit in LOADERS else ("a shuffled loader", habit)
+        data = [LOADERS[how[0]](Data(toy_data(24, seed=seed), how[1:])) for seed in range(3)]
+        made_weights = run(made, ClientData(data), InProcess(), vectorize_clients=vectorize)[0]
+        ends.append(made_weights)
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
