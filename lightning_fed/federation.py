@@ -29,6 +29,7 @@ from lightning_fed.owners import Owners
 from lightning_fed.plain import from_plain, to_plain
 from lightning_fed.rounds import Rounds
 from lightning_fed.seeding import seed_all, seed_for
+from lightning_fed.server import RoundLoader
 from lightning_fed.strategies import ServerOptimizer
 
 # Beyond so many clients the summary does not look at each one's data.
@@ -99,6 +100,10 @@ class Federation(Callback):
         """The module is set up: deals the data out, builds the strategy, takes up what a checkpoint holds."""
         assert self._grid is not None
         assert self._deal is not None
+        assert self._side is not None
+        self._side.options.log_dir = trainer.log_dir
+        # To Lightning alone: who asks the datamodule for its train loader in a hook gets the user's own.
+        trainer.fit_loop._data_source.instance = RoundLoader()
         weights.refuse_lazy(pl_module)
         if self._is_ours:
             self._deal.open()
@@ -118,6 +123,8 @@ class Federation(Callback):
         self._check_cohort(self._rounds.roster.num_clients)
         self._warn_of_monitors(trainer, self._rounds.roster.num_clients)
         self._restore()
+        if self._is_ours:
+            self._look_ahead()
         rank_zero_info(self._summary(trainer))
         for callback in self.owners.callbacks:
             callback.on_federation_start(trainer)
@@ -142,6 +149,15 @@ class Federation(Callback):
         self.rates, self.unlogged = result.rates, result.unlogged
         # What the server draws from here on (its validation) depends on the round alone, also after a restart.
         seed_all(seed_for(self.seed, "server", round=round))
+
+    def _look_ahead(self) -> None:
+        """Before the first round: does ``configure_optimizers`` give what can work?"""
+        assert self._side is not None
+        before = weights.read(self._side.module)
+        try:
+            self._side.look_ahead(before, self.seed)
+        finally:
+            weights.load(self._side.module, before)
 
     def _decide_together(self, trainer: Trainer, before: weights.Weights) -> None:
         """Before the first round: can clients be trained as one?"""

@@ -38,7 +38,7 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NUM_EXAMPLES, ROUND, SEED = "num-examples", "server-round", "run-seed"
 CLIENT = "partition-id"
 _INTEGERS, _STATES, _SPECS = "lightning-fed.integers", "lightning-fed.states", "lightning-fed.specs"
-_FIT_STATE = "lightning-fed.fit-state"
+_FIT_STATE, _CALLBACK_STATES = "lightning-fed.fit-state", "lightning-fed.callback-states"
 CLIENT_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
@@ -264,14 +264,32 @@ def reply_scalars(reply: Message, key: str = NUM_EXAMPLES) -> dict[str, float]:
 
 
 def get_fit_state(context: Context) -> bytes | None:
-    """What ``client_state="carry"`` kept of the client's last fit."""
-    record = context.state.get(_FIT_STATE)
-    return bytes(record["bytes"]) if isinstance(record, ConfigRecord) else None  # type: ignore[arg-type]
+    """What the client keeps of its last fit: optimizers and schedulers with ``client_state="carry"``."""
+    return _get(context, _FIT_STATE)
 
 
 def set_fit_state(context: Context, state: bytes | None) -> None:
     """Keeps a fit's state with the client, where Flower keeps it from round to round."""
-    if state is None:
-        context.state.pop(_FIT_STATE, None)
+    _set(context, _FIT_STATE, state)
+
+
+def get_callback_states(context: Context) -> bytes | None:
+    """What the client's callbacks keep, whatever ``client_state`` is."""
+    return _get(context, _CALLBACK_STATES)
+
+
+def set_callback_states(context: Context, states: bytes | None) -> None:
+    """Keeps the callbacks' states with the client."""
+    _set(context, _CALLBACK_STATES, states)
+
+
+def _get(context: Context, key: str) -> bytes | None:
+    record = context.state.get(key)
+    return bytes(record["bytes"]) if isinstance(record, ConfigRecord) else None  # type: ignore[arg-type]
+
+
+def _set(context: Context, key: str, kept: bytes | None) -> None:
+    if kept is None:
+        context.state.pop(key, None)
     else:
-        context.state[_FIT_STATE] = ConfigRecord({"bytes": state})
+        context.state[key] = ConfigRecord({"bytes": kept})

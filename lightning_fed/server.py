@@ -98,13 +98,6 @@ class TakeOver(torch.optim.Optimizer):
         self._take_over()
 
 
-class ServerDataView(View):
-    """A datamodule as the server sees it: its train loader has been dealt out."""
-
-    def train_dataloader(self) -> RoundLoader:
-        return RoundLoader()
-
-
 class ServerView(View):
     """A module as the server sees it."""
 
@@ -135,9 +128,6 @@ class ServerView(View):
 
     def _apply_batch_transfer_handler(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         return batch if isinstance(batch, RoundItem) else super()._apply_batch_transfer_handler(batch, *args, **kwargs)  # type: ignore[misc]
-
-    def train_dataloader(self) -> RoundLoader:
-        return RoundLoader()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Here and not in training_step, where the server's autocast would reach clients and aggregation.

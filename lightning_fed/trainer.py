@@ -32,7 +32,7 @@ from lightning_fed.federation import Federation
 from lightning_fed.roles import Roles
 from lightning_fed.rounds import quiet_flower
 from lightning_fed.seeding import run_seed, seed_for, seeded
-from lightning_fed.server import RoundLoader, ServerDataView, ServerView
+from lightning_fed.server import RoundLoader, ServerView
 from lightning_fed.server_trainer import ServerTrainer
 from lightning_fed.tracebacks import shorten
 from lightning_fed.views import laid_over
@@ -71,8 +71,8 @@ class FederatedTrainer(ServerTrainer):
             Else clients train one after the other, and one line says why; with ``"require"`` that is an error.
         compile_clients: Compile the step of clients that are trained as one; takes some seconds at the run's start.
         client_callbacks: Lightning callbacks for the clients' trainers; each local fit gets copies.
-        client_state: ``"reset"`` begins each round with new optimizers and schedulers, ``"carry"`` keeps them with the
-            client, ``"global"`` begins with new optimizers and schedules advanced to the global round.
+        client_state: ``"global"`` begins each round with new optimizers and with schedules where one long local fit
+            would be, ``"carry"`` keeps optimizers and schedules with the client, ``"reset"`` begins both anew.
         local_validation: Validate in local fits, on the client's held-out part.
         seed: The run's seed; by default that of ``seed_everything``, else 0.
         timeout: Seconds to wait for the replies of one stage of a round.
@@ -97,7 +97,7 @@ class FederatedTrainer(ServerTrainer):
         vectorize_clients: bool | int | Literal["require"] = False,
         compile_clients: bool = False,
         client_callbacks: list[Callback] | Callback | None = None,
-        client_state: ClientState = "reset",
+        client_state: ClientState = "global",
         local_validation: bool = False,
         seed: int | None = None,
         timeout: float = 3600.0,
@@ -160,6 +160,7 @@ class FederatedTrainer(ServerTrainer):
         kwargs["max_epochs"] = -1 if max_rounds is None else max_rounds
         with taken_from_environment(type(self)), speaking_of_rounds(clients_validate=False):
             super().__init__(callbacks=[self.federation, *own], **kwargs)
+        self.local_options.trainer["default_root_dir"] = self.default_root_dir
         self.strategy.process_dataloader = gathering  # type: ignore[assignment, method-assign]
         if dev_run:  # Lightning's own makes n batches of it; here they are n rounds
             self.fit_loop.max_epochs, self.fit_loop.epoch_loop.max_steps = dev_run, -1
@@ -274,8 +275,6 @@ class FederatedTrainer(ServerTrainer):
             stack.enter_context(seeded(seed_for(self.seed, "setup")))
             stack.enter_context(quiet_flower())
             stack.enter_context(speaking_of_rounds(self.owners.partition.can_evaluate()))
-            if task.datamodule is not None:
-                stack.enter_context(laid_over(task.datamodule, ServerDataView))
             stack.enter_context(laid_over(task.module, ServerView))
             stack.callback(self.federation.end)
             stack.enter_context(self._roles.views)

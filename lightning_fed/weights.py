@@ -138,7 +138,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _is_finite_where(tensor: Tensor, reference: Tensor) -> bool:
-    """Whether a tensor is finite wherever the global one is: masks of -Inf, and what is NaN until it is set, are not."""
+    """Whether a tensor is finite where the global one is. There are masks of -Inf, and what is NaN until it is set."""
     tensor, reference = (one.double() if one.element_size() == 1 else one for one in (tensor, reference))
     return not bool((torch.isfinite(reference.to(tensor.device)) & ~torch.isfinite(tensor)).any())
 

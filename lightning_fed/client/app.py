@@ -18,6 +18,7 @@ from lightning_fed.client.isolation import weights_of
 from lightning_fed.client.local_fit import local_evaluate, local_fit, set_up
 from lightning_fed.client.local_run import LocalOptions, LocalResult
 from lightning_fed.client.local_trainer import LocalTask
+from lightning_fed.client.look_ahead import LookAhead
 from lightning_fed.client.together import Together
 from lightning_fed.client.trial import Case
 from lightning_fed.data import ClientLoaders
@@ -58,6 +59,11 @@ class ClientSide:
     def data_roots(self) -> dict[str, Any]:
         """What a client's data depends on, likewise."""
         return {"datamodule": self.datamodule, **getattr(self.data, "roots", dict)()}
+
+    def look_ahead(self, weights: Weights, seed: int) -> None:
+        """Looks, before the first round, at what ``configure_optimizers`` gives; raises as ``LookAhead.look``."""
+        with random_states_kept():
+            LookAhead(self.module, self.datamodule, self.options, self.data, weights, seed).look()
 
     def decide_together(self, stages: Sequence[str], clients: int, weights: Weights, seed: int) -> None:
         """Finds out, before the first round, in which stages clients can be served as one.
@@ -190,6 +196,7 @@ def _run(side: ClientSide, stage: str, message: Message, context: Context, integ
         result = local_fit(*work) if stage == "train" else local_evaluate(*work)
     if stage == "train":
         messages.set_fit_state(context, result.state)
+        messages.set_callback_states(context, result.callback_states)
     return result
 
 
@@ -201,6 +208,7 @@ def _task(stage: str, message: Message, context: Context, integers: Weights) -> 
         seed=instruction.seed,
         weights={**instruction.weights, **integers},
         state=messages.get_fit_state(context) if stage == "train" else None,
+        callback_states=messages.get_callback_states(context),
     )
 
 

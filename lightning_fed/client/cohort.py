@@ -99,6 +99,15 @@ class CohortTrainer(LocalTrainer):
         self._refuse_in_step("callback_metrics")
         return super().callback_metrics
 
+    @property
+    def global_step(self) -> int:
+        """Raises:
+        NotStackable: In a step of an evaluation: clients may have trained on more or fewer batches.
+        """
+        if not self.training:
+            self._refuse_in_step("global_step")
+        return super().global_step
+
     def _refuse_in_step(self, name: str) -> None:
         if self._noted is not None:
             raise NotStackable(f"it reads trainer.{name}")

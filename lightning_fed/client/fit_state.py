@@ -1,77 +1,110 @@
-"""A client's optimizers and schedulers from round to round."""
+"""What a client keeps of its local fits from round to round: optimizers, schedulers, the state of its callbacks."""
 
 from __future__ import annotations
 
 import io
-import warnings
+import json
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.types import LRSchedulerPLType
 
+from lightning_fed.client.elapsed import ByHand, Pace
 from lightning_fed.errors import ClientError
+
+
+@dataclass
+class FitState:
+    """What a client keeps of its last fit.
+
+    Attributes:
+        optimizers: Their state dicts, with ``client_state="carry"``.
+        schedulers: Theirs.
+        begun: How many of the client's epochs had begun.
+        callbacks: The state dicts of those callbacks that stand at an epoch, by ``state_key``.
+        by_hand: How its module steps schedules in manual optimization, where that has to be known.
+    """
+
+    optimizers: list[dict[str, Any]] = field(default_factory=list)
+    schedulers: list[dict[str, Any]] = field(default_factory=list)
+    begun: int = 0
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    by_hand: ByHand | None = None
+
+    @classmethod
+    def of(cls, trainer: Trainer, callbacks: dict[str, dict[str, Any]]) -> FitState:
+        """What the optimizers and schedulers of a fit hold."""
+        return cls(
+            [optimizer.state_dict() for optimizer in trainer.optimizers],
+            [scheduler.state_dict() for scheduler in _schedulers(trainer)],
+            trainer.current_epoch,
+            callbacks,
+        )
+
+    def load_into(self, trainer: Trainer) -> None:
+        """Gives optimizers and schedulers what they held."""
+        for optimizer, own in zip(trainer.optimizers, self.optimizers, strict=True):
+            optimizer.load_state_dict(own)
+        for scheduler, own in zip(_schedulers(trainer), self.schedulers, strict=True):
+            scheduler.load_state_dict(own)
+
+    def dump(self) -> bytes | None:
+        """As bytes; ``None`` where there is nothing to keep."""
+        if not self.optimizers and self.by_hand is None:
+            return None
+        by_hand = json.dumps(self.by_hand)
+        if not self.optimizers:  # torch.save takes a hundred times as long
+            return by_hand.encode()
+        return _dump({**vars(self), "by_hand": by_hand})
+
+    @classmethod
+    def load(cls, saved: bytes | None) -> FitState:
+        """What ``dump`` gave."""
+        if saved is None:
+            return cls()
+        fields: dict[str, Any] = {"by_hand": saved} if saved.startswith(b"[") else _load(saved)
+        told = json.loads(fields.pop("by_hand", "null"))
+        return cls(**fields, by_hand=told and ByHand(tuple(Pace(*pace) for pace in told[0]), *told[1:]))
+
+
+def dump_callbacks(callbacks: list[Callback]) -> bytes | None:
+    """What callbacks keep, as bytes; ``None`` where there is nothing.
+
+    Raises:
+        ClientError: If one keeps what cannot be kept.
+    """
+    states = {}
+    for callback in callbacks:
+        if not (state := callback.state_dict()):
+            continue
+        try:
+            _load(_dump(state))
+        except Exception as error:
+            raise ClientError(
+                f"has a client callback {type(callback).__name__} whose state_dict() cannot be kept for the next round:"
+                f" tensors, numbers, strings, lists, tuples and dicts can. ({str(error).splitlines()[0]})"
+            ) from None
+        states[callback.state_key] = state
+    return _dump(states) if states else None
+
+
+def load_callbacks(saved: bytes | None) -> dict[str, dict[str, Any]]:
+    """What ``dump_callbacks`` gave, by ``state_key``."""
+    return {} if saved is None else _load(saved)
 
 
 def _schedulers(trainer: Trainer) -> list[LRSchedulerPLType]:
     return [config.scheduler for config in trainer.lr_scheduler_configs]
 
 
-def save(trainer: Trainer) -> bytes:
-    """What the optimizers and schedulers of a fit hold."""
-    state = {
-        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "schedulers": [scheduler.state_dict() for scheduler in _schedulers(trainer)],
-    }
+def _dump(state: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
 
 
-def load(trainer: Trainer, saved: bytes) -> None:
-    """Takes back what ``save`` gave."""
+def _load(saved: bytes) -> Any:
     # It never left the client; even so only tensors and plain values are read.
-    state = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
-    for optimizer, own in zip(trainer.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(own)
-    for scheduler, own in zip(_schedulers(trainer), state["schedulers"], strict=True):
-        scheduler.load_state_dict(own)
-
-
-def advance(trainer: Trainer, epochs: int, rounds: int) -> None:
-    """Brings schedules to where the global round is, as if the client had trained in all rounds before.
-
-    Args:
-        trainer: The client's trainer, about to train.
-        epochs: The local epochs of all rounds before.
-        rounds: The rounds before.
-
-    Raises:
-        ClientError: If a scheduler has no schedule but reacts to a metric, or counts batches nobody knows.
-    """
-    for config in trainer.lr_scheduler_configs:
-        if config.reduce_on_plateau:
-            raise ClientError(
-                "has a ReduceLROnPlateau, which has no schedule to take from the global round: write"
-                " FederatedTrainer(client_state='carry')."
-            )
-        if config.interval == "epoch":
-            steps = epochs // config.frequency
-        elif trainer.max_steps != -1:
-            steps = rounds * trainer.max_steps // config.frequency
-        else:
-            steps = epochs * _steps_in_an_epoch(trainer, config.frequency)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # the optimizer has not stepped
-            for _ in range(steps):
-                config.scheduler.step()  # type: ignore[call-arg]
-
-
-def _steps_in_an_epoch(trainer: Trainer, frequency: int) -> int:
-    """How often Lightning steps a schedule by step in an epoch."""
-    if trainer.num_training_batches == float("inf"):
-        raise ClientError(
-            "has a scheduler that steps with each batch, on a loader without length: nothing tells how far the global"
-            " round has taken it. Write FederatedTrainer(local_steps=...) or client_state='carry'."
-        )
-    batches, every = int(trainer.num_training_batches), trainer.accumulate_grad_batches
-    return sum(i % frequency == 0 and (i % every == 0 or i == batches) for i in range(1, batches + 1))
+    return torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)

@@ -10,8 +10,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fed import weights
-from lightning_fed.client import fit_state
+from lightning_fed.client.catch_up import left_behind
+from lightning_fed.client.elapsed import stand_after, start_at_epoch
 from lightning_fed.client.examples import CountExamples, examples_in, nothing_to_train_on
+from lightning_fed.client.fit_state import FitState
 from lightning_fed.client.isolation import put_back, quiet
 from lightning_fed.client.local_run import (
     LocalHooks,
@@ -21,8 +23,8 @@ from lightning_fed.client.local_run import (
     call,
     explain_monitor,
     local_run,
+    put_back_optimizers,
     scalars,
-    start_at_epoch,
 )
 from lightning_fed.client.local_trainer import ClientDataView, LocalTask, client_view
 from lightning_fed.data import ClientLoaders
@@ -51,6 +53,7 @@ def set_up(
         stack.enter_context(seeded(seed_for(task.seed, "setup")))
         bare = replace(options, callbacks=())
         trainer = build_trainer(replace(task, set_up=True), loaders, module, bare, [])
+        stack.callback(put_back_optimizers, module)
         trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = 0, -1
         call(trainer.fit, trainer, module, datamodule, train=True)
         trainer.let_go(module)
@@ -80,23 +83,30 @@ def local_fit(
     if known == 0:
         raise nothing_to_train_on(loaders.train)
     first_epoch = options.first_epoch(task.round)
-    callbacks: list[Callback] = [LocalHooks(options, first_epoch), *options.method_callbacks()]
+    hooks = LocalHooks(options, first_epoch)
+    callbacks: list[Callback] = [hooks, *options.method_callbacks()]
     if known is None:
         callbacks.append(counter)
     with local_run(module, datamodule, task, options, "train", own=loaders.datamodule) as data:
-        trainer = build_trainer(task, loaders, module, options, callbacks)
+        trainer = build_trainer(task, loaders, module, options, callbacks, datamodule=datamodule)
         trainer.data = data
         start_at_epoch(trainer, first_epoch)
         try:
             call(trainer.fit, trainer, module, datamodule, train=True)
         except MisconfigurationException as error:
             raise explain_monitor(error, trainer) or error from None
-        state = fit_state.save(trainer) if options.client_state == "carry" else None
+        state = left_behind(trainer, options.client_state, hooks.hand_steps)
         trainer.let_go(module)
         examples = examples_in(loaders.train, trainer.num_training_batches) or counter.count
         if not examples or trainer.limit_train_batches == 0:
             raise nothing_to_train_on(trainer.train_dataloader, trainer.limit_train_batches)
-        return LocalResult(weights.read(module), examples, scalars(trainer), trainer.caught, state)
+        kept = state.dump(), trainer.task.callback_states
+        result = LocalResult(weights.read(module), examples, scalars(trainer), trainer.caught, *kept)
+    if hooks.hand_steps is not None and hooks.hand_steps.misled(state.by_hand):
+        # Now it is known how the user's code steps schedules: once more, from the right place.
+        again = replace(task, state=FitState(by_hand=state.by_hand).dump())
+        return local_fit(module, datamodule, loaders, again, options)
+    return result
 
 
 def local_evaluate(
@@ -117,9 +127,9 @@ def local_evaluate(
     if examples_in(loaders.val) is None:
         callbacks.append(counter)
     with local_run(module, datamodule, task, options, "evaluate", own=loaders.datamodule) as data:
-        trainer = build_trainer(task, loaders, module, options, callbacks, validates=True)
+        trainer = build_trainer(task, loaders, module, options, callbacks, validates=True, datamodule=datamodule)
         trainer.data = data
-        start_at_epoch(trainer, options.first_epoch(task.round + 1) - 1)
+        stand_after(trainer, module, task.round, loaders.train)
         call(trainer.validate, trainer, module, datamodule, train=False)
         trainer.let_go(module)
         examples = examples_in(loaders.val, sum(trainer.validate_loop.max_batches)) or counter.count

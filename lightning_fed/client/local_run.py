@@ -12,9 +12,13 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_fed import weights
-from lightning_fed.client import fit_state
+from lightning_fed.client.catch_up import catch_up
+from lightning_fed.client.elapsed import Plan
+from lightning_fed.client.fit_state import FitState
+from lightning_fed.client.hand_steps import HandSteps
 from lightning_fed.client.isolation import Isolation, LocalData, put_back, quiet, restore_handlers, signal_handlers
 from lightning_fed.client.local_trainer import (
     BuildingClientView,
@@ -25,6 +29,7 @@ from lightning_fed.client.local_trainer import (
     OwnDataView,
     client_view,
 )
+from lightning_fed.client.own_callbacks import CallbackStates, keeps_state, own_copies
 from lightning_fed.data import ClientLoaders
 from lightning_fed.errors import ClientError
 from lightning_fed.metrics import MetricState
@@ -50,6 +55,7 @@ class LocalOptions:
         local_validation: Whether a fit validates on the client's held-out part.
         rounds: The rounds of the run, or -1 for no limit.
         isolation: Puts module and datamodule back after each local run.
+        log_dir: The server's ``log_dir``.
     """
 
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -57,10 +63,11 @@ class LocalOptions:
     steps: int | None = None
     callbacks: Sequence[Callback] = ()
     method_callbacks: Callable[[], Sequence[Callback]] = list
-    client_state: ClientState = "reset"
+    client_state: ClientState = "global"
     local_validation: bool = False
     rounds: int = -1
     isolation: Isolation = field(default_factory=Isolation)
+    log_dir: str | None = None
 
     def first_epoch(self, round: int) -> int:
         """The number of the first epoch of a round: a client's epochs count on from round to round."""
@@ -69,27 +76,40 @@ class LocalOptions:
 
 @dataclass
 class LocalResult:
-    """What came of it; ``weights`` are the client's own copy, ``num_examples`` what its loaders yield in an epoch."""
+    """What came of it.
+
+    Attributes:
+        weights: The client's own copy.
+        num_examples: What its loaders yield in an epoch.
+        scalars: The numbers that it logged.
+        metrics: The states of all that it logged.
+        state: What it keeps of optimizers and schedulers.
+        callback_states: What it keeps of its callbacks.
+    """
 
     weights: Weights
     num_examples: int
     scalars: dict[str, float]
     metrics: list[MetricState]
     state: bytes | None = None
+    callback_states: bytes | None = None
 
 
 class LocalHooks(Callback):
-    """What a local fit does at Lightning's hooks, besides the user's own."""
+    """What a local fit does at Lightning's hooks, besides the user's own.
+
+    Attributes:
+        hand_steps: Counts how the module steps schedules by hand, where that has to be known.
+    """
+
+    hand_steps: HandSteps | None = None
 
     def __init__(self, options: LocalOptions, first_epoch: int) -> None:
         self.options, self.first_epoch = options, first_epoch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(trainer, LocalTrainer)
-        if trainer.task.state is not None:
-            fit_state.load(trainer, trainer.task.state)
-        elif self.options.client_state == "global":
-            fit_state.advance(trainer, self.first_epoch, trainer.task.round - 1)
+        self.hand_steps = catch_up(trainer, self.options.client_state, FitState.load(trainer.task.state))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.options.epochs and trainer.current_epoch + 1 == self.first_epoch + self.options.epochs:
@@ -115,22 +135,27 @@ def build_trainer(
     callbacks: Sequence[Callback],
     validates: bool = False,
     kind: type[LocalTrainer] = LocalTrainer,
+    datamodule: LightningDataModule | None = None,
 ) -> LocalTrainer:
     """A trainer of a ``kind`` for one local run, with ``callbacks`` before the user's own."""
     # The epochs of the whole run, as current_epoch counts them; LocalHooks end the fit after the round's. A server
     # that runs more rounds than this side was told of must not find that there is nothing left to train.
     rounds = options.rounds if options.rounds == -1 else max(options.rounds, task.round)
-    limit = {"max_epochs": _times(options.epochs, rounds), "max_steps": options.steps or -1}
+    plan = Plan(options.epochs, options.steps, rounds, options.client_state == "reset")
+    limit = {"max_epochs": plan.limits(rounds)[0], "max_steps": options.steps or -1}
     arguments = {**copy.deepcopy(options.trainer), **limit}
     if not (options.local_validation or validates):
         arguments["limit_val_batches"] = 0
-    scheduled = 1 if options.client_state == "reset" else rounds
+    callbacks = [*callbacks, *own_copies(options.callbacks, module, datamodule)]
+    if stateful := [callback for callback in callbacks if keeps_state(callback)]:
+        callbacks.append(CallbackStates(stateful))
     return kind(
         task,
         loaders,
         module,
-        schedule=(_times(options.epochs, scheduled), _times(options.steps, scheduled)),
-        callbacks=[*callbacks, *copy.deepcopy(list(options.callbacks))],
+        plan,
+        options.log_dir,
+        callbacks=callbacks,
         # Modules that write to self.logger.experiment go on working; what they write goes nowhere.
         logger=DummyLogger(),
         log_every_n_steps=0,
@@ -142,16 +167,6 @@ def build_trainer(
     )
 
 
-def _times(count: int | None, rounds: int) -> int:
-    return -1 if count is None or rounds == -1 else count * rounds
-
-
-def start_at_epoch(trainer: Trainer, epoch: int) -> None:
-    """Lets ``current_epoch`` begin at a number."""
-    for progress in (trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_progress.total):
-        progress.ready = progress.started = progress.processed = progress.completed = epoch  # type: ignore[attr-defined]
-
-
 def call(
     run: Callable[..., Any],
     trainer: LocalTrainer,
@@ -160,20 +175,7 @@ def call(
     train: bool,
 ) -> None:
     """Calls ``trainer.fit`` or ``trainer.validate`` with the data that the trainer was made for."""
-    loaders = trainer.loaders
-    data: dict[str, Any]
-    if loaders.datamodule is not None:
-        data = {"datamodule": loaders.datamodule}
-    elif datamodule is not None:
-        data = {"datamodule": datamodule}
-    elif train:
-        # None would mean the module's own val_dataloader, which is the server's.
-        val = loaders.val
-        if val is None and is_overridden("validation_step", module, LightningModule):
-            val = []
-        data = {"train_dataloaders": loaders.train, "val_dataloaders": val}
-    else:
-        data = {"dataloaders": loaders.val}
+    data = data_of(trainer, module, datamodule, train)
     if not train:
         data["verbose"] = False
     try:
@@ -183,6 +185,24 @@ def call(
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         raise
+
+
+def data_of(
+    trainer: LocalTrainer, module: LightningModule, datamodule: LightningDataModule | None, train: bool
+) -> dict[str, Any]:
+    """The data that a trainer was made for, as the arguments of ``fit`` or ``validate``."""
+    loaders = trainer.loaders
+    if loaders.datamodule is not None:
+        return {"datamodule": loaders.datamodule}
+    if datamodule is not None:
+        return {"datamodule": datamodule}
+    if not train:
+        return {"dataloaders": loaders.val}
+    # None would mean the module's own val_dataloader, which is the server's.
+    val = loaders.val
+    if val is None and is_overridden("validation_step", module, LightningModule):
+        val = []
+    return {"train_dataloaders": loaders.train, "val_dataloaders": val}
 
 
 @contextmanager
@@ -207,6 +227,7 @@ def local_run(
         held = stack.enter_context(options.isolation.around(module, datamodule))
         stack.enter_context(put_back(data.snapshots))
         stack.callback(module.zero_grad, set_to_none=True)
+        stack.callback(put_back_optimizers, module)
         if own is not None:
             stack.enter_context(put_back([DataSnapshot({"datamodule": own})]))
             stack.enter_context(laid_over(own, OwnDataView))
@@ -222,14 +243,33 @@ def local_run(
         yield data
 
 
-def explain_monitor(error: MisconfigurationException, trainer: LocalTrainer) -> ClientError | None:
+def put_back_optimizers(module: LightningModule) -> None:
+    """Makes optimizers and schedulers that the module may keep what they were before its run."""
+    if isinstance(module._trainer, LocalTrainer):
+        module._trainer.as_configured.put_back()
+
+
+class MissingMetric(ClientError):
+    """A scheduler follows a metric that its client does not log."""
+
+
+def explain_monitor(error: MisconfigurationException, trainer: LocalTrainer) -> MissingMetric | None:
     """A better error where a scheduler monitors what clients do not log."""
     for config in trainer.lr_scheduler_configs:
         if config.reduce_on_plateau and str(config.monitor) in str(error):
-            return ClientError(
-                f"has a {type(config.scheduler).__name__} that monitors {config.monitor!r}, which its local fit does"
-                " not log: clients do not validate while they train. Write FederatedTrainer(local_validation=True) with"
-                " Partition(..., val_fraction=...), or monitor what training_step logs:"
-                f" {sorted(trainer.callback_metrics)}."
-            )
+            return missing_metric(config, trainer)
     return None
+
+
+def missing_metric(config: LRSchedulerConfig, trainer: Trainer) -> MissingMetric:
+    """Says of a scheduler that its metric is not there, and what to write."""
+    way_out = (
+        "monitor what it logs"
+        if trainer.limit_val_batches
+        else "clients do not validate while they train. Write FederatedTrainer(local_validation=True) with"
+        " Partition(..., val_fraction=...), or monitor what training_step logs"
+    )
+    return MissingMetric(
+        f"has a {type(config.scheduler).__name__} that monitors {config.monitor!r}, which its local fit does not log:"
+        f" {way_out}: {sorted(trainer.callback_metrics)}."
+    )

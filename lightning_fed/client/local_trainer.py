@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fed import weights
+from lightning_fed.client.as_configured import AsConfigured, held_by
+from lightning_fed.client.elapsed import Plan, TrainerInARun
 from lightning_fed.client.isolation import LocalData, making_data
 from lightning_fed.client.lean_loop import make_lean
 from lightning_fed.client.logged import LoggedValues
@@ -34,13 +37,24 @@ from lightning_fed.weights import Weights
 
 @dataclass
 class LocalTask:
-    """What one client does in one round."""
+    """What one client does in one round.
+
+    Attributes:
+        client: The client's index.
+        round: The round, from 1.
+        seed: The run's seed.
+        weights: The round's weights.
+        state: What the client kept of its last fit, by ``FitState.dump``.
+        callback_states: What its callbacks kept, by ``fit_state.dump_callbacks``.
+        set_up: Whether the module has to be set up.
+    """
 
     client: int
     round: int
     seed: int
     weights: Weights
     state: bytes | None = None
+    callback_states: bytes | None = None
     set_up: bool = False
 
     def seed_of(self, purpose: str) -> Callable[[str], int]:
@@ -81,6 +95,11 @@ class ClientView(View):
 
     def teardown(self, stage: str) -> None:
         pass
+
+    def train_dataloader(self) -> Any:
+        # Lightning is given the client's loader; who asks the module itself must not get everybody's data.
+        own = self.trainer.loaders.train
+        return super().train_dataloader() if own is None else own  # type: ignore[misc]
 
     def configure_callbacks(self) -> list[Callback]:
         # They act at the server: a ModelCheckpoint from here would write checkpoints for every client.
@@ -193,16 +212,19 @@ def _stay() -> None:
     """In place of the strategy's teardown, which moves module and optimizers to the CPU after every client."""
 
 
-class LocalTrainer(Trainer):
+class LocalTrainer(TrainerInARun):
     """A client's trainer. On a client ``self.trainer.current_round`` and ``self.trainer.client_id`` exist.
 
     Args:
         task: What the client does.
         loaders: Its data.
         module: The module that it trains.
-        schedule: The epochs and the optimizer steps that a schedule runs over, -1 for what does not limit it: those of
-            one round where schedules begin anew each round, else those of the whole run.
+        plan: How the run divides a client's training into rounds.
+        log_dir: The server's; ``None`` for ``default_root_dir``.
         **kwargs: As ``Trainer``.
+
+    Attributes:
+        as_configured: Optimizers and schedulers as ``configure_optimizers`` gave them.
     """
 
     def __init__(
@@ -210,19 +232,21 @@ class LocalTrainer(Trainer):
         task: LocalTask,
         loaders: ClientLoaders,
         module: LightningModule,
-        schedule: tuple[int, int],
+        plan: Plan,
+        log_dir: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.task, self.loaders = task, loaders
-        self._schedule = schedule
+        self.as_configured = AsConfigured()
         self.caught: list[MetricState] = []
         self.computed: set[str] = set()
         self.module_metrics = [child for child in module.modules() if isinstance(child, Metric)]
         with _nothing_looked_for():
-            super().__init__(profiler=_NoProfiler(), **kwargs)
+            super().__init__(plan, task.round - 1, log_dir, profiler=_NoProfiler(), **kwargs)
         make_lean(self)
         self.strategy.teardown = _stay  # type: ignore[method-assign]
         self.data: LocalData | None = None
+        self.strategy.setup_optimizers = partial(self._set_up_optimizers, self.strategy.setup_optimizers)  # type: ignore[method-assign]
         self.strategy.process_dataloader = self._take  # type: ignore[assignment, method-assign]
         for loop in (self.fit_loop.epoch_loop, self.fit_loop.epoch_loop.val_loop, self.validate_loop):
             loop._results = LoggedValues(training=loop is self.fit_loop.epoch_loop)
@@ -258,6 +282,12 @@ class LocalTrainer(Trainer):
             self.data.take(loader)
         return gathering(loader)
 
+    def _set_up_optimizers(self, set_up: Any, trainer: Trainer) -> None:
+        module = self.lightning_module
+        self.as_configured.keep(module, held_by(module))
+        set_up(trainer)
+        self.as_configured.keep(module, [*self.optimizers, *(config.scheduler for config in self.lr_scheduler_configs)])
+
     def let_go(self, module: LightningModule) -> None:
         """Lets go at once what is large: a trainer's reference cycles would keep it until a garbage collection."""
         self.task = replace(self.task, weights={}, state=None)
@@ -288,18 +318,6 @@ class LocalTrainer(Trainer):
         special = any(kwargs.get(name) for name in ("enable_graph", "metric_attribute"))
         if self.training and len(args) <= _IN_ORDER and not special:
             self.fit_loop.epoch_loop._results.remember(module._current_fx_name, name, how_logged(args, kwargs))  # type: ignore[attr-defined]
-
-    @property
-    def estimated_stepping_batches(self) -> int | float:
-        """The optimizer steps that a schedule runs over, which may be those of many rounds."""
-        epochs, steps = self._schedule
-        if epochs == -1:
-            return steps if steps != -1 else float("inf")
-        run, self.fit_loop.max_epochs = self.fit_loop.max_epochs, epochs
-        try:
-            return super().estimated_stepping_batches
-        finally:
-            self.fit_loop.max_epochs = run
 
     @property
     def current_round(self) -> int:

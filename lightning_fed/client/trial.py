@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 
 from lightning_fed.client.examples import examples_in
 from lightning_fed.client.local_fit import local_evaluate, local_fit
 from lightning_fed.client.local_run import LocalOptions, LocalResult
 from lightning_fed.client.local_trainer import LocalTask
+from lightning_fed.client.own_callbacks import keeps_state
 from lightning_fed.client.stack_cost import Kept, StackCost, Written, weight_bytes
 from lightning_fed.client.stacked_data import batches_of
 from lightning_fed.client.streams import NotStackable
@@ -119,6 +121,10 @@ class Case:
             yield f"precision={arguments['precision']!r} scales the loss of all clients by one number"
         for callback in (*self.options.callbacks, *self.options.method_callbacks()):
             kind = f"the client callback {type(callback).__name__}"
+            if self.stage == "train" and isinstance(callback, BaseFinetuning):
+                yield f"{kind} freezes and unfreezes layers by epoch"
+            if keeps_state(callback):
+                yield f"{kind} keeps a state with each client"
             for hook in _HOOKS[self.stage]:
                 if hasattr(Callback, hook) and wrote(callback, Callback, hook):
                     yield f"{kind} writes {hook}"

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 from lightning_fed.client.cohort import CohortHooks, CohortTrainer, CohortView
 from lightning_fed.client.compiled_step import CompiledStep
+from lightning_fed.client.elapsed import stand_after, start_at_epoch
 from lightning_fed.client.examples import examples_in
 from lightning_fed.client.isolation import LocalData
 from lightning_fed.client.local_run import (
@@ -19,7 +20,6 @@ from lightning_fed.client.local_run import (
     build_trainer,
     call,
     local_run,
-    start_at_epoch,
 )
 from lightning_fed.client.local_trainer import LocalTask
 from lightning_fed.client.stack import Stack, share_weights
@@ -102,7 +102,7 @@ def vectorized_evaluate(
         raise NotStackable("clients evaluate weights of their own")
     with local_run(module, datamodule, tasks[0], options, "evaluate", CohortView) as data:
         trainer = _cohort_trainer(module, loaders, tasks, options, [LocalHooks(options, 0)], "evaluate", how, data)
-        start_at_epoch(trainer, options.first_epoch(tasks[0].round + 1) - 1)
+        stand_after(trainer, module, tasks[0].round, loaders[0].train)
         call(trainer.validate, trainer, module, datamodule, train=False)
         trainer.let_go(module)
         (batches,) = trainer.validate_loop.max_batches

@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from lightning_fed import ClientError, ConfigurationError
-from lightning_fed.callbacks import FaultTolerance, History
+from lightning_fed import ClientError, ConfigurationError, FederatedTrainer
+from lightning_fed.callbacks import ClientData, FaultTolerance, History
 from lightning_fed.engines import Ray
-from lightning_fed.testing import ENGINE_CASES, ToyModule, counting_client
+from lightning_fed.testing import ENGINE_CASES, ToyModule, counting_client, toy_data
 from tests.engines.test_in_process import train_messages
 from tests.engines.test_processes import Deadly, KeywordOnly, Otherwise, Picky, client_that, die, fit
+from tests.helpers import QUIET
 from tests.integration import test_modules as modules
 from tests.integration.resume_script import run, stopped_run
+from tests.integration.test_client_callbacks import Freeze, Scales
 from tests.integration.test_engines import MODULES, assert_same, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*starts that many processes")
@@ -142,6 +145,20 @@ FEW = ("GAN", "dropout", "bf16", "closure", "metric objects")
 @pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in MODULES])
 def test_ray_trains_a_module_as_one_process_does(name):
     assert_same(trained(MODULES[name], engine=Ray(num_workers=1)), trained(MODULES[name]))
+
+
+def test_client_callbacks_on_ray_hold_the_module_s_own_layers_and_keep_their_state():
+    def trained_with_callbacks(engine: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        module = ToyModule()
+        held = [Freeze(module.net[0]), Scales()]
+        loaders = [DataLoader(toy_data(16), 8)] * 2
+        options = {"max_rounds": 3, "callbacks": [ClientData(loaders)], "client_callbacks": held, "engine": engine}
+        FederatedTrainer(**options, **QUIET).fit(module)
+        return {name: value.clone() for name, value in module.state_dict().items()}
+
+    expected = trained_with_callbacks("in_process")
+    torch.testing.assert_close(trained_with_callbacks(Ray(num_workers=1)), expected, rtol=0, atol=0)
 
 
 def test_the_same_run_on_another_number_of_actors_is_the_same():

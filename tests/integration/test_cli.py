@@ -135,6 +135,45 @@ def test_after_a_fit_the_optimizer_of_the_command_line_is_still_the_modules(conf
     assert [type(scheduler) for scheduler in schedulers] == [torch.optim.lr_scheduler.ExponentialLR]
 
 
+class Rates(ToyModule):
+    """Notes the learning rate that each local fit begins with."""
+
+    seen: list[tuple[int, float]] = []
+
+    def on_train_start(self) -> None:
+        self.seen.append((self.trainer.current_round, self.optimizers().param_groups[0]["lr"]))
+
+
+class MakesItsOwn(Rates):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+
+@pytest.mark.parametrize("client_state", ["global", "carry", "reset"])
+@pytest.mark.filterwarnings("ignore:client_state='reset' begins schedules anew")
+def test_the_optimizer_and_schedule_of_the_command_line_are_fresh_in_every_local_fit(client_state):
+    """LightningCLI makes them once, and configure_optimizers gives the same objects at every call."""
+    given = ["--optimizer=SGD", "--optimizer.lr=0.1", "--optimizer.momentum=0.9"]
+    given += ["--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.5"]
+    trainer = ["--trainer.max_rounds=2", "--trainer.num_clients=3", "--trainer.accelerator=cpu"]
+    trainer += [f"--trainer.{name}=false" for name in ("logger", "enable_checkpointing", "enable_progress_bar")]
+
+    def fit(module: type[Rates], *words: str) -> tuple[torch.Tensor, list[tuple[int, float]]]:
+        seed_everything(7)
+        Rates.seen.clear()
+        words = ("fit", *trainer, f"--trainer.client_state={client_state}", *words)
+        made = LightningCLI(module, ToyData, trainer_class=FederatedTrainer, args=[*words], save_config_callback=None)
+        return made.model.net[0].weight, Rates.seen.copy()
+
+    weight, rates = fit(Rates, *given)
+    expected, its_own = fit(MakesItsOwn)
+    assert rates == its_own == [(1, 0.1)] * 3 + [(2, 0.05 if client_state != "reset" else 0.1)] * 3
+    assert torch.equal(weight, expected)
+    engine = ["--trainer.engine=lightning_fed.engines.Processes", "--trainer.engine.num_workers=2"]
+    assert torch.equal(fit(Rates, *given, *engine, "--trainer.engine.start_method=fork")[0], expected)
+
+
 def test_num_clients_is_enough():
     given = ["--trainer.max_rounds=1", "--trainer.num_clients=2", "--trainer.logger=false", "--trainer.accelerator=cpu"]
     trainer = cli("fit", *given, "--trainer.enable_checkpointing=false").trainer

@@ -379,8 +379,8 @@ class Plateau(ToyModule):
 def test_a_scheduler_that_monitors_what_clients_do_not_log() -> None:
     trainer = FederatedTrainer(max_rounds=1, callbacks=[Partition(2, val_fraction=0.2)], **QUIET)
     with pytest.raises(
-        ClientError,
-        match=r"client 0 has a ReduceLROnPlateau that monitors 'val_loss'.*local_validation=True.*\['train_loss'\]",
+        ConfigurationError,
+        match=r"A client has a ReduceLROnPlateau that monitors 'val_loss'.*local_validation=True.*\['train_loss'\]",
     ):
         trainer.fit(Plateau(), loader(), loader())
     trainer = FederatedTrainer(max_rounds=1, local_validation=True, callbacks=[Partition(2, val_fraction=0.2)], **QUIET)

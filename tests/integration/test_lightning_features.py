@@ -28,7 +28,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_fed import ClientError, FederatedTrainer
+from lightning_fed import ClientError, ConfigurationError, FederatedTrainer
 from lightning_fed.callbacks import (
     ClientData,
     FedAdam,
@@ -900,7 +900,8 @@ def learning_rates(cls: type[ToyModule], *, rounds: int = 3, **options: Any) -> 
 
 
 def test_schedules_begin_anew_go_on_with_the_client_or_follow_the_global_round():
-    assert learning_rates(Scheduled) == [(1, 1.0), (2, 1.0), (2, 1.0), (3, 1.0), (3, 1.0)]
+    anew = learning_rates(Scheduled, client_state="reset")
+    assert anew == [(1, 1.0), (2, 1.0), (2, 1.0), (3, 1.0), (3, 1.0)]
     carried = learning_rates(Scheduled, client_state="carry")
     assert carried == [(1, 1.0), (2, 1.0), (2, 1.0), (3, 0.1), (3, 0.1)]
     by_round = learning_rates(Scheduled, client_state="global")
@@ -983,8 +984,8 @@ def test_schedules_over_the_whole_run_are_those_of_a_plain_trainer(cls, client_s
 
 def test_a_schedule_that_begins_anew_is_the_same_in_each_round():
     expected = rates_of_a_plain_trainer(OneCycle, epochs=2)
-    assert rates_of_a_client(OneCycle, 3, local_epochs=2) == pytest.approx(expected * 3)
-    rates = rates_of_a_client(Cosine, 3, local_epochs=2)
+    assert rates_of_a_client(OneCycle, 3, client_state="reset", local_epochs=2) == pytest.approx(expected * 3)
+    rates = rates_of_a_client(Cosine, 3, client_state="reset", local_epochs=2)
     assert rates[:4] == rates[4:8] == rates[8:]
 
 
@@ -1014,8 +1015,8 @@ def test_reduce_on_plateau_watches_the_clients_own_validation():
 
 
 def test_reduce_on_plateau_without_local_validation_says_what_to_write():
-    with pytest.raises(ClientError, match=r"ReduceLROnPlateau that monitors 'val_loss'.*local_validation=True"):
-        federated(held_out=True).fit(toy(Plateau), train(), val())
+    with pytest.raises(ConfigurationError, match=r"ReduceLROnPlateau that monitors 'val_loss'.*local_validation=True"):
+        federated(held_out=True, client_state="carry").fit(toy(Plateau), train(), val())
 
 
 def test_the_servers_optimizer_starts_anew_in_a_second_fit():

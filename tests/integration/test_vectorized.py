@@ -547,7 +547,11 @@ REFUSED: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], str]] 
     "anchors": (lambda: Anchored(mlp()), {}, "Anchored writes on_train_start, and does not say"),
     "anchors, declared": (lambda: DeclaredAnchored(mlp()), {}, ""),
     "by size of the data": (lambda: BySize(mlp()), {}, "reads trainer.train_dataloader"),
-    "plateau": (lambda: Plateau(mlp()), {}, "ReduceLROnPlateau follows each client's own metric"),
+    "plateau": (
+        lambda: Plateau(mlp()),
+        {"client_state": "reset"},
+        "ReduceLROnPlateau follows each client's own metric",
+    ),
     "carried optimizers": (CASES["MLP"], {"client_state": "carry"}, "client_state='carry'"),
     "local validation": (CASES["MLP"], {"local_validation": True}, "local_validation=True"),
     "client id": (lambda: WhoAmI(mlp()), {}, r"reads trainer.client_id \(test_vectorized.py"),

@@ -1,0 +1,212 @@
+"""Takes a client's schedules, and the layers that finetuning has unfrozen, to where one long local fit would be."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import BaseFinetuning
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
+
+from lightning_fed.client.elapsed import Accumulated, Elapsed, Pace, elapsed, require_known, start_at_epoch
+from lightning_fed.views import wrote
+
+# What these give depends on how often they were stepped, and not on what they gave before.
+_COUNTS = (LambdaLR, OneCycleLR)
+# These by where they are and what the learning rate is, and by no function of the user's.
+_BY_STATE = {
+    getattr(lr_scheduler, name)
+    for name in (
+        *("StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR", "PolynomialLR", "CosineAnnealingLR"),
+        *("CosineAnnealingWarmRestarts", "SequentialLR", "ChainedScheduler"),
+    )
+}
+# How schedules began -> how many steps they were taken -> their state then.
+_memory: dict[bytes, dict[int, bytes]] = {}
+_FEW, _MANY = 50, 100
+# One that has not changed anything after so many steps is constant.
+_LONG = 10_000
+
+
+class Walk:
+    """Takes schedules and finetuning callbacks to where a long fit would have taken them.
+
+    Args:
+        trainer: The client's trainer, about to train.
+        paces: How often each of its schedules is stepped; empty to leave schedules where they are.
+        finetuning: Callbacks that freeze and unfreeze by epoch.
+    """
+
+    def __init__(self, trainer: Any, paces: Sequence[Pace], finetuning: Sequence[BaseFinetuning]) -> None:
+        self._trainer, self._module, self._finetuning = trainer, trainer.lightning_module, finetuning
+        self._by_hand = not self._module.automatic_optimization
+        self._hook = not self._by_hand and wrote(self._module, LightningModule, "lr_scheduler_step")
+        self._accumulated = Accumulated(trainer)
+        self._batches = trainer.num_training_batches
+        self._schedules = [(c.scheduler, pace) for c, pace in zip(trainer.lr_scheduler_configs, paces, strict=False)]
+
+    def go(self, begin: int, end: Elapsed, rounds: int) -> None:
+        """From the beginning of an epoch to where ``end`` says, which some rounds have led to.
+
+        Raises:
+            ClientError: If a schedule counts what nobody knows.
+        """
+        require_known(self._schedules, end, self._batches)
+        with _unwarned() if self._schedules else nullcontext():
+            together = []
+            for schedule, pace in self._schedules:
+                if pace.interval == "round" or self._is_alone(schedule):
+                    _step(schedule, self.count(pace, begin, end, rounds))
+                else:
+                    together.append((schedule, pace))
+            if together or self._finetuning:
+                self._walk(begin, end, rounds, together)
+
+    def _is_alone(self, schedule: Any) -> bool:
+        """Whether nobody else changes what a schedule changes."""
+        of_its_optimizer = sum(other.optimizer is schedule.optimizer for other, _ in self._schedules)
+        return of_its_optimizer == 1 and not self._hook and not self._finetuning
+
+    def count(self, pace: Pace, begin: int, end: Elapsed, rounds: int) -> int:
+        """How often a schedule is stepped on the way."""
+        if pace.interval == "round":
+            return rounds * pace.frequency
+        if end.epochs is None:
+            return end.batches if self._by_hand else end.steps or 0
+        if pace.interval == "epoch":
+            return end.epochs // pace.frequency - begin // pace.frequency
+        partial = len(self._fires(pace, end.epochs, end)) if end.batches else 0
+        if self._accumulated.changes:
+            return partial + sum(len(self._fires(pace, epoch, end)) for epoch in range(begin, end.epochs))
+        return partial + (end.epochs - begin) * len(self._fires(pace, -1, end))
+
+    def _fires(self, pace: Pace, epoch: int, end: Elapsed) -> Sequence[int]:
+        """The batches of an epoch, from 1, after which a schedule by step is stepped."""
+        every = 1 if self._by_hand else self._accumulated(epoch)
+        last = end.batches if epoch == end.epochs else self._batches
+        stepped = range(pace.frequency, last + 1, pace.frequency)
+        return stepped if every == 1 else [i for i in stepped if i % every == 0 or i == self._batches]
+
+    def _walk(self, begin: int, end: Elapsed, rounds: int, schedules: Sequence[tuple[Any, Pace]]) -> None:
+        """Epoch by epoch, in Lightning's order."""
+        by_step = [(schedule, pace) for schedule, pace in schedules if pace.interval == "step"]
+        for epoch in range(begin, rounds if end.epochs is None else end.epochs + bool(end.batches)):
+            start_at_epoch(self._trainer, epoch)
+            for callback in self._finetuning:
+                callback.on_train_epoch_start(self._trainer, self._module)
+            if end.epochs is None:  # then current_epoch counts rounds
+                for _ in range(self.count(Pace("step", 1), 0, end, 0) // rounds):
+                    self._step_each(schedule for schedule, _ in by_step)
+                continue
+            if by_step:
+                self._walk_batches(epoch, end, by_step)
+            if epoch < end.epochs:
+                if self._hook and self._batches != math.inf:
+                    self._trainer.steps_before = self._accumulated.steps(epoch + 1, self._batches)
+                ends = [(s, pace.frequency) for s, pace in schedules if pace.interval == "epoch"]
+                self._step_each(schedule for schedule, every in ends if (epoch + 1) % every == 0)
+
+    def _walk_batches(self, epoch: int, end: Elapsed, by_step: Sequence[tuple[Any, Pace]]) -> None:
+        before, every = self._accumulated.steps(epoch, self._batches), self._accumulated(epoch)
+        fires = [(schedule, set(self._fires(pace, epoch, end))) for schedule, pace in by_step]
+        for i in sorted(set[int]().union(*(batches for _, batches in fires))):
+            self._trainer.steps_before = before + math.ceil(i / every)
+            self._step_each(schedule for schedule, batches in fires if i in batches)
+
+    def _step_each(self, schedules: Iterable[Any]) -> None:
+        for schedule in schedules:
+            if self._hook:
+                self._module.lr_scheduler_step(schedule, None)
+            else:
+                schedule.step()
+
+
+def _step(schedule: Any, times: int) -> None:
+    """Steps a schedule so many times; at once where only how often counts."""
+    if times > 1 and type(schedule) in _COUNTS:
+        schedule.last_epoch += times - 1
+        schedule._step_count += times - 1
+        times = 1
+    elif times > _FEW and _goes_by_its_state(schedule):
+        _step_from_memory(schedule, times)
+        return
+    for _ in range(times):
+        schedule.step()
+
+
+def _goes_by_its_state(schedule: Any) -> bool:
+    """Whether what a schedule does follows from its ``state_dict`` and the optimizer's options."""
+    has_functions = any(callable(value) for value in vars(schedule).values())
+    inner = getattr(schedule, "_schedulers", ())
+    return type(schedule) in _BY_STATE and not has_functions and all(_goes_by_its_state(one) for one in inner)
+
+
+def _step_from_memory(schedule: Any, times: int) -> None:
+    """Steps a schedule on from where one that began alike has been before: in an earlier round, or another client's."""
+    optimizer = schedule.optimizer
+    began = pickle.dumps((type(schedule).__qualname__, schedule.state_dict(), _options(optimizer)))
+    reached = _memory.pop(began, {})
+    if done := max((steps for steps in reached if steps <= times), default=0):
+        state, options = pickle.loads(reached[done])
+        schedule.load_state_dict(state)
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)
+    for _ in range(times - done):
+        schedule.step()
+    reached[times] = pickle.dumps((schedule.state_dict(), _options(optimizer)))
+    _memory[began] = reached
+    for kept in (reached, _memory):
+        if len(kept) > _MANY:
+            kept.pop(next(iter(kept)))  # type: ignore[call-overload]
+
+
+def stands_still(trainer: Any, config: Any) -> bool:
+    """Whether a schedule that begins anew each round changes nothing within one, though it would in the run.
+
+    Args:
+        trainer: A client's trainer whose optimizers and data are set up; its schedule is stepped.
+        config: The schedule, as Lightning describes it.
+    """
+    module, plan, schedule = trainer.lightning_module, trainer.plan, config.scheduler
+    own = not module.automatic_optimization or wrote(module, LightningModule, "lr_scheduler_step")
+    endless = trainer.num_training_batches == math.inf
+    if own or (endless and (config.interval == "step" or plan.epochs is None)):
+        return False
+    # What comes after a round's last batch changes nothing that anybody sees.
+    if plan.epochs is None:
+        last = elapsed(trainer, replace(plan, steps=plan.steps - 1), 1)
+    else:
+        last = Elapsed(plan.epochs - 1, 0 if endless else trainer.num_training_batches - 1, None)
+    seen = Walk(trainer, (), ()).count(Pace(config.interval, config.frequency), 0, last, 1)
+    if isinstance(schedule, ReduceLROnPlateau):
+        return seen < schedule.patience + 2  # the best, and more bad ones than it has patience for
+    with _unwarned(), suppress(Exception):
+        return not _changes(schedule, seen) and _changes(schedule, _LONG)
+    return False
+
+
+def _changes(schedule: Any, steps: int) -> bool:
+    before = _options(schedule.optimizer)
+    for _ in range(steps):
+        schedule.step()
+        if _options(schedule.optimizer) != before:
+            return True
+    return False
+
+
+def _options(optimizer: Any) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # the optimizer has not stepped
+        yield
