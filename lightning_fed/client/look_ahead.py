@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.configuration_validator import _verify_loop_configurations
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -114,6 +116,9 @@ class LookAhead:
             trainer._data_connector.attach_data(self.module, **given)
             if loaders is None:
                 trainer.fit_loop.setup_data = _closed  # type: ignore[method-assign]
+            with catch_warnings():  # a fit gives them, too
+                simplefilter("ignore")
+                _verify_loop_configurations(trainer)
             trainer._data_connector.prepare_data()
             call._call_setup_hook(trainer)
             try:

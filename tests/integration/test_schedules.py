@@ -641,6 +641,35 @@ def test_faults_of_configure_optimizers_are_raised_before_round_1_as_in_lightnin
     assert trainer.global_step == 0
 
 
+class NoOptimizers(L.LightningModule):
+    def training_step(self, batch: Any, batch_idx: int) -> None: ...
+
+
+class NoStep(L.LightningModule):
+    def configure_optimizers(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "match"),
+    [
+        (NoOptimizers, {}, r"No `configure_optimizers\(\)` method defined"),
+        (NoStep, {}, r"No `training_step\(\)` method defined"),
+        (HANDS["each batch"], {"gradient_clip_val": 1.0}, "gradient clipping is not supported for manual optimization"),
+        (HANDS["each batch"], {"accumulate_grad_batches": 2}, "accumulation is not supported for manual optimization"),
+    ],
+)
+def test_what_a_plain_trainer_refuses_of_a_module_is_refused_before_round_1(
+    build: Any, options: Any, match: str
+) -> None:
+    with pytest.raises(MisconfigurationException, match=match):
+        L.Trainer(max_epochs=1, **PLAIN, **options).fit(build(), loader())
+    history = History()
+    trainer = FederatedTrainer(max_rounds=2, callbacks=[ClientData([loader()]), history], **QUIET, **options)
+    with pytest.raises(MisconfigurationException, match=match):
+        trainer.fit(build())
+    assert history.rows == []
+
+
 def test_a_look_at_configure_optimizers_opens_no_data_that_it_does_not_ask_for() -> None:
     opened: list[int] = []
 
