@@ -412,7 +412,7 @@ def everything_trainer(**arguments):
     return trainer, history
 
 
-@pytest.mark.parametrize("client_state", ["reset", "carry"])
+@pytest.mark.parametrize("client_state", ["global", "reset", "carry"])
 def test_the_apps_on_a_foreign_grid_give_what_fit_gives(client_state):
     trainer, expected = everything_trainer(client_state=client_state)
     ours = Everything()

@@ -12,6 +12,8 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -224,6 +226,51 @@ class TwoOnOne(ToyModule):
 def test_two_schedules_of_one_optimizer_take_their_turns() -> None:
     expected = when_and_what(long_fit(TwoOnOne, epochs=6))
     assert when_and_what(federated(TwoOnOne, 6, late=4)) == from_round(expected, 4, BATCHES)
+
+
+class Several(ToyModule):
+    """Any schedules, all of one optimizer."""
+
+    def __init__(self, schedules: list[tuple[str, str, int]]) -> None:
+        super().__init__()
+        self.schedules = schedules
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [
+            {"scheduler": SCHEDULERS[name](optimizer), "interval": interval, "frequency": frequency}
+            for name, interval, frequency in self.schedules
+        ]
+
+
+# Two of these would quarrel over what they call the first learning rate.
+TOGETHER = sorted(SCHEDULERS.keys() - {"OneCycleLR", "CyclicLR"})
+
+
+@settings(max_examples=15)
+@given(
+    schedules=st.lists(
+        st.tuples(st.sampled_from(TOGETHER), st.sampled_from(["epoch", "step"]), st.integers(1, 3)),
+        min_size=1,
+        max_size=2,
+    ),
+    batches=st.sampled_from([1, 2, 5, 7]),
+    every=st.sampled_from([1, 2, 3]),
+    epochs=st.integers(1, 3),
+    late=st.sampled_from([None, 2, 3]),
+    by_steps=st.booleans(),
+)
+def test_any_schedules_stand_where_one_long_fit_would_be(
+    schedules: Any, batches: int, every: int, epochs: int, late: int | None, by_steps: bool
+) -> None:
+    def build() -> Several:
+        return Several(schedules)
+
+    rounds, options = 3, {"accumulate_grad_batches": every}
+    expected = when_and_what(long_fit(build, epochs=rounds * epochs, data=loader(batches), **options))
+    local = {"local_steps": epochs * -(-batches // every)} if by_steps else {"local_epochs": epochs}
+    seen = when_and_what(federated(build, rounds, data=loader(batches), late=late, **options, **local))
+    assert seen == from_round(expected, late or 1, batches * epochs)
 
 
 class Own(ToyModule):
