@@ -41,6 +41,29 @@ class Terms:
     timeout: float
 
 
+@dataclass
+class About:
+    """What is known of the names that clients logged.
+
+    Attributes:
+        rates: Those of learning rates.
+        unlogged: Those that no client wants to have logged.
+        on_bar: Those that a client wants on the progress bar.
+    """
+
+    rates: frozenset[str] = frozenset()
+    unlogged: frozenset[str] = frozenset()
+    on_bar: frozenset[str] = frozenset()
+
+    def __or__(self, other: About) -> About:
+        return About(self.rates | other.rates, self.unlogged | other.unlogged, self.on_bar | other.on_bar)
+
+    def under(self, prefix: str) -> About:
+        """The same of names with a prefix."""
+        each = (self.rates, self.unlogged, self.on_bar)
+        return About(*(frozenset(prefix + name for name in names) for names in each))
+
+
 class Exchange:
     """The messages and replies of one stage of one round."""
 
@@ -100,10 +123,14 @@ class Exchange:
         """The names of those of the clients' states of which something holds."""
         return frozenset(state.name for _, states in self.states for state in states if which(state))
 
-    @property
-    def unlogged(self) -> frozenset[str]:
-        """The names that no client wants to have logged."""
-        return self.names(lambda state: not state.logged) - self.names(lambda state: state.logged)
+    def about(self) -> About:
+        """What clients tell of the names that they logged."""
+        logged = self.names(lambda state: state.logged)
+        return About(
+            rates=self.names(lambda state: state.attribute == metrics.RATE),
+            unlogged=self.names(lambda state: not state.logged) - logged,
+            on_bar=self.names(lambda state: state.on_bar),
+        )
 
     def require_enough(self) -> None:
         """Raises:

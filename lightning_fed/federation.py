@@ -25,6 +25,7 @@ from lightning_fed.callbacks.flower_strategy import (
 from lightning_fed.client.app import ClientSide
 from lightning_fed.deal import Deal
 from lightning_fed.errors import ConfigurationError
+from lightning_fed.exchange import About
 from lightning_fed.owners import Owners
 from lightning_fed.plain import from_plain, to_plain
 from lightning_fed.rounds import Rounds
@@ -51,8 +52,7 @@ class Federation(Callback):
         self.owners, self.seed, self.timeout, self.max_clients = owners, seed, timeout, max_clients
         self.engine = engine
         self.metrics: dict[str, float] = {}
-        self.rates: frozenset[str] = frozenset()
-        self.unlogged: frozenset[str] = frozenset()
+        self.about = About()
         self._grid: Grid | None = None
         self._deal: Deal | None = None
         self._side: ClientSide | None = None
@@ -68,7 +68,7 @@ class Federation(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """A pickle has no grid and no clients; what a checkpoint needs of them is in it."""
         arguments = self.owners, self.seed, self.timeout, self.max_clients, self.engine
-        return {"arguments": arguments, "metrics": self.metrics, "rates": self.rates, "_kept": self.state_dict()}
+        return {"arguments": arguments, "metrics": self.metrics, "about": self.about, "_kept": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state.pop("arguments"))  # type: ignore[misc]
@@ -145,8 +145,7 @@ class Federation(Callback):
         except BaseException:
             weights.load(self._module, before)
             raise
-        self._new, self.metrics = result.weights, result.metrics
-        self.rates, self.unlogged = result.rates, result.unlogged
+        self._new, self.metrics, self.about = result.weights, result.metrics, result.about
         # What the server draws from here on (its validation) depends on the round alone, also after a restart.
         seed_all(seed_for(self.seed, "server", round=round))
 

@@ -181,7 +181,7 @@ def attach_extras(reply: Message, extras: Extras) -> None:
         reply.content[_INTEGERS] = pack(extras.integers)
     if extras.states:
         arrays = {f"{i}/{key}": t for i, state in enumerate(extras.states) for key, t in state.tensors.items()}
-        specs = [[s.name, s.kind, s.attribute, s.updates, s.logged] for s in extras.states]
+        specs = [[s.name, s.kind, s.attribute, s.updates, s.logged, s.on_bar] for s in extras.states]
         reply.content[_STATES] = pack(arrays)
         reply.content[_SPECS] = ConfigRecord({"json": json.dumps(specs)})
 
@@ -204,10 +204,11 @@ def _states(specs: Any, arrays: Weights) -> list[MetricState]:
         tensors.setdefault(int(index), {})[name] = tensor
     _require(set(tensors) <= set(range(len(specs))), "metric states without a name")
     states = []
-    for i, (name, kind, attribute, updates, logged) in enumerate(specs):
+    for i, (name, kind, attribute, updates, *where) in enumerate(specs):
         words = all(isinstance(word, str) for word in (name, kind, attribute))
         _require(words and isinstance(updates, int), f"{specs[i]} for the name of a metric state")
-        states.append(MetricState(name, kind, tensors.get(i, {}), attribute, updates, logged=bool(logged)))
+        logged, on_bar = map(bool, where)
+        states.append(MetricState(name, kind, tensors.get(i, {}), attribute, updates, logged=logged, on_bar=on_bar))
     return states
 
 

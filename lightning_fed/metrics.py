@@ -48,6 +48,7 @@ class MetricState:
         updates: How many times the metric was updated.
         own: The client's own value of a metric, if it is one number; it travels among the client's numbers.
         logged: Whether it goes to loggers, as the user logged it.
+        on_bar: Whether the user wants it on the progress bar.
     """
 
     name: str
@@ -57,6 +58,7 @@ class MetricState:
     updates: int = 0
     own: float | None = None
     logged: bool = True
+    on_bar: bool = False
 
 
 def catch(trainer: Trainer, module: LightningModule, computed: Iterable[str] = ()) -> list[MetricState]:

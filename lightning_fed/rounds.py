@@ -22,7 +22,7 @@ import logging
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from flwr.app import ArrayRecord, Message
@@ -35,7 +35,7 @@ from torch import nn
 from lightning_fed import messages, metrics
 from lightning_fed.callbacks.base import CLIENT_METRICS, CohortOwner, FailureOwner, FederatedCallback, Stage
 from lightning_fed.errors import ClientError, FederationError, RoundError
-from lightning_fed.exchange import Exchange, Terms
+from lightning_fed.exchange import About, Exchange, Terms
 from lightning_fed.roster import RollCall, Roster
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.strategies.own_metrics import own_metrics
@@ -50,14 +50,12 @@ class RoundResult:
     Attributes:
         weights: The new weights.
         metrics: Numbers by name.
-        rates: Which of these are learning rates.
-        unlogged: Which of these go to no logger.
+        about: What is known of these names.
     """
 
     weights: Weights
     metrics: dict[str, float]
-    rates: frozenset[str] = frozenset()
-    unlogged: frozenset[str] = frozenset()
+    about: About = field(default_factory=About)
 
 
 class Rounds:
@@ -116,12 +114,12 @@ class Rounds:
             if trained is None:
                 raise RoundError(f"Round {round}: no client was chosen to train.", round=round, stage="train")
             evaluated = self._stage("evaluate", round, trained.weights) if evaluate else None
-        logged, unlogged = trained.metrics, trained.unlogged
+        logged, about = trained.metrics, trained.about
         if evaluated is not None:
             logged.update({f"{CLIENT_METRICS}{name}": v for name, v in evaluated.metrics.items()})
-            unlogged |= {f"{CLIENT_METRICS}{name}" for name in evaluated.unlogged}
+            about |= evaluated.about.under(CLIENT_METRICS)
         self._tell("on_round_end", round, logged)
-        return RoundResult(trained.weights, logged, trained.rates, unlogged)
+        return RoundResult(trained.weights, logged, about)
 
     def _stage(self, stage: Stage, round: int, weights: Weights) -> RoundResult | None:
         cohort = self.cohorts.sample(stage, round, self.roster.num_clients, self.seed)[: self.max_clients]
@@ -144,10 +142,10 @@ class Rounds:
         self._say(_AVERAGED, set(merged.averaged) - set(own))
         self._say(_LEFT_OUT, set(merged.left_out) - set(own))
         logged = {**extra, **merged.values, **own}
-        told = exchange.names(lambda state: state.attribute == metrics.RATE), exchange.unlogged
         if stage == "evaluate":
-            return RoundResult({}, logged, *told)
-        return RoundResult(self._new_weights(round, weights, averaged, exchange.integers.value()), logged, *told)
+            return RoundResult({}, logged, exchange.about())
+        new = self._new_weights(round, weights, averaged, exchange.integers.value())
+        return RoundResult(new, logged, exchange.about())
 
     def _aggregate(self, exchange: Exchange, replies: Iterator[Message]) -> tuple[ArrayRecord | None, dict[str, float]]:
         stage, round = exchange.stage, exchange.round

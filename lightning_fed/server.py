@@ -16,6 +16,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_fed.errors import ConfigurationError
+from lightning_fed.exchange import About
 from lightning_fed.views import View, users_own
 
 
@@ -31,7 +32,7 @@ class RoundRunner(Protocol):
     @property
     def round_metrics(self) -> dict[str, float]: ...
     @property
-    def unlogged(self) -> frozenset[str]: ...
+    def round_about(self) -> About: ...
 
 
 _NO_BATCH = (
@@ -137,11 +138,12 @@ class ServerView(View):
         self.optimizers().step()  # type: ignore[attr-defined]
         # Only what is logged on_step is there to monitor in every hook of its own round.
         # Names of clients with several validation loaders carry dataloader_idx, which Lightning would add itself.
-        when = {"on_step": True, "on_epoch": False, "prog_bar": True, "batch_size": 1, "add_dataloader_idx": False}
-        unlogged = self.trainer.unlogged
-        for logger in (True, False):
-            some = {name: v for name, v in self.trainer.round_metrics.items() if (name not in unlogged) is logger}
-            self.log_dict(some, logger=logger, **when)  # type: ignore[attr-defined]
+        when = {"on_step": True, "on_epoch": False, "batch_size": 1, "add_dataloader_idx": False}
+        about = self.trainer.round_about
+        for name, value in self.trainer.round_metrics.items():
+            # Where nobody chose for the bar, it shows all: a round is long.
+            bar, logger = name in about.on_bar or not about.on_bar, name not in about.unlogged
+            self.log(name, value, prog_bar=bar, logger=logger, **when)  # type: ignore[attr-defined]
         return RoundOutputs({name: torch.tensor(value) for name, value in self.trainer.round_metrics.items()})
 
 

@@ -52,9 +52,11 @@ class MonitorsClients(View):
         pass
 
     def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        names = trainer.learning_rates
-        for name in names:
-            value, (of, _, what) = trainer.round_metrics[name], name.rpartition("-")
+        names = trainer.round_about.rates
+        for name, value in trainer.round_metrics.items():
+            of, _, what = name.rpartition("-")
+            if name not in names:
+                continue
             if of in names and what in ("momentum", "weight_decay"):
                 last = self.last_momentum_values if what == "momentum" else self.last_weight_decay_values
                 last[name] = value

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from lightning_fed.callbacks.base import CLIENT_METRICS
+from lightning_fed.exchange import About
 from lightning_fed.federation import Federation
 from lightning_fed.owners import Owners
 from lightning_fed.roles import Roles
@@ -50,14 +51,9 @@ class ServerTrainer(Trainer):
         return not at_server and any(name.startswith(CLIENT_METRICS) for name in self.round_metrics)
 
     @property
-    def learning_rates(self) -> frozenset[str]:
-        """Which of the last round's metrics are clients' learning rates, for a ``LearningRateMonitor``."""
-        return self.federation.rates
-
-    @property
-    def unlogged(self) -> frozenset[str]:
-        """Which of the last round's metrics go to no logger."""
-        return self.federation.unlogged
+    def round_about(self) -> About:
+        """What is known of the names of the last round's metrics."""
+        return self.federation.about
 
     @property
     def round_metrics(self) -> dict[str, float]:

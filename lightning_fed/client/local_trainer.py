@@ -26,7 +26,7 @@ from lightning_fed.client.elapsed import Plan, TrainerInARun
 from lightning_fed.client.isolation import LocalData, making_data
 from lightning_fed.client.lean_loop import make_lean
 from lightning_fed.client.logged import LoggedValues
-from lightning_fed.client.loggers import kept_from_loggers
+from lightning_fed.client.shown import shown
 from lightning_fed.data import ClientLoaders, gathering
 from lightning_fed.metrics import MetricState, catch
 from lightning_fed.seeding import seed_for
@@ -297,9 +297,9 @@ class LocalTrainer(TrainerInARun):
 
     def keep_logged(self, module: LightningModule) -> None:
         """Keeps what was logged in the epoch that is just ending, before Lightning resets it."""
-        kept = kept_from_loggers((self._results or {}).values())
+        unlogged, on_bar = shown((self._results or {}).values())
         states = catch(self, module, self.computed)
-        self.caught = [replace(state, logged=state.name not in kept) for state in states]
+        self.caught = [replace(s, logged=s.name not in unlogged, on_bar=s.name in on_bar) for s in states]
 
     def log_again(self, module: Any, name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Logs in a training step what Lightning has checked before; ``False`` where it has not."""

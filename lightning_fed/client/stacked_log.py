@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from torch import Tensor
 
 from lightning_fed.client.local_trainer import how_logged
-from lightning_fed.client.loggers import kept_from_loggers
+from lightning_fed.client.shown import shown
 from lightning_fed.client.streams import NotStackable
 from lightning_fed.metrics import Accumulated, MetricState, catch_each
 
@@ -73,10 +73,12 @@ class StackedLog:
 
     def end_epoch(self) -> list[list[MetricState]]:
         """What each client logged in the epoch, which is over."""
-        kept = kept_from_loggers(self._results.values())
+        unlogged, on_bar = shown(self._results.values())
         caught = catch_each(self._results.values(), self._clients)
         self._results = {}
-        return [[replace(state, logged=state.name not in kept) for state in states] for states in caught]
+        return [
+            [replace(s, logged=s.name not in unlogged, on_bar=s.name in on_bar) for s in states] for states in caught
+        ]
 
     def _whole(self, logged: Sequence[Logged], i: int) -> tuple[Tensor, Tensor]:
         """The values and batch sizes of all clients, from those of some and others."""

@@ -102,6 +102,17 @@ def test_a_logger_gets_what_a_plain_trainer_s_gets(cls, options, tmp_path):
     assert {"silent", "both", "clients/v_silent", "clients/v_both"} <= set(history.names)
 
 
+@pytest.mark.parametrize("options", [{}, {"vectorize_clients": "require"}], ids=["alone", "as one"])
+def test_the_bar_shows_what_the_user_wants_there_and_all_where_nothing_is_wanted(options):
+    def bar(cls: type[ToyModule]) -> set[str]:
+        trainer = FederatedTrainer(max_rounds=1, callbacks=[Partition(2, val_fraction=0.25)], **{**QUIET, **options})
+        trainer.fit(cls(), loader())
+        return set(trainer.progress_bar_metrics)
+
+    assert bar(Logs) == {"epoch"}
+    assert bar(ToyModule) == {"train_loss", "clients/val_loss", "clients/val_acc"}
+
+
 def test_what_callbacks_add_is_logged(tmp_path):
     class Adds(FederatedCallback):
         def on_round_end(self, trainer: Any, round: int, metrics: dict[str, float]) -> None:
