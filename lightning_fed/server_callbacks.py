@@ -71,23 +71,25 @@ class SavesOnceARound(View):
     knows neither ``train_time_interval`` nor when a metric is of the round before.
     """
 
-    _step: tuple[Any, ...] = ()
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._step = args
+        self._round_step = args
 
     def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        args, self._step = self._step, ()
+        step = self.__dict__.pop("_round_step", None)
+        if step is not None:  # a run that is resumed after a round's step has none
+            self._save_by_step(trainer, pl_module, step)
+        super().on_train_epoch_end(trainer, pl_module)  # type: ignore[misc]
+        if trainer.clients_validate:
+            super().on_validation_end(trainer, pl_module)  # type: ignore[misc]
+
+    def _save_by_step(self, trainer: Any, pl_module: LightningModule, step: tuple[Any, ...]) -> None:
         progress = trainer.fit_loop.epoch_loop.batch_progress
         last, progress.is_last_batch = progress.is_last_batch, False  # or it would wait for the validation
         trainer.seems_automatic = True
         try:
-            super().on_train_batch_end(trainer, pl_module, *args)  # type: ignore[misc]
+            super().on_train_batch_end(trainer, pl_module, *step)  # type: ignore[misc]
         finally:
             trainer.seems_automatic, progress.is_last_batch = False, last
-        super().on_train_epoch_end(trainer, pl_module)  # type: ignore[misc]
-        if trainer.clients_validate:
-            super().on_validation_end(trainer, pl_module)  # type: ignore[misc]
 
 
 class ChecksOnceARound(View):

@@ -239,7 +239,7 @@ class FederatedTrainer(ServerTrainer):
             train, datamodule = None, train
         deal = Deal(self.owners.partition, module, train, datamodule, self.seed, self.local_options)
         self.local_options.rounds = -1 if self.max_epochs is None else self.max_epochs
-        side = ClientSide(module, self.local_options, deal, datamodule, self.owners.mods(), is_set_up=True)
+        side = ClientSide(module, self.local_options, deal, datamodule, is_set_up=True)
         if self._vectorize:
             workers = self.engine.num_workers if isinstance(self.engine, Processes) else 1
             side.together = Together(self._vectorize, CompiledStep() if self._compile else None, workers)
