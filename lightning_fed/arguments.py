@@ -48,7 +48,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (-1, None),
         "A federation counts rounds: write max_rounds=, and local_steps={0} for a client's steps",
     ),
-    "min_steps": ((None,), "A federation counts rounds: write min_epochs={0}, which here counts them"),
+    "min_steps": ((None, 0), "A federation counts rounds: write min_epochs={0}, which here counts them"),
     "strategy": (("auto", None), "Clients are not processes of one training: leave strategy out and choose an engine="),
     "num_nodes": ((1, None), "One machine runs the server: leave num_nodes out"),
     "val_check_interval": (

@@ -139,6 +139,11 @@ def test_numbers_of_numpy_are_numbers():
     assert trainer.global_step == 1
 
 
+@pytest.mark.parametrize("steps", [None, 0])
+def test_min_steps_that_ask_for_nothing_are_not_refused(steps):
+    assert FederatedTrainer(max_rounds=1, num_clients=2, min_steps=steps, min_epochs=1, **QUIET).min_epochs == 1
+
+
 def test_a_tuple_of_callbacks_is_a_list():
     assert FederatedTrainer(max_rounds=1, callbacks=(Partition(2),), **QUIET).owners.partition.num_clients == 2
 
