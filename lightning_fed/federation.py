@@ -7,28 +7,25 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
-from flwr.app import RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed import placement, weights
 from lightning_fed.callbacks.base import CLIENT_METRICS, FederatedCallback
-from lightning_fed.callbacks.flower_strategy import (
-    FlowerStrategy,
-    load_strategy_state,
-    strategy_state,
-    warn_of_unsaved,
-)
+from lightning_fed.callbacks.flower_strategy import FlowerStrategy
+from lightning_fed.checkpoint import Found, RunState
+from lightning_fed.checkpoint_file import FEDERATION
 from lightning_fed.client.app import ClientSide
 from lightning_fed.deal import Deal
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.exchange import About
 from lightning_fed.owners import Owners
-from lightning_fed.plain import from_plain, to_plain
 from lightning_fed.rounds import Rounds
+from lightning_fed.script import Script, arguments_of
 from lightning_fed.seeding import seed_all, seed_for
 from lightning_fed.server import RoundLoader
 from lightning_fed.strategies import ServerOptimizer
@@ -46,6 +43,10 @@ class Federation(Callback):
         timeout: Seconds to wait for replies.
         max_clients: Truncates cohorts (``fast_dev_run``).
         engine: The engine's name, for the summary.
+
+    Attributes:
+        metrics: What the clients of the last round gave.
+        has_begun: Whether the fit has got to its first round; ``True`` outside of a fit.
     """
 
     def __init__(self, owners: Owners, seed: int, timeout: float, max_clients: int | None, engine: str) -> None:
@@ -58,11 +59,13 @@ class Federation(Callback):
         self._side: ClientSide | None = None
         self._module: LightningModule | None = None
         self._rounds: Rounds | None = None
-        self._strategy: Strategy | None = None
-        self._restored: dict[str, Any] | None = None
+        self._state: RunState | None = None
+        self._found: Found | None = None
+        self._script: Script | None = None
         self._new: weights.Weights | None = None
-        self._before: tuple[weights.Weights, dict[str, Any]] | None = None
+        self._before: weights.Weights | None = None
         self._undecided = True
+        self.has_begun = True
         self._kept: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,16 +80,17 @@ class Federation(Callback):
     @property
     def state_key(self) -> str:
         """The key of the federation's state in a checkpoint."""
-        return "lightning_fed.Federation"
+        return FEDERATION
 
     def begin(self, grid: Grid, deal: Deal, side: ClientSide) -> None:
         """Takes up a grid; Lightning's fit follows."""
         self._grid, self._deal, self._side, self._module = grid, deal, side, side.module
-        self._restored = self._rounds = self._strategy = self._before = None
-        self._undecided = True
+        self._found = self._script = self._rounds = self._state = self._before = None
+        self._undecided, self.has_begun = True, False
 
     def end(self) -> None:
         """Lets the grid and all data go; what a checkpoint saved after the fit needs is kept."""
+        self.has_begun = True
         self._deal = self._side = self._module = self._rounds = self._new = None
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
@@ -107,10 +111,10 @@ class Federation(Callback):
         weights.refuse_lazy(pl_module)
         if self._is_ours:
             self._deal.open()
-        self._strategy = self._build_strategy(pl_module)
+        strategy = self._build_strategy(pl_module)
         self._rounds = Rounds(
             self._grid,
-            self._strategy,
+            strategy,
             callbacks=self.owners.callbacks,
             cohorts=self.owners.cohorts,
             failures=self.owners.failures,
@@ -120,26 +124,33 @@ class Federation(Callback):
             timeout=self.timeout,
             max_clients=self.max_clients,
         )
-        self._check_cohort(self._rounds.roster.num_clients)
-        self._warn_of_monitors(trainer, self._rounds.roster.num_clients)
-        self._restore()
+        clients = self._rounds.roster.num_clients
+        self._check_cohort(clients)
+        self._warn_of_monitors(trainer, clients)
+        self._state = RunState(self.seed, clients, self._grid, strategy, self._script or self._read_script(trainer))
+        if self._found is not None and self._found.state:
+            self._state.restore(self._found, arguments_of(trainer.callbacks))  # type: ignore[attr-defined]
+        self._found = None
         if self._is_ours:
             self._look_ahead()
         rank_zero_info(self._summary(trainer))
         for callback in self.owners.callbacks:
             callback.on_federation_start(trainer)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Rounds begin, or go on: from here on there is something to save."""
+        self.has_begun = True
+
     def run_round(self, trainer: Trainer) -> None:
         """One round; if it fails the module has the weights of before."""
         assert self._rounds is not None
         assert self._module is not None
-        assert self._strategy is not None
+        assert self._state is not None
         round, before = trainer.current_epoch + 1, weights.read(self._module)
-        self._before = before, strategy_state(self._strategy)
-        if self._is_ours:
-            if self._undecided:
-                self._decide_together(trainer, before)
-            self._grid.begin_round()  # type: ignore[union-attr]
+        self._before = before
+        self._state.begin_round()
+        if self._is_ours and self._undecided:
+            self._decide_together(trainer, before)
         try:
             result = self._rounds.run(round, before, self._evaluates(trainer, round))
         except BaseException:
@@ -173,8 +184,10 @@ class Federation(Callback):
         """Loads the round's new weights into the module."""
         assert self._module is not None
         assert self._new is not None
+        assert self._state is not None
         weights.load(self._module, self._new)
         self._new = self._before = None
+        self._state.end_round()
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -183,52 +196,39 @@ class Federation(Callback):
             yield
             return
         present = weights.read(self._module)
-        weights.load(self._module, self._before[0])
+        weights.load(self._module, self._before)
         try:
             yield
         finally:
             weights.load(self._module, present)
 
     def state_dict(self) -> dict[str, Any]:
-        """The seed, the strategy's state and what clients keep; tensors and plain values only.
+        """What the run keeps from round to round; tensors and plain values only.
 
         In the middle of a round, or after one that failed: what stood when it began, for it will be run again.
         """
-        if self._strategy is None:
-            return self._kept
-        warn_of_unsaved(self._strategy)
-        strategy = strategy_state(self._strategy) if self._before is None else self._before[1]
-        state: dict[str, Any] = {"seed": self.seed, "strategy": strategy}
-        if self._is_ours:
-            kept = self._grid.client_states(before_round=self._before is not None)  # type: ignore[union-attr]
-            state["clients"] = {client: to_plain(record) for client, record in kept.items()}
-        return state
+        return self._kept if self._state is None else self._state.save()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A run is resumed: notes how the script sets it up, before callbacks load what the checkpoint holds."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._script = self._read_script(trainer)
+            self._found = Found(str(trainer.ckpt_path), int(checkpoint["global_step"]), set(checkpoint["callbacks"]))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps a checkpoint's state until the strategy is built."""
-        self._restored = state_dict
+        if self._found is not None:
+            self._found.state = state_dict
+
+    def _read_script(self, trainer: Trainer) -> Script:
+        assert self._side is not None
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return Script.of(self._side.options, self._side.module, self.owners.callbacks, callbacks)
 
     @property
     def _is_ours(self) -> bool:
         """Whether the clients are in this process, with their data and their state."""
         return hasattr(self._grid, "client_states")
-
-    def _restore(self) -> None:
-        state = self._restored
-        if not state:
-            return
-        if state["seed"] != self.seed:
-            rank_zero_warn(
-                f"The checkpoint is of a run with seed {state['seed']}, this one has seed {self.seed}: data and cohorts"
-                f" will not be those of that run. Write FederatedTrainer(seed={state['seed']}) to go on with it."
-            )
-        if "strategy" in state and self._strategy is not None:
-            load_strategy_state(self._strategy, state["strategy"])
-        if self._is_ours:
-            records: dict[int, RecordDict] = {
-                int(client): from_plain(record) for client, record in state.get("clients", {}).items()
-            }
-            self._grid.load_client_states(records)  # type: ignore[union-attr]
 
     def _build_strategy(self, module: LightningModule) -> Strategy:
         strategy: Strategy | None = None

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed.callbacks.base import CLIENT_METRICS
+from lightning_fed.checkpoint_file import is_there
 from lightning_fed.exchange import About
 from lightning_fed.federation import Federation
 from lightning_fed.owners import Owners
@@ -68,10 +70,16 @@ class ServerTrainer(Trainer):
         """The server optimizer's step; called by the server view of the module."""
         self.federation.take_over()
 
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As ``Trainer.save_checkpoint``; in the middle of a round it saves what the round began with."""
+    def save_checkpoint(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """As ``Trainer.save_checkpoint``; in the middle of a round it saves what the round began with.
+
+        A run that fails before it began, or went on, leaves a file that is there as it is.
+        """
+        if not self.federation.has_begun and is_there(filepath):
+            rank_zero_warn(f"{filepath} stays as it is: the run has not begun, and there is nothing to save of it.")
+            return
         with self.federation.saving():
-            super().save_checkpoint(*args, **kwargs)
+            super().save_checkpoint(filepath, *args, **kwargs)
 
     def place_callbacks(self, given: Sequence[Callback]) -> list[Callback]:
         """Which of the module's own callbacks are for the server; called by the server view of the module."""

@@ -19,6 +19,7 @@ from lightning_fed import arguments, checks, placement
 from lightning_fed.alone import alone
 from lightning_fed.callbacks import RichRoundBar, RoundPrinter
 from lightning_fed.callbacks.progress import is_terminal
+from lightning_fed.checkpoint_file import explain_errors
 from lightning_fed.client.app import ClientSide, build_client_app
 from lightning_fed.client.compiled_step import CompiledStep
 from lightning_fed.client.local_run import ClientState, LocalOptions
@@ -162,6 +163,7 @@ class FederatedTrainer(ServerTrainer):
             super().__init__(callbacks=[self.federation, *own], **kwargs)
         self.local_options.trainer["default_root_dir"] = self.default_root_dir
         self.strategy.process_dataloader = gathering  # type: ignore[assignment, method-assign]
+        explain_errors(self)
         if dev_run:  # Lightning's own makes n batches of it; here they are n rounds
             self.fit_loop.max_epochs, self.fit_loop.epoch_loop.max_steps = dev_run, -1
         if getattr(self.precision_plugin, "scaler", None) is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_fed import checks, messages
 from lightning_fed.callbacks.base import FederatedCallback, Stage
 from lightning_fed.errors import ConfigurationError
-from lightning_fed.plain import from_plain, to_plain
+from lightning_fed.strategy_state import StrategyState
 
 
 class FlowerStrategy(FederatedCallback):
@@ -26,7 +24,10 @@ class FlowerStrategy(FederatedCallback):
     The strategy sees what it sees in plain Flower, with all floating tensors of the module as its arrays; integer and
     bool tensors (BatchNorm's ``num_batches_tracked``) are averaged apart, so none turns into a float and no clip norm
     counts them. It sees the cohort as all its nodes: leave its fractions at 1.0 and sample with
-    ``PartialParticipation``. Its arrays, numbers and records go into the checkpoint.
+    ``PartialParticipation``.
+
+    What the run changes of its attributes goes into the checkpoint; what it never changes is configuration, which a
+    resumed run takes from the script. A strategy that has ``state_dict`` and ``load_state_dict`` decides that itself.
 
     Args:
         strategy: The strategy.
@@ -54,8 +55,17 @@ class FlowerStrategy(FederatedCallback):
         self.running = strategy
 
     def server_strategy(self, strategy: Strategy | None) -> Strategy:
-        """A copy of the strategy behind an adaptor: a second fit must not start with the moments of the first."""
-        self.running = copy.deepcopy(self.strategy)
+        """A copy of the strategy behind an adaptor: a second fit must not start with the moments of the first.
+
+        What cannot be copied (an open file, a writer, a lock, a connection) both have; a second fit is told so.
+        """
+        is_second = self.running is not self.strategy
+        self.running, shared = _copy(self.strategy)
+        if shared and is_second:
+            rank_zero_warn(
+                f"FlowerStrategy cannot copy {type(self.strategy).__name__}.{', '.join(shared)}: this fit has what the"
+                " fit before left there. Give each fit a FlowerStrategy of its own, or write a __deepcopy__ for it."
+            )
         return Adaptor(self.running)
 
     def client_mods(self, stage: Stage) -> Sequence[Mod]:
@@ -73,6 +83,7 @@ class Adaptor(Strategy):
     def __init__(self, inner: Strategy) -> None:
         self.inner = inner
         self.name = type(inner).__name__
+        self.checkpoint_state = StrategyState(inner)
 
     def summary(self) -> None:
         """As the strategy."""
@@ -101,12 +112,12 @@ class Adaptor(Strategy):
         return self.inner.aggregate_evaluate(server_round, _with_common_metrics(replies))
 
     def state_dict(self) -> dict[str, Any]:
-        """What the strategy holds: arrays, numbers and records, also of strategies that it wraps."""
-        return strategy_state(self.inner)
+        """What the run has changed of the strategy, and of strategies that it wraps."""
+        return self.checkpoint_state.dump()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what ``state_dict`` gave."""
-        load_strategy_state(self.inner, state)
+        self.checkpoint_state.load(state)
 
 
 def _with_common_metrics(replies: Iterable[Message]) -> list[Message]:
@@ -119,57 +130,24 @@ def _with_common_metrics(replies: Iterable[Message]) -> list[Message]:
     return kept
 
 
-def strategy_state(strategy: Strategy) -> dict[str, Any]:
-    """A strategy's state for a checkpoint: by its own ``state_dict``, else its arrays, numbers and records."""
-    if hasattr(strategy, "state_dict"):
-        return strategy.state_dict()
-    return _state_of(strategy)[0]
+def _copy(strategy: Strategy) -> tuple[Strategy, list[str]]:
+    """A copy that shares nothing with the strategy; the names of attributes that cannot be copied and are shared."""
+    try:
+        return copy.deepcopy(strategy), []
+    except Exception:
+        return _copy_parts(strategy, {})
 
 
-def warn_of_unsaved(strategy: Strategy) -> None:
-    """Names what of a strategy, or of those that it wraps, cannot go into a checkpoint."""
-    if isinstance(strategy, Adaptor):
-        strategy = strategy.inner
-    if hasattr(strategy, "state_dict"):
-        return
-    for wrapped in vars(strategy).values():
-        if isinstance(wrapped, Adaptor):
-            warn_of_unsaved(wrapped)
-    if unknown := _state_of(strategy)[1]:
-        rank_zero_warn(
-            f"{type(strategy).__name__} holds {', '.join(sorted(unknown))}, which cannot go into a checkpoint: a"
-            " resumed run starts with it new."
-        )
-
-
-def load_strategy_state(strategy: Strategy, state: dict[str, Any]) -> None:
-    """Takes back what ``strategy_state`` gave."""
-    if hasattr(strategy, "load_state_dict"):
-        strategy.load_state_dict(state)
-    else:
-        _load_state(strategy, state)
-
-
-def _state_of(strategy: Strategy) -> tuple[dict[str, Any], set[str]]:
-    state: dict[str, Any] = {}
-    unknown: set[str] = set()
+def _copy_parts(strategy: Strategy, memo: dict[int, Any]) -> tuple[Strategy, list[str]]:
+    made, shared = copy.copy(strategy), []
     for name, value in vars(strategy).items():
-        if isinstance(value, Strategy):
-            own = getattr(value, "state_dict", None)
-            inner, more = _state_of(value) if own is None else (own(), set())
-            state[name] = {"__strategy__": inner}
-            unknown |= more
-        elif not (inspect.isroutine(value) or isinstance(value, (type, functools.partial))):
-            try:
-                state[name] = to_plain(value)
-            except TypeError:
-                unknown.add(name)
-    return state, unknown
-
-
-def _load_state(strategy: Strategy, state: dict[str, Any]) -> None:
-    for name, value in state.items():
-        if isinstance(value, dict) and "__strategy__" in value:
-            load_strategy_state(getattr(strategy, name), value["__strategy__"])
-        else:
-            setattr(strategy, name, from_plain(value))
+        try:
+            setattr(made, name, copy.deepcopy(value, memo))
+        except Exception as error:
+            if isinstance(value, Strategy):
+                inner, more = _copy_parts(value, memo)
+                setattr(made, name, inner)
+                shared += [f"{name}.{one}" for one in more]
+            else:
+                shared.append(f"{name} ({type(value).__name__}: {error})")
+    return made, shared

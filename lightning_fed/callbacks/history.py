@@ -76,7 +76,9 @@ class History(FederatedCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The table, and which of its columns are the clients'."""
-        rows, clients = [dict(row) for row in self.rows], [dict(row) for row in self.clients]
+        rows, clients = (
+            [{name: _plain(v) for name, v in row.items()} for row in table] for table in (self.rows, self.clients)
+        )
         return {"rows": rows, "clients": clients, "from_clients": sorted(self._from_clients)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -146,6 +148,11 @@ class History(FederatedCallback):
         if path is not None:
             figure.savefig(path, dpi=120)
         return figure
+
+
+def _plain(value: Any) -> Any:
+    """What a callback added may be a number of NumPy or a tensor, which a checkpoint would not give back."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def _cell(value: float | None) -> str:

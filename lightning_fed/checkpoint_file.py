@@ -1,0 +1,205 @@
+"""A checkpoint file that cannot be taken: what it is, and what to do about it."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_fed.errors import ConfigurationError
+
+# The key of the federation's state among a checkpoint's callbacks.
+FEDERATION = "lightning_fed.Federation"
+_SHOWN = 3
+
+
+def explain_errors(trainer: Trainer) -> None:
+    """From here on ``trainer`` says of every checkpoint that it cannot take what it is and what to do."""
+    strategy = trainer.strategy
+    strategy.load_checkpoint = partial(_read, trainer, strategy.load_checkpoint)  # type: ignore[method-assign]
+    strategy.load_model_state_dict = partial(_load_weights, trainer, strategy.load_model_state_dict)  # type: ignore[method-assign]
+
+
+def is_there(path: Any) -> bool:
+    """Whether there is a file, on any file system, that a checkpoint would overwrite."""
+    return bool(get_filesystem(path).exists(path))
+
+
+def _read(
+    trainer: Trainer, load: Callable[..., dict[str, Any]], checkpoint_path: Any, *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """As ``Strategy.load_checkpoint``.
+
+    Raises:
+        ConfigurationError: If the file is no checkpoint of Lightning's, or none that a federation can go on from.
+    """
+    try:
+        checkpoint = load(checkpoint_path, *args, **kwargs)
+    except Exception as error:
+        if (found := _look_at(checkpoint_path)) is None:
+            if "weights_only" in str(error):
+                error.add_note("If you trust the file: pass weights_only=False to fit, validate, test or predict.")
+            raise
+        raise ConfigurationError(f"{checkpoint_path} {found} {_way_out(trainer, checkpoint_path)}") from error
+    if (found := _what_is(checkpoint)) is not None:
+        raise ConfigurationError(f"{checkpoint_path} {found}")
+    if trainer.state.fn == TrainerFn.FITTING:
+        _require_rounds(trainer, checkpoint, checkpoint_path)
+    return checkpoint
+
+
+def _look_at(path: Any) -> str | None:
+    """What a file is that torch could not read; ``None`` if it looks whole, or if it cannot be looked at."""
+    try:
+        files = get_filesystem(path)
+        if files.isdir(path):
+            return "is a folder, not a checkpoint file."
+        size = files.size(path)
+        with files.open(path, "rb") as file:
+            begin = file.read(16)
+            whole = zipfile.is_zipfile(file)
+            archive = zipfile.ZipFile(file) if whole else None
+            names, damaged = (archive.namelist(), archive.testzip()) if archive else ([], None)
+    except Exception:
+        return None
+    if size == 0:
+        return "is empty (0 bytes): whoever wrote it was stopped, or the disk was full."
+    if damaged is not None:
+        return f"is damaged: {damaged!r} among its {size:,} bytes is not what was written."
+    if whole:
+        is_torch = any(name.endswith("/data.pkl") for name in names)
+        return None if is_torch else f"is a zip archive of {size:,} bytes that torch did not write."
+    if begin.startswith(b"PK"):
+        return f"is truncated: {size:,} bytes are there, and its end is missing."
+    if begin.startswith(b"\x80"):
+        return f"is a pickle of {size:,} bytes that is damaged, or that torch did not write."
+    return f"is no file of torch's: its {size:,} bytes begin with {begin!r}."
+
+
+def _way_out(trainer: Trainer, path: Any) -> str:
+    """Other checkpoints beside it, the newest first."""
+    here = Path(str(path))
+    others = [p for p in here.parent.glob("*.ckpt") if p.name != here.name and p.is_file() and p.stat().st_size]
+    others.sort(key=lambda p: -p.stat().st_mtime)
+    named = f"Name another checkpoint as ckpt_path: {_listed([p.name for p in others])} are beside it" if others else ""
+    named = named.replace("are beside", "is beside") if len(others) == 1 else named
+    if trainer.state.fn != TrainerFn.FITTING:
+        return f"{named}." if others else "Name another file as ckpt_path."
+    return f"{named}; or delete it to begin anew." if others else "Delete it, or leave ckpt_path out, to begin anew."
+
+
+def _what_is(checkpoint: Any) -> str | None:
+    """What a file of torch's holds if it is no checkpoint of Lightning's."""
+    if not isinstance(checkpoint, dict):
+        return f"holds a {type(checkpoint).__name__}, and is no checkpoint of Lightning's."
+    lacking = [name for name in ("state_dict", "pytorch-lightning_version") if name not in checkpoint]
+    if not lacking:
+        return None
+    if checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
+        return (
+            f"holds weights alone ({_listed(list(checkpoint))}), and is no checkpoint of Lightning's. Load them with"
+            " module.load_state_dict(torch.load(path)), and leave ckpt_path out."
+        )
+    return (
+        f"is no checkpoint of Lightning's: it has no {' and no '.join(map(repr, lacking))}, it has"
+        f" {_listed(list(map(repr, checkpoint))) or 'nothing'}."
+    )
+
+
+def _require_rounds(trainer: Trainer, checkpoint: Mapping[str, Any], path: Any) -> None:
+    """Raises:
+    ConfigurationError: If there is no federated run in the checkpoint to go on with, or one that has done more rounds.
+    """
+    module = type(trainer.lightning_module).__name__
+    weights = f"Begin with its weights: {module}.load_from_checkpoint({str(path)!r}), and fit that without ckpt_path."
+    optimizers = checkpoint.get("optimizer_states")
+    if optimizers is None:
+        raise ConfigurationError(
+            f"{path} holds weights only (save_weights_only=True): nothing of the rounds before is there to go on"
+            f" from. {weights}"
+        )
+    if FEDERATION not in (checkpoint.get("callbacks") or {}):
+        if not _is_server_s(optimizers):
+            raise ConfigurationError(
+                f"{path} is a checkpoint of a plain Trainer after epoch {checkpoint.get('epoch', 0)}, and no run of a"
+                " FederatedTrainer to go on with: it has no rounds, no state of a strategy and none of clients."
+                f" {weights}"
+            )
+        rank_zero_warn(
+            f"{path} has no {FEDERATION!r} among its callbacks: the state of the strategy (moments of a server"
+            " optimizer), what clients keep (client_state='carry') and the run's seed are missing, and begin anew."
+        )
+    done, asked = int(checkpoint.get("global_step", 0)), trainer.max_epochs
+    if asked is not None and asked != -1 and done > asked:
+        raise ConfigurationError(
+            f"{path} has done {done} rounds, and this run is to end after {asked}. Raise"
+            " FederatedTrainer(max_rounds=...), or resume a checkpoint of an earlier round."
+        )
+
+
+def _is_server_s(optimizers: Any) -> bool:
+    """Whether these are the states of the server's one optimizer, whose one parameter stands for all weights."""
+    groups = [group for state in optimizers for group in state.get("param_groups", ())]
+    return len(groups) == 1 and set(groups[0]) <= {"lr", "weight_decay", "params"} and len(groups[0]["params"]) == 1
+
+
+def _load_weights(
+    trainer: Trainer, load: Callable[..., None], checkpoint: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> None:
+    """As ``Strategy.load_model_state_dict``.
+
+    Raises:
+        ConfigurationError: If the weights are another module's.
+    """
+    try:
+        load(checkpoint, *args, **kwargs)
+    except RuntimeError as error:
+        module = trainer.lightning_module
+        found = _differences(checkpoint["state_dict"], module.state_dict())
+        if not found:
+            raise
+        name = type(module).__name__
+        arguments = _differing_arguments(checkpoint.get("hyper_parameters"), dict(module.hparams))
+        raise ConfigurationError(
+            f"{trainer.ckpt_path} is a checkpoint of another module than this {name}: {'; '.join(found)}."
+            f"{arguments} Build the module as it was then, as {name}.load_from_checkpoint(path) does with the"
+            " arguments that save_hyperparameters() kept."
+        ) from error
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What two state dicts have different: names and shapes."""
+    missing, foreign = [n for n in here if n not in there], [n for n in there if n not in here]
+    shapes = [
+        f"{name!r} is {tuple(there[name].shape)} there and {tuple(here[name].shape)} here"
+        for name in here
+        if isinstance(here[name], Tensor) and isinstance(there.get(name), Tensor)
+        if there[name].shape != here[name].shape
+    ]
+    found = [f"it has no {_listed(list(map(repr, missing)))}"] if missing else []
+    found += [f"it has {_listed(list(map(repr, foreign)))}, which this one has not"] if foreign else []
+    return found + ([_listed(shapes)] if shapes else [])
+
+
+def _differing_arguments(there: Any, here: Mapping[str, Any]) -> str:
+    simple = (bool, int, float, str, type(None))
+    pairs = {name: (value, here[name]) for name, value in (there or {}).items() if name in here}
+    differing = [
+        f"{name}={then!r} (here {now!r})"
+        for name, (then, now) in pairs.items()
+        if isinstance(then, simple) and isinstance(now, simple) and then != now
+    ]
+    return f" It was built with {_listed(differing)}." if differing else ""
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names) if more <= 0 else f"{', '.join(names[:_SHOWN])} and {more} more"
