@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ class Isolation:
         self._noted: tuple[Any, ...] = ()
         self._snapshots: list[Snapshot] = []
         self._lost: str | None = None
+        self._has_said = False
 
     def __reduce__(self) -> Any:
         return Isolation, ()  # another process has objects of its own
@@ -49,6 +51,7 @@ class Isolation:
         try:
             with put_back(self._snapshots):
                 yield self._snapshots
+                self._say_grown()
         except ContentLost as error:
             self._lost = str(error)
             raise
@@ -56,6 +59,18 @@ class Isolation:
     def release(self) -> None:
         """Forgets what was noted."""
         self._noted, self._snapshots = (), []
+
+    def _say_grown(self) -> None:
+        """Whoever collects in the module what clients do will look for it after the run."""
+        if self._has_said or multiprocessing.parent_process() is not None:
+            return
+        if grown := [path for snapshot in self._snapshots for path in snapshot.grown()]:
+            self._has_said = True
+            rank_zero_warn(
+                f"{', '.join(grown)} grew in a client's fit. What a module or a datamodule holds is put back after each"
+                " client, so that the next one finds what this one found: to collect what clients do, log it, or append"
+                " to a list that is a variable of your script."
+            )
 
     def _note(self, module: LightningModule, datamodule: LightningDataModule | None) -> None:
         if self._noted and self._noted[0] is module and self._noted[1] is datamodule:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_fed.client.stack import Stack
 from lightning_fed.client.streams import NotStackable
@@ -37,8 +39,13 @@ class StepWatch:
         """
         self._streams.check_all()
         for node in self._snapshot.changed():
-            if (path := _changed(node)) is not None:
+            if not _is_lightnings(node) and (path := _changed(node)) is not None:
                 raise NotStackable(f"its step changes {path}, which all clients would share")
+
+
+def _is_lightnings(node: Node) -> bool:
+    """Whether it belongs to an optimizer or a schedule that the module keeps, which Lightning steps."""
+    return isinstance(node.thing, (Optimizer, LRScheduler)) or (node.parent is not None and _is_lightnings(node.parent))
 
 
 def _changed(node: Node) -> str | None:

@@ -7,7 +7,7 @@ import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from operator import eq, is_, is_not
+from operator import is_, is_not
 from typing import Any
 
 Step = tuple[str, Any]
@@ -135,7 +135,7 @@ def same(held: Any, saved: Any) -> bool:
     if len(held) != len(saved):
         return False
     if isinstance(held, Mapping):
-        return all(map(eq, held, saved)) and all(map(is_, held.values(), saved.values()))  # in the same order, too
+        return all(map(is_, held, saved)) and all(map(is_, held.values(), saved.values()))  # in the same order, too
     if isinstance(held, (set, frozenset)):
         return bool(held == saved)
     return not any(map(is_not, held, saved))

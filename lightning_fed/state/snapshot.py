@@ -82,6 +82,12 @@ class Snapshot:
         known: tuple[Node, ...] = (*self._containers, *self._contents)
         return [*(node for node in known if node.differs()), *(node for node in self._empty if node.thing)]
 
+    def grown(self) -> list[str]:
+        """The ways to lists and dicts of the user's that hold all that they held, and more."""
+        known = (*self._containers, *(node for node in self._empty if node.thing))
+        found = (node for node in known if type(node.thing) in (list, dict) and node.differs())
+        return [node.path for node in found if not node.is_enclosed and node.has_only_grown()]
+
     @property
     def lost(self) -> list[Content]:
         """What was written to and is too large to have been copied."""

@@ -135,13 +135,14 @@ def test_after_a_fit_the_optimizer_of_the_command_line_is_still_the_modules(conf
     assert [type(scheduler) for scheduler in schedulers] == [torch.optim.lr_scheduler.ExponentialLR]
 
 
+SEEN: list[tuple[int, float]] = []
+
+
 class Rates(ToyModule):
     """Notes the learning rate that each local fit begins with."""
 
-    seen: list[tuple[int, float]] = []
-
     def on_train_start(self) -> None:
-        self.seen.append((self.trainer.current_round, self.optimizers().param_groups[0]["lr"]))
+        SEEN.append((self.trainer.current_round, self.optimizers().param_groups[0]["lr"]))
 
 
 class MakesItsOwn(Rates):
@@ -161,10 +162,10 @@ def test_the_optimizer_and_schedule_of_the_command_line_are_fresh_in_every_local
 
     def fit(module: type[Rates], *words: str) -> tuple[torch.Tensor, list[tuple[int, float]]]:
         seed_everything(7)
-        Rates.seen.clear()
+        SEEN.clear()
         words = ("fit", *trainer, f"--trainer.client_state={client_state}", *words)
         made = LightningCLI(module, ToyData, trainer_class=FederatedTrainer, args=[*words], save_config_callback=None)
-        return made.model.net[0].weight, Rates.seen.copy()
+        return made.model.net[0].weight, SEEN.copy()
 
     weight, rates = fit(Rates, *given)
     expected, its_own = fit(MakesItsOwn)

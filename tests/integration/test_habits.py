@@ -130,3 +130,9 @@ def test_clients_trained_as_one_read_what_each_reads_alone(habit: str) -> None:
         made_weights = run(made, ClientData(data), InProcess(), vectorize_clients=vectorize)[0]
         ends.append(made_weights)
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+
+
+def test_who_collects_in_the_module_is_told_where_to_collect() -> None:
+    with pytest.warns(UserWarning, match=r"module.kept grew in a client's fit. .* a variable of your script") as said:
+        run(module("appends to a list"), shared_loader(), InProcess())
+    assert len([one for one in said if "grew in a client's fit" in str(one.message)]) == 1

@@ -735,19 +735,20 @@ def test_a_look_at_configure_optimizers_opens_no_data_that_it_does_not_ask_for()
 
 
 def test_a_look_at_configure_optimizers_leaves_no_trace() -> None:
+    seen_before = []
+
     class Traces(ToyModule):
         def configure_optimizers(self) -> Any:
             self.calls = getattr(self, "calls", 0) + 1
-            self.seen_before.append(self.calls)
+            seen_before.append(self.calls)
             with torch.no_grad():
                 self.net[0].weight.mul_(1 + 0.01 * torch.rand(()))
             return super().configure_optimizers()
 
-    Traces.seen_before = []
     module = built(Traces)
     before = torch.get_rng_state()
     FederatedTrainer(max_rounds=1, num_clients=2, **QUIET).fit(module, loader())
-    assert Traces.seen_before == [1, 1, 1]
+    assert seen_before == [1, 1, 1]
     assert torch.equal(torch.get_rng_state(), before)
     assert not hasattr(module, "calls")
 

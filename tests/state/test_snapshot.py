@@ -228,3 +228,13 @@ def test_any_nest_of_containers_is_put_back(value: Any, seed: int) -> None:
         snapshot.restore()
         assert repr(holder.value) == before
         snapshot.renew()
+
+
+def test_what_only_grew_is_named() -> None:
+    holder = SimpleNamespace(losses=[], seen={"a": 1}, turned=[1, 2], count=0)
+    snapshot = Snapshot({"holder": holder})
+    holder.losses.append(1)
+    holder.seen["b"] = 2
+    holder.turned.reverse()
+    holder.count += 1
+    assert sorted(snapshot.grown()) == ["holder.losses", "holder.seen"]
