@@ -33,6 +33,7 @@ class Isolation:
         self._snapshots: list[Snapshot] = []
         self._lost: str | None = None
         self._has_said = False
+        self._named: set[str] = set()
 
     def __reduce__(self) -> Any:
         return Isolation, ()  # another process has objects of its own
@@ -81,7 +82,18 @@ class Isolation:
         self._snapshots = [Snapshot({"module": module}, lambda: weights_of(module))]
         if datamodule is not None:
             self._snapshots.append(DataSnapshot({"datamodule": datamodule}))
-        _say_endless(self._snapshots)
+        self.say_endless(self._snapshots)
+
+    def say_endless(self, snapshots: Sequence[Snapshot]) -> None:
+        """Names the iterators among what was noted, each once."""
+        names = {node.path for snapshot in snapshots for node in snapshot.endless} - self._named
+        if names:
+            self._named |= names
+            rank_zero_warn(
+                f"{', '.join(sorted(names))}: what a client takes from an iterator cannot be put back, so the clients"
+                " after it, and those in other processes, find another one. Make it anew in `on_train_start`, or in the"
+                " data set's `__iter__`."
+            )
 
 
 class ContentLost(ClientError):
@@ -91,14 +103,6 @@ class ContentLost(ClientError):
 def weights_of(module: LightningModule) -> list[Tensor]:
     """The tensors that are loaded for each client: those of the state dict themselves, not copies that it may make."""
     return [value for value in module.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
-
-
-def _say_endless(snapshots: list[Snapshot]) -> None:
-    if names := sorted({node.path for snapshot in snapshots for node in snapshot.endless}):
-        rank_zero_warn(
-            f"{', '.join(names)}: what a client takes from an iterator cannot be put back, so the clients after it, and"
-            " those in other processes, find another one. Make it anew in `on_train_start`."
-        )
 
 
 @contextmanager
@@ -122,9 +126,9 @@ def put_back(snapshots: Sequence[Snapshot]) -> Iterator[None]:
     if lost := [node for snapshot in snapshots for node in snapshot.lost]:
         sizes = ", ".join(f"{node.path} ({node.thing.nbytes / 2**20:.1f} MiB)" for node in lost)
         raise ContentLost(
-            f"wrote into {sizes}, which is too large to be copied for each client and put back: the clients after it"
-            " would find what it wrote. Write into a copy (`x = x.clone()`), or make it a buffer of the module's state"
-            " dict, which travels with the weights."
+            f"wrote into {sizes}. What is so large is not copied for each client, so it cannot be put back, and the"
+            " clients after it would find what was written. Write into a copy (`x = x.clone()`), or make it a buffer of"
+            " the module's state dict, which travels with the weights."
         )
 
 
@@ -133,10 +137,11 @@ class LocalData:
 
     Args:
         seed_of: Gives the seed of the generator that is found at a path.
+        isolation: That of the run, which says what cannot be put back.
     """
 
-    def __init__(self, seed_of: SeedOf) -> None:
-        self._seed_of = seed_of
+    def __init__(self, seed_of: SeedOf, isolation: Isolation) -> None:
+        self._seed_of, self._isolation = seed_of, isolation
         self.snapshots: list[DataSnapshot] = []
 
     def take(self, loader: Any, seed_of: SeedOf | None = None) -> DataSnapshot:
@@ -149,6 +154,7 @@ class LocalData:
         number = len(self.snapshots) if seed_of is None else 0
         snapshot = DataSnapshot({f"loader_{number}" if number else "loader": loader})
         self.snapshots.append(snapshot)
+        self._isolation.say_endless([snapshot])
         snapshot.seed(seed_of or self._seed_of)
         return snapshot
 

@@ -220,7 +220,7 @@ def local_run(
     Gives what the run's loaders go through when Lightning asks for them.
     """
     seed_of, handlers = task.seed_of(purpose), signal_handlers()
-    data = LocalData(seed_of)
+    data = LocalData(seed_of, options.isolation)
     with ExitStack() as stack:
         stack.callback(restore_handlers, handlers)
         stack.enter_context(quiet())

@@ -122,6 +122,9 @@ class Together:
         together = vectorized_fit if stage == "train" else vectorized_evaluate
         draws = self._verdicts[stage].draws
         how = AsOne(draws, None if draws else self._compiled)
+        if len(loaders) > 1 and all(len(members) == 1 for members in groups.values()):
+            alone = f"vectorize_clients: clients {stage} one after the other"
+            self._say(f"{alone}: no two of them have equally many batches an epoch.", f"{stage} uneven")
         for members in groups.values():
             if len(members) == 1:
                 continue
@@ -129,17 +132,18 @@ class Together:
             try:
                 found = together(module, datamodule, *own, options, how)
             except Exception as error:
-                here = f"in round {tasks[0].round} clients"
-                self._say(f"vectorize_clients: {here} {stage} one after the other: {explain(error)}.")
+                here, reason = f"in round {tasks[0].round} clients", explain(error)
+                self._say(f"vectorize_clients: {here} {stage} one after the other: {reason}.", f"{stage} {reason}")
                 continue
             for i, result in zip(members, found, strict=True):
                 results[i] = result
         self._heap.tidy()
         return results
 
-    def _say(self, what: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
+    def _say(self, what: str, once: str = "") -> None:
+        """Says something, unless it has been said; ``once`` is what it comes to, where that is not the text itself."""
+        if (once or what) not in self._said:
+            self._said.add(once or what)
             rank_zero_warn(what)
 
 

@@ -300,6 +300,8 @@ def explain(error: Exception) -> str:
     text = " ".join(str(error).split())
     if "data-dependent control flow" in text:
         text = "what it does depends on the data"
+    elif "combined_loader" in text:
+        text = "it asks the trainer for a loader, which clients that are trained as one do not share"
     elif ".item()" in text:
         text = "it takes a number out of a tensor, which has one for each client"
     elif not isinstance(error, NotStackable):
