@@ -1,0 +1,152 @@
+"""The README's examples run as they stand, on every engine, with all that Lightning does unless told otherwise."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import matplotlib
+import pytest
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from lightning_fed import FederatedTrainer
+from lightning_fed.callbacks import FederatedCallback
+from lightning_fed.engines import Engine, InProcess, Processes, Ray
+from lightning_fed.testing import ToyModule, toy_data
+from lightning_fed.weights import Weights, read
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+class Model(ToyModule):
+    """What a reader has: a module and a datamodule that train centrally."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        logits = self(batch[0])
+        self.log("test_acc", (logits.argmax(-1) == batch[1]).float().mean())
+
+
+class Data(LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(toy_data(1000), 32, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(toy_data(16, seed=9), 8)
+
+    def test_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
+
+
+def block(heading: str, kind: str = "python") -> str:
+    """The first block of code below a heading of the README, or below its title."""
+    part = README.split(f"# {heading}\n", 1)[1]
+    found = re.search(rf"```{kind}\n(.*?)```", part, re.DOTALL)
+    assert found is not None, heading
+    return found[1]
+
+
+def shorter(code: str, rounds: int = 2) -> str:
+    """The same on the engine at hand, in less time."""
+    code, count = re.subn(r"max_rounds=\d+,", f"max_rounds={rounds}, engine=engine, accelerator='cpu',", code)
+    assert count == 1
+    return code
+
+
+def run(code: str, engine: Engine | None, **names: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    space = {"model": Model(), "data": Data(), "engine": engine, **names}
+    exec(compile(code, "README.md", "exec"), space)
+    return space
+
+
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "in process": InProcess,
+    "processes": lambda: Processes(2),
+    "clean processes": lambda: Processes(2, start_method="forkserver"),
+    "ray": lambda: Ray(2),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Weights]:
+    known: dict[str, Weights] = {}
+
+    def of(heading: str) -> Weights:
+        if heading not in known:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(tmp_path_factory.mktemp("expected"))
+                known[heading] = read(run(shorter(block(heading)), InProcess())["model"])
+        return known[heading]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[None]:
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    signal.signal(signal.SIGTERM, handler)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_run_with_more_in_it(
+    engine: str,
+    expected: Callable[[str], Weights],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    if engine == "ray":
+        request.getfixturevalue("one_ray")
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    heading = "A run with more in it"
+    found = run(shorter(block(heading)), ENGINES[engine]())
+    assert [row["round"] for row in found["history"].rows] == [1, 2]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert list(tmp_path.rglob("*.ckpt"))
+    assert list(tmp_path.rglob("events*")) or list(tmp_path.rglob("metrics.csv"))
+    torch.testing.assert_close(read(found["model"]), expected(heading), rtol=0, atol=0)
+
+
+def test_the_first_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = block("lightning_fed", "diff").splitlines()
+    central, federated = ("\n".join(line[1:] for line in lines if line[0] in kept) for kept in ("- ", "+ "))
+    tools = {"L": L, "ModelCheckpoint": ModelCheckpoint, "FederatedTrainer": FederatedTrainer}
+    run(central, None, **tools)
+    trainer = run(shorter(federated), Processes(2), **tools)["trainer"]
+    assert trainer.current_epoch == 2
+    assert "test_acc" in trainer.callback_metrics
+
+
+def test_the_run_that_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("whole", "in two"):
+        (tmp_path / folder).mkdir()
+    tools = {"ModelCheckpoint": ModelCheckpoint, "FederatedTrainer": FederatedTrainer}
+    monkeypatch.chdir(tmp_path / "whole")
+    whole = run(shorter(block("Resume"), 3), InProcess(), **tools)["model"]
+    monkeypatch.chdir(tmp_path / "in two")
+    run(shorter(block("Resume"), 2), Processes(2), **tools)
+    resumed = run(shorter(block("Resume"), 3), InProcess(), **tools)["model"]
+    torch.testing.assert_close(read(resumed), read(whole), rtol=0, atol=0)
+
+
+def test_the_method_of_one_s_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    names = {"L": L, "torch": torch, "FederatedCallback": FederatedCallback}
+    method = run(block("A method of your own"), None, **names)["NoisyTraining"]
+    FederatedTrainer(
+        max_rounds=1, num_clients=2, callbacks=[method()], accelerator="cpu", default_root_dir=tmp_path
+    ).fit(Model(), Data())
+    assert capsys.readouterr().out.count(" sends ") == 2
