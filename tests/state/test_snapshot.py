@@ -81,6 +81,24 @@ def test_tensors_of_all_kinds(tensor: torch.Tensor) -> None:
     torch.testing.assert_close(tensor.to_dense(), before.to_dense(), rtol=0, atol=0, equal_nan=True)
 
 
+def test_what_is_no_number_is_still_the_same() -> None:
+    thing = SimpleNamespace(
+        nan=torch.tensor([float("nan"), 1.0]),
+        scalar=torch.tensor(complex("nan")),
+        narrow=torch.full((2, 3), float("nan"), dtype=torch.bfloat16).T.expand(2, 3, 2),
+        array=np.array([np.nan]),
+        objects=np.array(["a", None, {}], dtype=object),
+    )
+    snapshot = Snapshot({"thing": thing})
+    assert not snapshot.changed()
+    thing.nan[0], thing.objects[1] = 0.0, "b"
+    assert [node.path for node in snapshot.changed()] == ["thing.nan", "thing.objects"]
+    snapshot.restore()
+    assert thing.nan.isnan().tolist() == [True, False]
+    assert thing.objects[1] is None
+    assert not snapshot.changed()
+
+
 def test_a_tensor_that_was_made_in_inference_mode() -> None:
     with torch.inference_mode():
         tensor = torch.ones(2)
