@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
@@ -112,10 +113,14 @@ def why_not(value: Any) -> str:
     return f"is a {kind.__name__} and no Lightning callback"
 
 
-def _origins(value: Any) -> set[str]:
-    kinds = (value if inspect.isclass(value) else type(value)).__mro__
-    modules = {kind.__module__ for kind in kinds}
-    return {origin for origin in _ORIGINS if any(f"{module}.".startswith(f"{origin}.") for module in modules)}
+def _origins(value: Any) -> frozenset[str]:
+    return _origins_of(value if inspect.isclass(value) else type(value))
+
+
+@lru_cache(maxsize=4096)  # asked of each client's data, in each round
+def _origins_of(kind: Hashable) -> frozenset[str]:
+    modules = {one.__module__ for one in kind.__mro__}  # type: ignore[attr-defined]
+    return frozenset(one for one in _ORIGINS if any(f"{module}.".startswith(f"{one}.") for module in modules))
 
 
 def _origin(value: Any) -> str | None:

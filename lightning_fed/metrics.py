@@ -122,7 +122,7 @@ def _by_name(
                 continue
             if result.is_tensor and result.meta.name in computed:
                 state = replace(state, kind=COMPUTED, tensors={"value": _value(state)})
-            found.update((name, replace(state, name=name)) for name in _names(result.meta, on_step))
+            found.update((name, replace(state, name=name)) for name in dict.fromkeys(_names(result.meta, on_step)))
     return list(found.values())
 
 

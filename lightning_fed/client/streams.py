@@ -95,7 +95,8 @@ class Streams:
             NotStackable: If something was drawn, and is no client's own.
         """
         self.check()
-        if not alike(_others(), self._others_left):
+        python, numpy = _others()
+        if python != self._others_left[0] or not alike(numpy, self._others_left[1]):
             raise NotStackable("it draws from Python's or NumPy's generator, once for all clients")
 
 

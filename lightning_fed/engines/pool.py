@@ -149,13 +149,15 @@ class Worker:
         if process is None:
             return "has ended"
         process.join(0.2 if self.ready else 0)
-        for kill in (process.terminate, process.kill):
+        for kill, patience in ((process.terminate, 2), (process.kill, 60)):  # on a busy machine even that takes a while
             if process.exitcode is None:
                 kill()
-                process.join(2)
+                process.join(patience)
         code = process.exitcode
+        if code is None:
+            return "does not end"
         process.close()
-        if code is not None and code < 0:
+        if code < 0:
             return f"was ended by {signal.Signals(-code).name}"
         return f"ended with exit code {code}"
 

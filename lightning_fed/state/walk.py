@@ -6,7 +6,7 @@ import functools
 import random
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from enum import Enum
@@ -106,6 +106,10 @@ class Walk:
         if id(thing) in self._seen:
             return
         self._seen[id(thing)] = thing
+        kind = _BUILTIN.get(type(thing))  # type: ignore[arg-type]
+        if kind is not None and not thing:  # most of what a module holds
+            self.empty.append(Container(thing, parent, step, kind))
+            return
         for node in self._nodes(thing, parent, step):
             if isinstance(node, Container):
                 if node.is_empty():
@@ -116,7 +120,7 @@ class Walk:
                 self.contents.append(node)
                 continue
             for child_step, child in node.children():
-                if type(child) not in _ATOMS and child_step[1] not in _NOT_FOLLOWED:
+                if type(child) not in _ATOMS and child_step[1] not in _NOT_FOLLOWED and id(child) not in self._seen:
                     self._todo.append((child, node, child_step))
 
     def _nodes(self, thing: Any, parent: Node | None, step: Step) -> list[Node]:
@@ -143,6 +147,15 @@ class Walk:
         if id(tensor) not in self._weights and is_plain(tensor):
             found.append(Content(tensor, parent, step, TENSOR, self._limits))
         return found
+
+
+_BUILTIN: dict[type, Kind] = {
+    dict: nodes.DICT,
+    OrderedDict: nodes.DICT,
+    list: nodes.SEQUENCE,
+    deque: nodes.SEQUENCE,
+    set: nodes.SET,
+}
 
 
 @lru_cache(maxsize=4096)
