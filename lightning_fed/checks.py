@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -114,12 +114,12 @@ def why_not(value: Any) -> str:
 
 
 def _origins(value: Any) -> frozenset[str]:
-    return _origins_of(value if inspect.isclass(value) else type(value))
+    return _origins_of(value if inspect.isclass(value) else type(value))  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=4096)  # asked of each client's data, in each round
-def _origins_of(kind: Hashable) -> frozenset[str]:
-    modules = {one.__module__ for one in kind.__mro__}  # type: ignore[attr-defined]
+def _origins_of(kind: type) -> frozenset[str]:
+    modules = {one.__module__ for one in kind.__mro__}
     return frozenset(one for one in _ORIGINS if any(f"{module}.".startswith(f"{one}.") for module in modules))
 
 

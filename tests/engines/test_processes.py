@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -380,3 +381,22 @@ def test_workers_use_one_thread_each():
 
     replies = Processes(num_workers=2).run(send, client_that(act), lambda: 2)
     assert not any(reply.has_error() for reply in replies)
+
+
+def test_a_worker_that_takes_long_to_end_is_waited_for(monkeypatch):
+    monkeypatch.setattr(ForkProcess, "join", _impatient(ForkProcess.join))
+    module = ToyModule()
+    FederatedTrainer(max_rounds=1, num_clients=2, engine=Processes(2, start_method="fork"), **QUIET).fit(
+        module, DataLoader(toy_data(16), 8)
+    )
+    assert not multiprocessing.active_children()
+
+
+def _impatient(join):
+    """On a busy machine two seconds may be over before a process that was told to end has ended."""
+
+    def join_later(process, timeout=None):
+        if timeout is None or timeout > 10:
+            join(process, timeout)
+
+    return join_later
