@@ -103,6 +103,6 @@ def _tensor_text(tensor: Tensor, contents: bool) -> str:
     if not contents:
         return form
     try:
-        return f"{form} {_digest(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())}"
+        return f"{form} {_digest(tensor.detach().to('cpu', copy=True).reshape(-1).view(torch.uint8).numpy())}"
     except (RuntimeError, TypeError):  # sparse, quantised: like no other
         return f"{form} {uuid.uuid4().hex}"

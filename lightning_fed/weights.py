@@ -60,7 +60,7 @@ def _copied_by_torch(module: nn.Module) -> set[str]:
         load = getattr(child._load_from_state_dict, "__func__", None)
         if getattr(load, "__module__", "").startswith("torch.nn."):
             path = f"{prefix}." if prefix else ""
-            names.update(path + name for name in (*child._parameters, *child._buffers))
+            names.update(path + name for name in (*child._parameters.keys(), *child._buffers.keys()))
     return names
 
 

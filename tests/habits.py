@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import random
-from collections import Counter, OrderedDict, defaultdict, deque
+from array import array
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -78,7 +79,7 @@ def set_attributes(**attributes: Any) -> Prepare:
 
 
 def buffer(value: Tensor) -> Prepare:
-    return lambda module: module.register_buffer("extra", value, persistent=False)
+    return lambda module: module.register_buffer("extra", value.clone(), persistent=False)
 
 
 def scaled(change: Callable[[Any], Any]) -> Act:
@@ -149,6 +150,59 @@ def _never_reset(module: Any, x: Tensor, batch_idx: int) -> Tensor:
 
 
 GENERATOR = np.random.default_rng(5)
+HELD = SimpleNamespace(draws=random.Random(5))
+
+
+def _by_a_helper() -> float:
+    return float(GENERATOR.uniform(0.5, 1.5))
+
+
+def _remembers(x: Tensor, factor: float) -> Tensor:
+    _remembers.calls += 1  # type: ignore[attr-defined]
+    return x * (1 + factor * _remembers.calls)  # type: ignore[attr-defined]
+
+
+_remembers.calls = 0  # type: ignore[attr-defined]
+
+
+def _wrapped(function: Callable[[Any], Any]) -> Any:
+    @functools.wraps(function)
+    def inner(module: Any) -> Any:
+        return function(module)
+
+    return inner
+
+
+class Code:
+    """What it does depends on what its code finds around it."""
+
+    @property
+    def by_property(self) -> float:
+        return float(GENERATOR.uniform(0.5, 1.5))
+
+    @_wrapped
+    def by_wrapped(self) -> float:
+        return _by_a_helper()
+
+    def by_default(self, draws: Any = np.random.default_rng(3)) -> float:
+        return float(draws.uniform(0.5, 1.5))
+
+    def by_holder(self) -> float:
+        return HELD.draws.uniform(0.5, 1.5)
+
+    def counts(self, calls: list[int] = []) -> float:
+        return 1 + 0.05 * longer(calls)
+
+
+def _traced(module: Any) -> None:
+    module.traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)))
+    module.leaves_out = "traced."
+
+
+def _traced_acts(module: Any, x: Tensor, batch_idx: int) -> Tensor:
+    module.traced.get_submodule("1").p *= 0.8
+    return x * (1 + module.traced.get_submodule("1").p)
+
 
 MODULE_HABITS: dict[str, tuple[Prepare, Act]] = {
     "rebinds a buffer": (buffer(torch.ones(1)), scaled(lambda m: _set(m, extra=m.extra * 1.2))),
@@ -248,6 +302,48 @@ MODULE_HABITS: dict[str, tuple[Prepare, Act]] = {
         set_attributes(draws=lambda: random.Random(1)),
         lambda m, x, i: x * m.draws.uniform(0.5, 1.5),
     ),
+    "hyperparameters": (nothing, scaled(lambda m: _set(m.hparams, lr=m.hparams.lr * 0.9))),
+    "a UserDict": (
+        set_attributes(kept=lambda: UserDict(n=0)),
+        scaled(lambda m: m.kept.update(n=m.kept["n"] + 1) or m.kept["n"]),
+    ),
+    "a UserList": (set_attributes(kept=UserList), scaled(lambda m: longer(m.kept))),
+    "bytes that change": (
+        set_attributes(kept=lambda: bytearray(2)),
+        scaled(lambda m: m.kept.__setitem__(0, m.kept[0] + 1) or m.kept[0]),
+    ),
+    "an array of Python's": (
+        set_attributes(kept=lambda: array("d", [1.0])),
+        scaled(lambda m: m.kept.__setitem__(0, m.kept[0] * 1.2) or m.kept[0]),
+    ),
+    "a masked array": (
+        set_attributes(kept=lambda: np.ma.array([1.0, 2.0], mask=[False, True])),
+        scaled(lambda m: m.kept.__imul__(1.2).sum()),
+    ),
+    "a record array": (
+        set_attributes(kept=lambda: np.rec.array([(1.0, 2)], dtype=[("a", float), ("b", int)])),
+        scaled(lambda m: m.kept.a.__imul__(1.2)[0]),
+    ),
+    "an array of objects": (
+        set_attributes(kept=lambda: np.array([[1], "a"], dtype=object)),
+        scaled(lambda m: longer(m.kept[0])),
+    ),
+    "values of a sparse tensor": (
+        set_attributes(kept=lambda: torch.eye(2).to_sparse().coalesce()),
+        scaled(lambda m: m.kept.values().mul_(1.2).sum()),
+    ),
+    "a list of many lists": (
+        set_attributes(kept=lambda: [[] for _ in range(2000)]),
+        scaled(lambda m: longer(m.kept[1500])),
+    ),
+    "an attribute of a function": (set_attributes(remembers=lambda: _remembers), lambda m, x, i: m.remembers(x, 0.02)),
+    "a default argument that changes": (set_attributes(code=Code), lambda m, x, i: x * m.code.counts()),
+    "a helper that draws": (set_attributes(helper=lambda: _by_a_helper), lambda m, x, i: x * m.helper()),
+    "a property that draws": (set_attributes(code=Code), lambda m, x, i: x * m.code.by_property),
+    "a decorated method that draws": (set_attributes(code=Code), lambda m, x, i: x * m.code.by_wrapped()),
+    "a default argument that draws": (set_attributes(code=Code), lambda m, x, i: x * m.code.by_default()),
+    "an object of the file that draws": (set_attributes(code=Code), lambda m, x, i: x * m.code.by_holder()),
+    "a traced layer that changes": (_traced, _traced_acts),
     "everybody's generators": (
         nothing,
         lambda m, x, i: x * (random.random() + np.random.rand() + float(torch.rand(()))),
@@ -330,6 +426,8 @@ class Data(Dataset):
         self.order = list(range(8))
         self.transforms = [Jitter(), LikeMonai()]
         self.cache: dict[int, Tensor] = {}
+        self.kept: dict[int, Tensor] = {-1: torch.zeros(())}
+        self.scaler: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.plain)
@@ -362,12 +460,27 @@ def _cached(data: Data, x: Tensor, index: int) -> Tensor:
     return data.cache[index]
 
 
+def _fitted(data: Data, x: Tensor, index: int) -> Tensor:
+    if data.scaler is None:  # by the first client's first example
+        data.scaler = {"mean": x.mean()}
+    return x - data.scaler["mean"]
+
+
+def _augmented(data: Data, x: Tensor, index: int) -> Tensor:
+    if index not in data.kept:
+        data.kept[index] = x * float(data.draws.uniform(0.5, 1.5))
+    return data.kept[index]
+
+
 DATA_HABITS: dict[str, Callable[[Data, Tensor, int], Tensor]] = {
     "a data set that draws": lambda data, x, i: x * float(data.draws.uniform(0.5, 1.5)),
     "a data set that mixes with what came before": _mix,
     "a data set that counts": _count,
     "a data set that turns a list": _turn,
     "a data set with a cache": _cached,
+    "a data set that fits a scaler": _fitted,
+    "a data set that keeps what it has drawn": _augmented,
+    "a data set whose helper draws": lambda data, x, i: x * _by_a_helper(),
     "a transform that draws": lambda data, x, i: data.transforms[0](x),
     "a transform that seeds itself": lambda data, x, i: data.transforms[1](x),
     "a data set that draws from everybody's": lambda data, x, i: x * (random.random() + np.random.rand()),
@@ -387,6 +500,32 @@ class OwnOrder(Sampler[int]):
         order = list(range(self.count))
         self.draws.shuffle(order)
         return iter(order)
+
+
+class Fits:
+    """Scales by what the first batch was like."""
+
+    scaler: SimpleNamespace | None = None
+
+    def __call__(self, batch: list[Any]) -> list[Tensor]:
+        x, y = (torch.stack(column) for column in zip(*batch, strict=True))
+        if self.scaler is None:
+            self.scaler = SimpleNamespace(mean=x.mean(0), spread=x.std(0))
+        return [(x - self.scaler.mean) / self.scaler.spread, y]
+
+
+def fits_in_a_closure() -> Callable[[list[Any]], list[Tensor]]:
+    found: dict[str, Tensor] = {}
+
+    def collate(batch: list[Any]) -> list[Tensor]:
+        x, y = (torch.stack(column) for column in zip(*batch, strict=True))
+        found.setdefault("mean", x.mean(0))
+        return [x - found["mean"], y]
+
+    return collate
+
+
+FITS, FITS_IN_A_CLOSURE = Fits(), fits_in_a_closure()
 
 
 class DrawingCollate:
@@ -432,6 +571,8 @@ LOADERS: dict[str, Callable[[Dataset], Any]] = {
     ),
     "a sampler with a generator": lambda data: DataLoader(data, 8, sampler=OwnOrder(len(data))),  # type: ignore[arg-type]
     "a collate function with a generator": lambda data: DataLoader(data, 8, collate_fn=DrawingCollate()),
+    "a collate function that fits itself": lambda data: DataLoader(data, 8, collate_fn=FITS),
+    "a collate function that fits itself around it": lambda data: DataLoader(data, 8, collate_fn=FITS_IN_A_CLOSURE),
     "a split at random": _splits,
     "a datamodule of its own": ClientModule,
 }

@@ -21,9 +21,9 @@ ROOT = Path(__file__).parent.parent / "lightning_fed"
 LEVELS = [
     [
         *("_version", "checks", "errors", "metric_states", "part", "seeding", "tracebacks", "views", "wording"),
-        *("state", "state.generators", "state.nodes"),
+        *("state", "state.generators", "state.nodes", "state.packages"),
     ],
-    ["state.content"],
+    ["state.content", "state.code"],
     ["state.walk"],
     ["state.snapshot"],
     [

@@ -25,8 +25,10 @@ from lightning_fed.views import user_class
 # What Lightning and torchmetrics set at the server, which means nothing to a client.
 _SERVERS = frozenset(
     {"_trainer", "trainer", "_fabric", "_current_fx_name", "_metric_attributes", "_lightning_fed_hidden", "_here"}
-    | {"_forward_cache", "_computed", "_logger", "_param_requires_grad_state", "isolation"}
+    | {"_forward_cache", "_computed", "_logger", "_param_requires_grad_state"}
 )
+_OPTIONS = frozenset({"isolation"})  # each process has one
+_SETTINGS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _KINDS = {
     "attributes": nodes.ATTRIBUTES,
     "slots": nodes.SLOTS,
@@ -92,8 +94,10 @@ def apply(changes: bytes, roots: Mapping[str, Any]) -> None:
 def _write(thing: Any, kind: nodes.Kind, now: Any) -> None:
     held = kind.look(thing)
     if isinstance(held, dict):
-        new, gone = now
+        new, gone, order = now
         now = {key: value for key, value in held.items() if key not in gone} | new
+        if order is not None:
+            now = {key: now[key] for key in order if key in now}
     kind.write(thing, now)
 
 
@@ -101,6 +105,8 @@ def _changes(snapshot: Snapshot) -> list[_Change]:
     found: list[_Change] = []
     is_data = isinstance(snapshot, DataSnapshot)
     for node in snapshot.changed():
+        if any(kind.startswith("function ") for kind, _ in node.steps):
+            continue  # what stands in the signature of a method is nobody's setting
         if (change := _change(node, is_data)) is not None:
             found.append((node.steps, *change))
     return found
@@ -125,11 +131,19 @@ def _change(node: Node, is_data: bool) -> tuple[str, Any] | None:
     if not isinstance(held, dict):
         return _NAMES[node.kind], node.kind.copy(held)
     new, gone = node.changes()
-    if is_data and node.kind is nodes.DICT:  # what a data set has read, and keeps
-        new = {key: value for key, value in new.items() if key in node.saved}
-    new = {key: value for key, value in new.items() if not (key in _SERVERS or _is_same(value, node.saved.get(key)))}
-    gone = [key for key in gone if key not in _SERVERS]
-    return (_NAMES[node.kind], (new, gone)) if new or gone else None
+    if is_data and node.kind is nodes.DICT:  # what the server has read, and keeps, is no setting
+        new = {key: value for key, value in new.items() if key in node.saved or isinstance(value, _SETTINGS)}
+    servers = _SERVERS if node.kind is nodes.ATTRIBUTES else _OPTIONS if node.parent is None else ()
+    new = {key: value for key, value in new.items() if not (key in servers or _is_same(value, node.saved.get(key)))}
+    gone = [key for key in gone if key not in servers]
+    order = list(held) if node.kind is nodes.DICT and not _is_in_order(held, node.saved) else None
+    return (_NAMES[node.kind], (new, gone, order)) if new or gone or order else None
+
+
+def _is_in_order(held: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
+    """Whether a dict is in the order that the other side's has, with what is new at its end."""
+    known = [key for key in held if key in before]
+    return known == [key for key in before if key in held] and list(held)[: len(known)] == known
 
 
 def _is_same(now: Any, before: Any) -> bool:
@@ -138,7 +152,7 @@ def _is_same(now: Any, before: Any) -> bool:
     if isinstance(now, Tensor):
         is_small = now.numel() <= 1024 and now.dtype == before.dtype and now.device == before.device
         return is_small and torch.equal(now, before) and now.requires_grad == before.requires_grad
-    return isinstance(now, (bool, int, float, str, bytes, torch.dtype, torch.device)) and bool(now == before)
+    return isinstance(now, _SETTINGS) and bool(now == before)
 
 
 def _path(steps: tuple[Step, ...]) -> str:
@@ -159,6 +173,8 @@ def _follow(roots: Mapping[str, Any], steps: tuple[Step, ...]) -> Any:
             thing = thing.__closure__[key]
         elif kind == "content":
             thing = thing.cell_contents
+        elif kind == "component":
+            thing = getattr(thing, key)()
         elif kind == "class":
             thing = user_class(thing).__mro__[key]
         else:

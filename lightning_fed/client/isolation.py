@@ -32,7 +32,6 @@ class Isolation:
         self._noted: tuple[Any, ...] = ()
         self._snapshots: list[Snapshot] = []
         self._lost: str | None = None
-        self._has_said = False
         self._named: set[str] = set()
 
     def __reduce__(self) -> Any:
@@ -52,7 +51,7 @@ class Isolation:
         try:
             with put_back(self._snapshots):
                 yield self._snapshots
-                self._say_grown()
+                self.say_grown(self._snapshots)
         except ContentLost as error:
             self._lost = str(error)
             raise
@@ -61,17 +60,15 @@ class Isolation:
         """Forgets what was noted."""
         self._noted, self._snapshots = (), []
 
-    def _say_grown(self) -> None:
-        """Whoever collects in the module what clients do will look for it after the run."""
-        if self._has_said or multiprocessing.parent_process() is not None:
+    def say_grown(self, snapshots: Sequence[Snapshot]) -> None:
+        """Whoever collects what clients do, or keeps what was read, will look for it."""
+        if multiprocessing.parent_process() is not None:
             return
-        if grown := [path for snapshot in self._snapshots for path in snapshot.grown()]:
-            self._has_said = True
-            rank_zero_warn(
-                f"{', '.join(grown)} grew in a client's fit. What a module or a datamodule holds is put back after each"
-                " client, so that the next one finds what this one found: to collect what clients do, log it, or append"
-                " to a list that is a variable of your script."
-            )
+        for is_data, kept in ((False, _COLLECTED), (True, _READ)):
+            some = [one for one in snapshots if isinstance(one, DataSnapshot) is is_data]
+            if kept not in self._named and (grown := [path for snapshot in some for path in snapshot.grown()]):
+                self._named.add(kept)
+                rank_zero_warn(f"{', '.join(grown)} grew in a client's fit. {kept}")
 
     def _note(self, module: LightningModule, datamodule: LightningDataModule | None) -> None:
         if self._noted and self._noted[0] is module and self._noted[1] is datamodule:
@@ -83,6 +80,11 @@ class Isolation:
         if datamodule is not None:
             self._snapshots.append(DataSnapshot({"datamodule": datamodule}))
         self.say_endless(self._snapshots)
+        if unseen := [node.path for node in self._snapshots[0].unseen]:
+            rank_zero_warn(
+                f"{', '.join(unseen)}: what is held there is not looked at, so what a client's fit changes in it stays,"
+                " and the clients after it find that. Keep what changes in a buffer, or in an attribute of its own."
+            )
 
     def say_endless(self, snapshots: Sequence[Snapshot]) -> None:
         """Names the iterators among what was noted, each once."""
@@ -94,6 +96,16 @@ class Isolation:
                 " after it, and those in other processes, find another one. Make it anew in `on_train_start`, or in the"
                 " data set's `__iter__`."
             )
+
+
+_COLLECTED = (
+    "What a module holds is put back after each client, so that the next one finds what this one found: to collect what"
+    " clients do, log it, or append to a list that is a variable of your script."
+)
+_READ = (
+    "What data holds is put back after each client, so that the next one finds what this one found: to keep what was"
+    " read in memory, write `Partition(..., cache=True)`, or read it before `fit`."
+)
 
 
 class ContentLost(ClientError):

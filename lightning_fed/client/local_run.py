@@ -226,6 +226,7 @@ def local_run(
         stack.enter_context(quiet())
         held = stack.enter_context(options.isolation.around(module, datamodule))
         stack.enter_context(put_back(data.snapshots))
+        stack.callback(options.isolation.say_grown, data.snapshots)
         stack.callback(module.zero_grad, set_to_none=True)
         stack.callback(put_back_optimizers, module)
         if own is not None:

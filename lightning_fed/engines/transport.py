@@ -6,6 +6,7 @@ The memory has no name, so it is gone with the last process that holds it, howev
 
 from __future__ import annotations
 
+import ctypes
 import io
 import mmap
 import os
@@ -28,6 +29,7 @@ from lightning_fed.tensor_array import TensorArray
 _HEADER = struct.Struct("!QQ")  # bytes of the pickle, number of buffers beside it
 _ALIGNED = 64
 _INLINE = 512  # smaller buffers stay in the pickle
+_SMALL = 1 << 16  # smaller tensors have memory of their own in the receiver, which can be resized
 
 
 class Packed:
@@ -122,13 +124,17 @@ class _Storage:
         self.bytes = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _storage, (pickle.PickleBuffer(self.bytes.numpy().data),)
+        # Not by way of numpy(), after which a tensor cannot be resized.
+        memory = (ctypes.c_uint8 * len(self.bytes)).from_address(self.bytes.data_ptr()) if len(self.bytes) else b""
+        return _storage, (pickle.PickleBuffer(memory),)
 
 
 def _storage(buffer: Any) -> Tensor:
-    if not isinstance(buffer, memoryview):
-        buffer = bytearray(buffer)
-    return torch.frombuffer(buffer, dtype=torch.uint8) if len(buffer) else torch.empty(0, dtype=torch.uint8)
+    if not len(buffer):
+        return torch.empty(0, dtype=torch.uint8)
+    if len(buffer) <= _SMALL:
+        return torch.frombuffer(bytearray(buffer), dtype=torch.uint8).clone()
+    return torch.frombuffer(buffer if isinstance(buffer, memoryview) else bytearray(buffer), dtype=torch.uint8)
 
 
 def _array(tensor: Tensor) -> TensorArray:

@@ -27,6 +27,7 @@ class Limits:
         samples: Whether to look at some elements of what is not copied each time: torch counts most writes to a tensor,
             but not those to its ``.data``.
         flags: Whether to look after hooks and attributes of tensors, too.
+        elements: Longer lists, dicts, ... are looked at as a whole, not element by element.
     """
 
     always: int = 1 << 20
@@ -34,6 +35,7 @@ class Limits:
     total: int = 256 << 20
     samples: bool = True
     flags: bool = True
+    elements: int = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Content(Node):
     def save(self) -> None:
         if self._mark is not None and not self.differs():
             return
-        size, limits = int(self.thing.nbytes), self._limits
+        size, limits = memory_of(self.thing), self._limits
         if size <= limits.always:
             self.copy = self._reader.copy(self.thing)
             return
@@ -228,35 +230,56 @@ def _equal_tensor(tensor: Tensor, copy: Tensor) -> bool:
 
 def _bits(tensor: Tensor) -> Tensor:
     """The bytes, of which NaN's are equal, too."""
-    return tensor.reshape(-1).view(torch.uint8)
+    return tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
 
 
 def _mark_tensor(tensor: Tensor, samples: bool) -> tuple[Any, ...]:
     version = None if tensor.is_inference() else tensor._version
-    flat = tensor.detach().view(-1) if samples and tensor.is_contiguous() else None
-    return version, None if flat is None else flat[:: max(1, flat.numel() // _SAMPLE)].cpu().numpy(force=True).tobytes()
+    if not (samples and tensor.is_contiguous()):
+        return version, None
+    flat = tensor.detach().view(-1)
+    return version, _bits(flat[:: max(1, flat.numel() // _SAMPLE)].clone())
 
 
-def _put_array(array: np.ndarray[Any, Any], copy: np.ndarray[Any, Any]) -> None:
-    array[...] = copy
+def _copy_array(array: Any) -> Any:
+    return array.view(np.ndarray).copy()
 
 
-def _equal_array(array: np.ndarray[Any, Any], copy: np.ndarray[Any, Any]) -> bool:
+def _put_array(array: Any, copy: Any) -> None:
+    array.view(np.ndarray)[...] = copy
+
+
+def _equal_array(array: Any, copy: Any) -> bool:
     if array.shape != copy.shape:
         return False
     if array.dtype.hasobject:
         return all(one is other for one, other in zip(array.flat, copy.flat, strict=True))
-    return array.tobytes() == copy.tobytes()
+    return bool(array.view(np.ndarray).tobytes() == copy.tobytes())
 
 
-def _mark_array(array: np.ndarray[Any, Any], samples: bool) -> tuple[Any, ...]:
-    return (array.reshape(-1)[:: max(1, array.size // _SAMPLE)].tobytes(),)
+def _mark_array(array: Any, samples: bool) -> tuple[Any, ...]:
+    flat = array.view(np.ndarray).reshape(-1)
+    return (flat[:: max(1, flat.size // _SAMPLE)].tobytes(),)
+
+
+def _put_bytes(held: Any, copy: Any) -> None:
+    held[:] = copy
+
+
+def _mark_bytes(held: Any, samples: bool) -> tuple[Any, ...]:
+    return len(held), bytes(held[:: max(1, len(held) // _SAMPLE)])
+
+
+def memory_of(thing: Any) -> int:
+    """The bytes that a tensor, an array or a piece of memory contains."""
+    return int(thing.nbytes) if hasattr(thing, "nbytes") else memoryview(thing).nbytes
 
 
 TENSOR = Reader(_copy_tensor, _put_tensor, _equal_tensor, _mark_tensor)
-ARRAY = Reader(np.copy, _put_array, _equal_array, _mark_array)
+ARRAY = Reader(_copy_array, _put_array, _equal_array, _mark_array)
+BYTES = Reader(lambda held: held[:], _put_bytes, lambda held, copy: bytes(held) == bytes(copy), _mark_bytes)
 
 
 def write(thing: Any, content: Any) -> None:
     """Gives a tensor or an array the content that ``Content.read`` read."""
-    (TENSOR if isinstance(thing, Tensor) else ARRAY).put(thing, content)
+    (TENSOR if isinstance(thing, Tensor) else ARRAY if isinstance(thing, np.ndarray) else BYTES).put(thing, content)

@@ -13,9 +13,6 @@ from typing import Any
 Step = tuple[str, Any]
 Child = tuple[Step, Any]
 
-# Containers longer than this are looked at as a whole, not element by element.
-MOST_ELEMENTS = 1024
-
 
 class Node:
     """Something that may change.
@@ -91,8 +88,6 @@ class Container(Node):
 
     def children(self) -> Iterable[Child]:
         held, step = self.kind.look(self.thing), self.kind.step
-        if isinstance(held, (set, frozenset)) or (self.kind is not ATTRIBUTES and len(held) > MOST_ELEMENTS):
-            return ()
         return [((step, key), value) for key, value in (held.items() if isinstance(held, dict) else enumerate(held))]
 
     def is_empty(self) -> bool:
@@ -106,8 +101,7 @@ class Container(Node):
         return not same(self.kind.look(self.thing), self.saved)
 
     def restore(self) -> None:
-        if not (self.is_enclosed and self.has_only_grown()):
-            self.kind.write(self.thing, self.saved)
+        self.kind.write(self.thing, self.saved)
 
     @property
     def is_enclosed(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_fed.state import nodes
 from lightning_fed.state.content import Content, Generator, Limits
 from lightning_fed.state.generators import seeding_method
-from lightning_fed.state.nodes import Container, Node
+from lightning_fed.state.nodes import Container, Node, same
 from lightning_fed.state.walk import Walk
 
 
@@ -25,6 +25,7 @@ class DataLimits(Limits):
     once: int = 0
     samples: bool = False
     flags: bool = False
+    elements: int = 1024
 
 
 class Snapshot:
@@ -43,7 +44,8 @@ class Snapshot:
 
     def _take(self) -> None:
         walk = Walk(self._roots, frozenset(map(id, self._weights())), self.limits())
-        self.endless, self._containers, self._contents = walk.endless, walk.containers, walk.contents
+        self.endless, self.unseen = walk.endless, walk.unseen
+        self._containers, self._contents = walk.containers, walk.contents
         self._empty, self._emptied = walk.empty, [node.thing for node in walk.empty]
         self.generators = [node for node in walk.contents if isinstance(node, Generator)]
         self._self_seeding = [node for node in walk.containers if _seeds_itself(node)]
@@ -65,14 +67,18 @@ class Snapshot:
     def restore(self) -> None:
         """Puts back what they held."""
         for container in self._containers:
-            if container.differs():
+            if container.differs() and not self._stays(container):
                 self._restore(container)
         if any(self._emptied):
             for empty in self._empty:
-                if empty.thing and not empty.is_enclosed:
+                if empty.thing and not self._stays(empty):
                     empty.thing.clear()
         for content in self._contents:
             content.restore()
+
+    def _stays(self, node: Container) -> bool:
+        """Whether what is there now is what the code around collects."""
+        return node.is_enclosed and node.has_only_grown()
 
     def _restore(self, node: Container) -> None:
         node.restore()
@@ -131,28 +137,34 @@ def _seeds_itself(node: Container) -> bool:
 class DataSnapshot(Snapshot):
     """A snapshot of data sets, loaders, samplers and transforms, made for each client: large tensors are only watched.
 
-    What a data set has read or opened meanwhile stays: a dict that only grew, a file handle, a large array in place of
-    ``None``. It is a cache, and to fill it again for each client would take long.
+    What was read or opened in place of ``None`` meanwhile stays: a file handle, a large array, another data set. To do
+    it again for each client would take long. All else is put back, lest what one client's data has taught (a scaler
+    that was fitted, an augmented example that was kept) is found by the next.
     """
 
     limits = DataLimits
 
+    def _stays(self, node: Container) -> bool:
+        return node.kind is not nodes.DICT and super()._stays(node)
+
     def _restore(self, node: Container) -> None:
-        held = node.kind.look(node.thing)
-        if not isinstance(held, dict) or node.is_enclosed:
+        if node.kind is not nodes.ATTRIBUTES:
             node.restore()
             return
-        is_dict = node.kind is nodes.DICT
-        kept = {key: value for key, value in node.changes()[0].items() if node.saved.get(key) is None}
-        kept = {key: value for key, value in kept.items() if (is_dict and key not in node.saved) or _is_cache(value)}
-        if any(held.get(key, node) is not value for key, value in (node.saved | kept).items()):
-            node.kind.write(node.thing, node.saved | kept)
+        held = node.thing.__dict__
+        read = {name for name, value in node.saved.items() if value is None and _is_read(held.get(name))}
+        kept = {name: held[name] if name in read else value for name, value in node.saved.items()}
+        if not same(held, kept):
+            node.kind.write(node.thing, kept)
 
 
-def _is_cache(value: Any) -> bool:
+def _is_read(value: Any) -> bool:
     """Whether an attribute that was set in the course of reading looks like something that was read or opened."""
+    if callable(getattr(value, "close", None)):
+        return True
     if isinstance(value, (Tensor, np.ndarray)):
         return value.nbytes > Limits.always
-    if isinstance(value, (list, tuple, set)):
-        return len(value) > nodes.MOST_ELEMENTS
-    return value is not None and not isinstance(value, (bool, int, float, complex, str, bytes))
+    try:
+        return len(value) > DataLimits.elements
+    except Exception:
+        return False

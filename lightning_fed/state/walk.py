@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import random
-import sys
 import types
+from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from functools import lru_cache
+from itertools import islice
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 import torch
@@ -21,12 +22,15 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from lightning_fed.part import Part
 from lightning_fed.state import nodes
-from lightning_fed.state.content import ARRAY, TENSOR, Content, Generator, Limits, TensorFlags, is_plain
+from lightning_fed.state.code import of_class, of_function
+from lightning_fed.state.content import ARRAY, BYTES, TENSOR, Content, Generator, Limits, TensorFlags, is_plain
 from lightning_fed.state.generators import generator_kind, is_global
 from lightning_fed.state.nodes import Child, Container, Kind, Node, Step
+from lightning_fed.state.packages import is_library, is_machinery
 
 # Whoever holds so many objects holds a data set or a cache: the walk stops there.
 MOST_NODES = 20_000
+MOST_ELEMENTS = 1024  # of a tuple
 
 _ATOMS = frozenset(
     {int, float, complex, bool, str, bytes, type(None), type(...), slice, range, types.ModuleType, torch.Size, Trainer}
@@ -35,32 +39,6 @@ _ATOMS = frozenset(
 )
 # Attributes that lead back to the trainer, or to what a view hides.
 _NOT_FOLLOWED = frozenset({"_trainer", "trainer", "_fabric", "_iterator"})
-# Packages whose objects are machinery: no step's numbers are kept in them where they could be put back.
-_MACHINERY = frozenset(
-    {
-        "flwr",
-        "grpc",
-        "ray",
-        "logging",
-        "threading",
-        "_thread",
-        "multiprocessing",
-        "concurrent",
-        "asyncio",
-        "socket",
-        "io",
-    }
-    | {"_io", "pathlib", "re", "datetime", "weakref", "inspect", "importlib", "typing", "abc", "ctypes", "queue"}
-    | {"pyarrow", "pandas", "matplotlib", "rich", "tqdm", "wandb", "mlflow", "tensorboard", "triton", "sympy", "fsspec"}
-)
-_MACHINERY_WITHIN = (
-    *("torch._", "torch.fx", "torch.distributed", "torch.jit", "torch.utils.tensorboard", "lightning.fabric"),
-    *("lightning.pytorch.trainer", "lightning.pytorch.loggers", "lightning.pytorch.loops"),
-    *("lightning.pytorch.strategies", "lightning.pytorch.profilers", "lightning.pytorch.accelerators"),
-    *("lightning_fed.client", "lightning_fed.state", "lightning_fed.engines"),
-)
-# Packages whose classes and functions hold nothing that a client changes.
-_LIBRARIES = frozenset({"torch", "torchvision", "torchmetrics", "lightning", "lightning_fed", "numpy"})
 
 
 class Passage(Node):
@@ -89,11 +67,13 @@ class Walk:
         empty: Containers in which nothing is.
         contents: Tensors, arrays and generators.
         endless: Iterators, of which nobody can put back what was taken.
+        unseen: What holds things that are not looked at.
     """
 
     def __init__(self, roots: Mapping[str, Any], weights: frozenset[int], limits: Limits) -> None:
         self.containers: list[Container] = []
         self.empty: list[Container] = []
+        self.unseen: list[Node] = []
         self.contents: list[Node] = []
         self.endless: list[Node] = []
         self._weights, self._limits = weights, limits
@@ -101,6 +81,8 @@ class Walk:
         self._todo: deque[tuple[Any, Node | None, Step]] = deque((root, None, ("root", n)) for n, root in roots.items())
         while self._todo and len(self.containers) < MOST_NODES:
             self._visit(*self._todo.popleft())
+        if self._todo:
+            self.unseen.append(Node(*self._todo[0]))
 
     def _visit(self, thing: Any, parent: Node | None, step: Step) -> None:
         if id(thing) in self._seen:
@@ -119,9 +101,21 @@ class Walk:
             elif not isinstance(node, Passage):
                 self.contents.append(node)
                 continue
+            if isinstance(node, Container) and self._is_closed(node):
+                continue
             for child_step, child in node.children():
                 if type(child) not in _ATOMS and child_step[1] not in _NOT_FOLLOWED and id(child) not in self._seen:
                     self._todo.append((child, node, child_step))
+
+    def _is_closed(self, node: Container) -> bool:
+        """Whether it is not looked into: a set, which has no way to its elements, or what is as long as a data set."""
+        held = node.kind.look(node.thing)
+        if node.kind is not nodes.SET and (node.kind is nodes.ATTRIBUTES or len(held) <= self._limits.elements):
+            return False
+        some = islice(held.values() if isinstance(held, dict) else held, 8)
+        if any(_sort(type(one))[0] not in ("", "class", "function") for one in some):  # type: ignore[arg-type]
+            self.unseen.append(node)
+        return True
 
     def _nodes(self, thing: Any, parent: Node | None, step: Step) -> list[Node]:
         sort, kinds, classes = _sort(type(thing))  # type: ignore[arg-type]
@@ -131,24 +125,49 @@ class Walk:
         if sort == "tensor":
             return self._of_tensor(thing, parent, step)
         if sort == "array":
-            return [Content(thing, parent, step, ARRAY, self._limits)] if thing.flags.writeable else []
+            return self._of_array(thing, parent, step, kinds)
+        if sort == "bytes":
+            return [Content(thing, parent, step, BYTES, self._limits)]
         if sort == "generator":
             return [] if is_global(thing) else [Generator(thing, parent, step)]
         if sort == "class":
-            if _is_library(thing.__module__) or issubclass(thing, Enum):
+            if is_library(thing.__module__) or issubclass(thing, Enum):
                 return []
-            return [Container(thing, parent, step, nodes.CLASS), Passage(thing, parent, step, _drawn_by(thing))]
+            return [Container(thing, parent, step, nodes.CLASS), Passage(thing, parent, step, of_class(thing))]
         if sort == "endless":
             self.endless.append(Node(thing, parent, step))
+        if sort == "unseen":
+            self.unseen.append(Node(thing, parent, step))
+        if sort == "function":
+            return self._of_function(thing, parent, step)
         return [Passage(thing, parent, step, _passed(thing))] if sort == "passage" else []
+
+    def _of_function(self, function: types.FunctionType, parent: Node | None, step: Step) -> list[Node]:
+        if is_library(function.__module__):
+            return []
+        own = [Container(function, parent, step, nodes.ATTRIBUTES)] if function.__dict__ else []
+        return [*own, Passage(function, parent, step, of_function(function))]
+
+    def _of_array(self, values: Any, parent: Node | None, step: Step, kinds: list[Kind]) -> list[Node]:
+        found: list[Node] = [Container(values, parent, step, kind) for kind in kinds]
+        if values.flags.writeable:
+            found.append(Content(values, parent, step, ARRAY, self._limits))
+        if values.dtype == object and values.size <= self._limits.elements:
+            found.append(Passage(values, parent, step, [(("item", i), one) for i, one in np.ndenumerate(values)]))
+        return found
 
     def _of_tensor(self, tensor: Tensor, parent: Node | None, step: Step) -> list[Node]:
         found: list[Node] = [TensorFlags(tensor, parent, step)] if self._limits.flags else []
-        if id(tensor) not in self._weights and is_plain(tensor):
-            found.append(Content(tensor, parent, step, TENSOR, self._limits))
+        if id(tensor) not in self._weights:
+            if is_plain(tensor):
+                found.append(Content(tensor, parent, step, TENSOR, self._limits))
+            elif values := _VALUES.get(tensor.layout):
+                found.append(Passage(tensor, parent, step, [(("component", values), getattr(tensor, values)())]))
         return found
 
 
+# Sparse tensors -> what gives the tensor of their values.
+_VALUES = {torch.sparse_coo: "_values", torch.sparse_csr: "values", torch.sparse_csc: "values"}
 _BUILTIN: dict[type, Kind] = {
     dict: nodes.DICT,
     OrderedDict: nodes.DICT,
@@ -164,14 +183,20 @@ def _sort(cls: type) -> tuple[str, list[Kind], list[Child]]:
     if issubclass(cls, Tensor):
         return "tensor", [], []
     if issubclass(cls, np.ndarray):
-        return "array" if cls is np.ndarray else "", [], []
+        return ("", [], []) if issubclass(cls, np.memmap) else ("array", _containers(cls), [])
+    if issubclass(cls, (bytearray, array)):
+        return "bytes", [], []
     if generator_kind(cls) is not None:  # type: ignore[arg-type]
         return "generator", [], []
     if issubclass(cls, type):
         return "class", [], []
-    if issubclass(cls, (tuple, types.FunctionType)) or cls in _PASSED:
+    if issubclass(cls, types.FunctionType):
+        return "function", [], []
+    if issubclass(cls, tuple) or cls in _PASSED:
         return "passage", [], []
-    if issubclass(cls, (*_ATOMS, Enum)) or _is_machinery(cls):
+    if cls.__module__.partition(".")[0] == "pandas" or issubclass(cls, (WeakKeyDictionary, WeakValueDictionary)):
+        return "unseen", [], []
+    if issubclass(cls, (*_ATOMS, Enum)) or is_machinery(cls):
         return "", [], []
     if hasattr(cls, "__next__"):
         return "endless", [], []
@@ -186,9 +211,9 @@ def _containers(cls: type) -> list[Kind]:
         nodes.CELL: types.CellType,
     }
     kinds = [kind for kind, base in builtin.items() if issubclass(cls, base)]
-    if cls.__dictoffset__ and cls.__module__ not in ("builtins", "collections"):
+    if cls.__dictoffset__ and not (cls.__module__ in ("builtins", "collections") and issubclass(cls, (dict, deque))):
         kinds.append(nodes.ATTRIBUTES)
-    if any(one.__dict__.get("__slots__") for one in cls.__mro__ if not _is_library(one.__module__)):
+    if any(one.__dict__.get("__slots__") for one in cls.__mro__ if not is_library(one.__module__)):
         kinds.append(nodes.SLOTS)
     return kinds
 
@@ -196,36 +221,7 @@ def _containers(cls: type) -> list[Kind]:
 def _own_classes(cls: type) -> list[Child]:
     """The classes of an object that are no library's."""
     mro = getattr(cls, "_user_class", cls).__mro__
-    return [(("class", i), one) for i, one in enumerate(mro) if not _is_library(one.__module__)]
-
-
-def _drawn_by(cls: type) -> list[Child]:
-    """The generators that a class's functions find around them: in a function that made the class, or in its module."""
-    found = []
-    for name, value in vars(cls).items():
-        function = getattr(value, "__func__", value)
-        if isinstance(function, types.FunctionType):
-            found += [((f"function {name}", key), one) for key, one in _around(function) if _is_generator(one)]
-    return found
-
-
-def _around(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """The variables that a function finds in its module."""
-    names = (name for name in _names_in(function.__code__) if name in function.__globals__)
-    yield from ((name, function.__globals__[name]) for name in names)
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # not assigned yet
-            yield name, cell.cell_contents
-
-
-def _is_generator(value: Any) -> bool:
-    return generator_kind(type(value)) is not None  # type: ignore[arg-type]
-
-
-@lru_cache(maxsize=4096)
-def _names_in(code: types.CodeType) -> tuple[str, ...]:
-    inner = (name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names_in(const))
-    return tuple(dict.fromkeys((*code.co_names, *inner)))
+    return [(("class", i), one) for i, one in enumerate(mro) if not is_library(one.__module__)]
 
 
 # Objects that hold nothing else that could change.
@@ -244,12 +240,7 @@ _PASSED: dict[type, tuple[str, ...]] = {
 def _passed(thing: Any) -> list[Child]:
     """Where a thing leads to that cannot change itself."""
     if isinstance(thing, tuple):
-        return [] if len(thing) > nodes.MOST_ELEMENTS else [(("item", i), value) for i, value in enumerate(thing)]
-    if isinstance(thing, types.FunctionType):
-        if _is_library(thing.__module__):
-            return []
-        drawn = [(("global", name), value) for name, value in _around(thing) if _is_generator(value)]
-        return [*drawn, *((("closure", i), cell) for i, cell in enumerate(thing.__closure__ or ()))]
+        return [] if len(thing) > MOST_ELEMENTS else [(("item", i), value) for i, value in enumerate(thing)]
     if type(thing) is DataLoader and _is_usual(thing):
         return [(("attribute", "dataset"), thing.dataset)]
     names = next(names for base, names in _PASSED.items() if type(thing) is base)
@@ -267,14 +258,3 @@ def _is_usual(loader: DataLoader[Any]) -> bool:
         and loader.batch_sampler.sampler is sampler
         and (type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and sampler.generator is None))
     )
-
-
-@lru_cache(maxsize=4096)
-def _is_library(module: str | None) -> bool:
-    package = (module or "builtins").partition(".")[0]
-    return package in _LIBRARIES or package in _MACHINERY or package in sys.stdlib_module_names - {"__main__"}
-
-
-def _is_machinery(cls: type) -> bool:
-    module = cls.__module__ or ""
-    return module.partition(".")[0] in _MACHINERY or module.startswith(_MACHINERY_WITHIN)

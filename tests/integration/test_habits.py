@@ -63,6 +63,15 @@ def test_what_a_client_leaves_in_the_module_no_other_finds(habit: str) -> None:
     )
 
 
+def test_a_worker_s_module_can_do_what_the_user_s_can() -> None:
+    made = module("resizes a buffer")
+    same(
+        run(made, shared_loader(), Processes(2, start_method="forkserver")),
+        run(module("resizes a buffer"), shared_loader(), InProcess()),
+    )
+    made.extra.resize_(7)  # what was sent is still its own
+
+
 @pytest.mark.parametrize("habit", DATA_HABITS)
 @pytest.mark.parametrize("data", [shared_loader, own_loaders, made_loaders])
 def test_what_a_client_leaves_in_the_data_no_other_finds(data: Any, habit: str) -> None:

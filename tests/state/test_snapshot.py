@@ -160,7 +160,7 @@ def test_what_a_data_set_has_read_or_opened_stays_and_nothing_else() -> None:
     data.read()
     file = data.file
     snapshot.restore()
-    assert (data.file, data.cache, data.count, data.last) == (file, {0: "a", 1: "b"}, 0, None)
+    assert (data.file, data.cache, data.count, data.last) == (file, {0: "a"}, 0, None)
     assert data.array is not None
     file.close()
 
