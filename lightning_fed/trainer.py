@@ -135,7 +135,8 @@ class FederatedTrainer(ServerTrainer):
         client_kwargs = arguments.split(kwargs, cuda, local_epochs or 1)
         if dev_run:
             local_epochs, local_steps = 1, None
-            client_kwargs |= {"limit_train_batches": dev_run, "limit_val_batches": dev_run}
+            told = True if dev_run == 1 else dev_run  # as Lightning's own attribute
+            client_kwargs |= {"fast_dev_run": told, "limit_train_batches": dev_run, "limit_val_batches": dev_run}
         self.engine = made(engine, cuda, num_workers, clients_per_device or 1)
         if cuda and self.engine.shows_one_device:
             client_kwargs["devices"] = [0]

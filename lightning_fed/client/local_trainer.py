@@ -221,6 +221,7 @@ class LocalTrainer(TrainerInARun):
         module: The module that it trains.
         plan: How the run divides a client's training into rounds.
         log_dir: The server's; ``None`` for ``default_root_dir``.
+        fast_dev_run: Whether the run is one, which the user's code may ask. That alone: Lightning's would end the fit.
         **kwargs: As ``Trainer``.
 
     Attributes:
@@ -234,6 +235,7 @@ class LocalTrainer(TrainerInARun):
         module: LightningModule,
         plan: Plan,
         log_dir: str | None = None,
+        fast_dev_run: int | bool = False,
         **kwargs: Any,
     ) -> None:
         self.task, self.loaders = task, loaders
@@ -243,6 +245,7 @@ class LocalTrainer(TrainerInARun):
         self.module_metrics = [child for child in module.modules() if isinstance(child, Metric)]
         with _nothing_looked_for():
             super().__init__(plan, task.round - 1, log_dir, profiler=_NoProfiler(), **kwargs)
+        self.fast_dev_run = fast_dev_run
         make_lean(self)
         self.strategy.teardown = _stay  # type: ignore[method-assign]
         self.data: LocalData | None = None

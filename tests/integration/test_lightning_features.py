@@ -526,6 +526,21 @@ def test_fast_dev_run_runs_n_rounds_of_at_most_two_clients_with_n_batches_each(t
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("dev_run", "told"), [(False, False), (0, False), (1, True), (True, True), (2, 2)])
+def test_a_client_s_trainer_says_whether_it_is_a_dev_run_as_the_server_s_does(dev_run, told):
+    trained = Each("on_train_batch_start", lambda trainer, module: trainer.fast_dev_run)
+    evaluated = Each("on_validation_batch_start", lambda trainer, module: module.trainer.fast_dev_run)
+    trainer = FederatedTrainer(
+        max_rounds=1,
+        fast_dev_run=dev_run,
+        callbacks=[Partition(2, val_fraction=0.5)],
+        client_callbacks=[trained, evaluated],
+        **QUIET,
+    )
+    trainer.fit(toy(), train(64, batch_size=4))
+    assert {*trained.seen} == {*evaluated.seen} == {told} == {trainer.fast_dev_run}
+
+
 # --------------------------------------------------------------------------------------------- data
 
 
