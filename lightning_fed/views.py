@@ -61,8 +61,11 @@ def wrote(instance: object, base: type, name: str) -> bool:
 
 def users_own(instance: Any, name: str) -> Any:
     """A method as the user has it, whichever view lies over the instance: what stands on the instance comes first."""
-    own = {**vars(instance), **vars(instance).get(_HIDDEN, {})}
-    return own[name] if name in own else getattr(user_class(instance), name).__get__(instance)
+    own, cls = {**vars(instance), **vars(instance).get(_HIDDEN, {})}, user_class(instance)
+    if name in own:
+        return own[name]
+    # What the class does not have, the instance answers itself: a double that mock makes, anything with __getattr__.
+    return getattr(cls, name).__get__(instance) if hasattr(cls, name) else getattr(instance, name)
 
 
 # Kept, because torch.compile guards on the class: a new one each round would compile anew each round.

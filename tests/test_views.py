@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -165,3 +166,9 @@ def test_other_instances_of_the_class_do_not_notice():
     with laid_over(user, Loud):
         assert other.speak() == "user User"
         assert User().speak() == "user User"
+
+
+def test_what_the_instance_alone_answers_to_is_the_users_own_as_well():
+    double = Mock(spec=User)
+    assert users_own(double, "speak") is double.speak
+    assert wrote(double, User, "speak")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from typing import Any
+from unittest.mock import Mock
 
 import lightning as L
 import pytest
@@ -123,6 +124,31 @@ def test_nothing_is_said_of_callbacks_that_act_once_a_round(tmp_path):
         warnings.simplefilter("always")
         federated(*callbacks, rounds=1, **options).fit(toy(), loader(), loader())
     assert not [str(one.message) for one in caught if "client_callbacks" in str(one.message)]
+
+
+@pytest.mark.parametrize("given_by", ["callbacks", "configure_callbacks"])
+def test_a_callback_that_answers_to_every_hook_has_written_none_and_is_called_at_the_server(given_by):
+    double = Mock(spec=Callback)
+    module = toy(*([double] if given_by == "configure_callbacks" else []))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        federated(*([double] if given_by == "callbacks" else []), rounds=3).fit(module, loader(), loader())
+    assert [double.on_train_epoch_end.call_count, double.on_validation_epoch_end.call_count] == [3, 3]
+    assert not [str(one.message) for one in caught if "Mock" in str(one.message)]
+
+
+def test_a_client_callback_that_answers_to_every_hook_hears_of_each_step():
+    heard: list[str] = []
+
+    class Double(Mock):
+        def __deepcopy__(self, memo: Any) -> Double:  # a client's copy tells, too
+            return self
+
+    double = Double(spec=Callback, state_dict=Callback().state_dict)
+    double.on_before_backward.side_effect = lambda *args: heard.append("backward")
+    double.on_train_batch_end.side_effect = lambda *args: heard.append("batch")
+    federated(rounds=1, client_callbacks=[double], limit_train_batches=2).fit(toy(), loader())
+    assert heard == ["backward", "batch"] * 4
 
 
 @pytest.mark.parametrize(
