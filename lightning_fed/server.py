@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
 from lightning_fed.errors import ConfigurationError
@@ -143,7 +143,8 @@ class ServerView(View):
         for name, value in self.trainer.round_metrics.items():
             # Where nobody chose for the bar, it shows all: a round is long.
             bar, logger = name in about.on_bar or not about.on_bar, name not in about.unlogged
-            self.log(name, value, prog_bar=bar, logger=logger, **when)  # type: ignore[attr-defined]
+            # Lightning's own: a log of the user's has had its say on the clients.
+            LightningModule.log(self, name, value, prog_bar=bar, logger=logger, **when)  # type: ignore[arg-type]
         return RoundOutputs({name: torch.tensor(value) for name, value in self.trainer.round_metrics.items()})
 
 

@@ -42,7 +42,7 @@ class MonitorsClients(View):
     last_weight_decay_values: dict[str, float]
 
     def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        super().on_train_start(trainer, *args, **kwargs)  # type: ignore[misc]
+        users_own(self, "on_train_start")(trainer, *args, **kwargs)
         self.lrs, self.last_momentum_values, self.last_weight_decay_values = {}, {}, {}
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
@@ -78,16 +78,16 @@ class SavesOnceARound(View):
         step = self.__dict__.pop("_round_step", None)
         if step is not None:  # a run that is resumed after a round's step has none
             self._save_by_step(trainer, pl_module, step)
-        super().on_train_epoch_end(trainer, pl_module)  # type: ignore[misc]
+        users_own(self, "on_train_epoch_end")(trainer, pl_module)
         if trainer.clients_validate:
-            super().on_validation_end(trainer, pl_module)  # type: ignore[misc]
+            users_own(self, "on_validation_end")(trainer, pl_module)
 
     def _save_by_step(self, trainer: Any, pl_module: LightningModule, step: tuple[Any, ...]) -> None:
         progress = trainer.fit_loop.epoch_loop.batch_progress
         last, progress.is_last_batch = progress.is_last_batch, False  # or it would wait for the validation
         trainer.seems_automatic = True
         try:
-            super().on_train_batch_end(trainer, pl_module, *step)  # type: ignore[misc]
+            users_own(self, "on_train_batch_end")(trainer, pl_module, *step)
         finally:
             trainer.seems_automatic, progress.is_last_batch = False, last
 
@@ -96,9 +96,9 @@ class ChecksOnceARound(View):
     """An ``EarlyStopping``: where the clients alone validate, the round's end is the end of the validation."""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)  # type: ignore[misc]
+        users_own(self, "on_train_epoch_end")(trainer, pl_module)
         if trainer.clients_validate:
-            super().on_validation_end(trainer, pl_module)  # type: ignore[misc]
+            users_own(self, "on_validation_end")(trainer, pl_module)
 
 
 # What lies over Lightning's own callbacks in the server's fit.

@@ -31,7 +31,7 @@ from lightning_fed.data import ClientLoaders, gathering
 from lightning_fed.metrics import MetricState, catch
 from lightning_fed.seeding import seed_for
 from lightning_fed.state.snapshot import DataSnapshot
-from lightning_fed.views import View
+from lightning_fed.views import View, users_own, wrote
 from lightning_fed.weights import Weights
 
 
@@ -86,12 +86,12 @@ class ClientView(View):
 
     def prepare_data(self) -> None:
         if self.trainer.sets_up:
-            super().prepare_data()  # type: ignore[misc]
+            users_own(self, "prepare_data")()
 
     def setup(self, stage: str) -> None:
         # The server has set the same module up; doing it again would build new layers and read the data anew.
         if self.trainer.sets_up:
-            super().setup(stage)  # type: ignore[misc]
+            users_own(self, "setup")(stage)
 
     def teardown(self, stage: str) -> None:
         pass
@@ -99,30 +99,35 @@ class ClientView(View):
     def train_dataloader(self) -> Any:
         # Lightning is given the client's loader; who asks the module itself must not get everybody's data.
         own = self.trainer.loaders.train
-        return super().train_dataloader() if own is None else own  # type: ignore[misc]
+        return users_own(self, "train_dataloader")() if own is None else own
 
     def configure_callbacks(self) -> list[Callback]:
         # They act at the server: a ModelCheckpoint from here would write checkpoints for every client.
         return []
 
     def on_train_epoch_end(self) -> None:
-        super().on_train_epoch_end()  # type: ignore[misc]
+        users_own(self, "on_train_epoch_end")()
         # The last moment: the module has logged, and Lightning has not reset yet.
         self.trainer.keep_logged(self)  # type: ignore[arg-type]
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(value, Tensor) and any(value is metric._computed for metric in self.trainer.module_metrics):
-            self.trainer.computed.add(name)
-        if torch.compiler.is_compiling() or not self.trainer.log_again(self, name, value, args, kwargs):
+        trainer = self.trainer
+        is_computed = isinstance(value, Tensor) and any(value is metric._computed for metric in trainer.module_metrics)
+        if is_computed:
+            trainer.computed.add(name)
+        if trainer.logs_its_way:  # what a log of the user's own makes of name and value only it knows
+            with trainer.naming(is_computed):
+                users_own(self, "log")(name, value, *args, **kwargs)
+        elif torch.compiler.is_compiling() or not trainer.log_again(self, name, value, args, kwargs):
             super().log(name, value, *args, **kwargs)  # type: ignore[misc]
-            self.trainer.remember_log(self, name, args, kwargs)
+            trainer.remember_log(self, name, args, kwargs)
 
 
 class BuildingClientView(ClientView):
     """That of a module that builds layers in ``configure_model``: the weights can be loaded only then."""
 
     def configure_model(self) -> None:
-        super().configure_model()  # type: ignore[misc]
+        users_own(self, "configure_model")()
         weights.load(self, self.trainer.task.weights)  # type: ignore[arg-type]
 
 
@@ -159,19 +164,19 @@ class OwnDataView(View):
 
     def prepare_data(self) -> None:
         with self.trainer.task.making_data(self):
-            super().prepare_data()  # type: ignore[misc]
+            users_own(self, "prepare_data")()
 
     def setup(self, stage: str) -> None:
         with self.trainer.task.making_data(self):
-            super().setup(stage)  # type: ignore[misc]
+            users_own(self, "setup")(stage)
 
     def train_dataloader(self) -> Any:
         with self.trainer.task.making_data(self):
-            return super().train_dataloader()  # type: ignore[misc]
+            return users_own(self, "train_dataloader")()
 
     def val_dataloader(self) -> Any:
         with self.trainer.task.making_data(self):
-            return super().val_dataloader()  # type: ignore[misc]
+            return users_own(self, "val_dataloader")()
 
 
 class _NoProfiler(PassThroughProfiler):
@@ -243,6 +248,7 @@ class LocalTrainer(TrainerInARun):
         self.caught: list[MetricState] = []
         self.computed: set[str] = set()
         self.module_metrics = [child for child in module.modules() if isinstance(child, Metric)]
+        self.logs_its_way = wrote(module, LightningModule, "log")
         with _nothing_looked_for():
             super().__init__(plan, task.round - 1, log_dir, profiler=_NoProfiler(), **kwargs)
         self.fast_dev_run = fast_dev_run
@@ -303,6 +309,14 @@ class LocalTrainer(TrainerInARun):
         unlogged, on_bar = shown((self._results or {}).values())
         states = catch(self, module, self.computed)
         self.caught = [replace(s, logged=s.name not in unlogged, on_bar=s.name in on_bar) for s in states]
+
+    @contextmanager
+    def naming(self, is_computed: bool) -> Iterator[None]:
+        """In the block a log of the user's own logs a value, which the module may have computed from a metric."""
+        known = {*(self._results or ())} if is_computed else set()
+        yield
+        if is_computed:
+            self.computed.update(result.meta.name for key, result in (self._results or {}).items() if key not in known)
 
     def log_again(self, module: Any, name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Logs in a training step what Lightning has checked before; ``False`` where it has not."""
