@@ -141,18 +141,17 @@ def callback_faults(callbacks: Sequence[Any], client_callbacks: Sequence[Any], n
     ]
 
 
-def log_every(steps: int | None) -> int:
-    """``log_every_n_steps`` of the server, to whom a round is a step: every round is logged.
+def say_what_is_logged(steps: int | None) -> None:
+    """Says of ``log_every_n_steps`` that the server, to whom a round is a step, logs every round.
 
     Args:
-        steps: What the user gave; 0 for no logging of training.
+        steps: What the user gave.
     """
     if steps is not None and steps > 1:
         rank_zero_info(
             f"log_every_n_steps={steps} counts a client's steps, which are not logged one by one: the server logs every"
             " round."
         )
-    return 0 if steps == 0 else 1
 
 
 def engine_faults(engine: object, known: Iterable[str], numbers: dict[str, int | None]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -26,6 +27,7 @@ class ServerTrainer(Trainer):
     """
 
     callbacks: list[Callback]
+    log_every_n_steps: int
     federation: Federation
     seems_automatic = False
     _roles: Roles
@@ -61,6 +63,19 @@ class ServerTrainer(Trainer):
     def round_metrics(self) -> dict[str, float]:
         """What the clients of the last round gave, by the names that it is logged under."""
         return self.federation.metrics
+
+    @contextmanager
+    def logging_every_round(self) -> Iterator[None]:
+        """In the block, a fit, every round is logged, unless the user wants nothing logged of training.
+
+        Outside of fits ``log_every_n_steps`` counts batches of ``validate``, ``test`` and ``predict``, as in Lightning.
+        """
+        every = self.log_every_n_steps
+        self.log_every_n_steps = min(1, every)
+        try:
+            yield
+        finally:
+            self.log_every_n_steps = every
 
     def run_round(self) -> None:
         """One round; called by the server view of the module."""

@@ -157,7 +157,7 @@ class FederatedTrainer(ServerTrainer):
         )
         self._roles = Roles(own, self.local_options, num_clients)
         self.federation = Federation(self.owners, self.seed, timeout, 2 if dev_run else None, self.engine.name)
-        kwargs["log_every_n_steps"] = arguments.log_every(kwargs.get("log_every_n_steps"))
+        arguments.say_what_is_logged(kwargs.get("log_every_n_steps"))
         # In kwargs, so that LightningCLI knows max_epochs, too, and refusals() can say what to write instead.
         kwargs["max_epochs"] = -1 if max_rounds is None else max_rounds
         with taken_from_environment(type(self)), speaking_of_rounds(clients_validate=False):
@@ -281,5 +281,6 @@ class FederatedTrainer(ServerTrainer):
             stack.enter_context(laid_over(task.module, ServerView))
             stack.callback(self.federation.end)
             stack.enter_context(self._roles.views)
+            stack.enter_context(self.logging_every_round())
             self.federation.begin(grid, task.deal, task.side)
             super().fit(task.module, ckpt_path=ckpt_path, **loaders)

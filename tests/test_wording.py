@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, ThroughputMonitor
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_module
 from torch.utils.data import DataLoader
@@ -61,8 +64,6 @@ def test_a_dev_run_speaks_of_rounds(said):
 
 
 def test_lightning_speaks_of_epochs_again_afterwards(said):
-    import lightning as L
-
     fit()
     plain = L.Trainer(max_epochs=1, **QUIET)
     plain.fit(ToyModule(), DataLoader(toy_data(64), batch_size=8))
@@ -97,6 +98,27 @@ def test_log_every_n_steps_0_logs_nothing_of_training(tmp_path):
     header = Path(logger.log_dir, "metrics.csv").read_text().splitlines()[0]
     assert "val_loss" in header
     assert "train_loss" not in header
+
+
+def test_log_every_n_steps_counts_batches_where_the_trainer_validates_or_tests(tmp_path):
+    """As a plain Trainer does, before a fit and after it."""
+
+    def steps(make: Any, fits: bool, name: str) -> list[int]:
+        logger = CSVLogger(tmp_path, name)
+        monitor = ThroughputMonitor(batch_size_fn=lambda batch: 8, window_size=100)
+        trainer = make(log_every_n_steps=3, callbacks=[monitor], **{**QUIET, "logger": logger})
+        if fits:
+            trainer.fit(ToyModule(), batches)
+        trainer.validate(ToyModule(), batches, verbose=False)
+        logger.save()
+        with Path(logger.log_dir, "metrics.csv").open() as file:
+            return [int(row["step"]) for row in csv.DictReader(file) if row.get("validate/batches")]
+
+    batches = DataLoader(toy_data(64), batch_size=8)
+    expected = steps(partial(L.Trainer, max_epochs=1), False, "plain")
+    assert expected == [3, 6]
+    for fits in (False, True):
+        assert steps(partial(FederatedTrainer, max_rounds=1, num_clients=1), fits, f"ours {fits}") == expected
 
 
 @pytest.mark.parametrize("held_out", [0.25, 0.0])
