@@ -85,6 +85,11 @@ def _hand_over(cls: type) -> None:
         delattr(cls, name)
 
 
+def hand_over(instance: Any) -> None:
+    """Gives the user's class what was set on the view that lies over an instance."""
+    _hand_over(type(instance))
+
+
 @contextmanager
 def laid_over(instance: Any, view: type[View]) -> Iterator[None]:
     """Gives ``instance`` the class ``view`` + its own class for the time of the block.

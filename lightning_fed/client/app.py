@@ -25,6 +25,7 @@ from lightning_fed.data import ClientLoaders
 from lightning_fed.errors import ClientError
 from lightning_fed.seeding import random_states_kept
 from lightning_fed.state.snapshot import DataSnapshot, Snapshot
+from lightning_fed.views import hand_over
 from lightning_fed.weights import Weights, split
 
 
@@ -94,14 +95,20 @@ class LocalClientApp(ClientApp):
         self._side = side
         self._changes: Changes | None = None
 
+    def roots(self) -> dict[str, Any]:
+        """All that clients work with, by name."""
+        return {**self._side.roots(), **self._side.data_roots()}
+
     def changes(self) -> bytes | None:
         """What has changed at the server since this was asked last, for ``change`` of the copies in other processes.
 
         Raises:
             ConfigurationError: If it cannot be sent.
         """
+        side = self._side
+        for instance in (side.module, side.datamodule):
+            hand_over(instance)
         if self._changes is None:
-            side = self._side
             weights = partial(weights_of, side.module)
             self._changes = Changes(Snapshot(side.roots(), weights), DataSnapshot(side.data_roots()))
             return None
@@ -110,7 +117,7 @@ class LocalClientApp(ClientApp):
     def change(self, changes: bytes) -> None:
         """Makes the changes that another process' ``changes`` gave; where that fails, so does all work from then on."""
         try:
-            apply(changes, {**self._side.roots(), **self._side.data_roots()})
+            apply(changes, self.roots())
         except Exception as error:
             self._side.is_stale = f"{type(error).__name__}: {error}"
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_fed.errors import ClientError
 from lightning_fed.seeding import random_states_kept, seed_all, seed_for
 from lightning_fed.state.snapshot import DataSnapshot, Snapshot
+from lightning_fed.views import hand_over
 
 # Gives the seed of the generator that is found at a path.
 SeedOf = Callable[[str], int]
@@ -71,6 +72,8 @@ class Isolation:
                 rank_zero_warn(f"{', '.join(grown)} grew in a client's fit. {kept}")
 
     def _note(self, module: LightningModule, datamodule: LightningDataModule | None) -> None:
+        for instance in (module, datamodule):
+            hand_over(instance)
         if self._noted and self._noted[0] is module and self._noted[1] is datamodule:
             for snapshot in self._snapshots:
                 snapshot.renew()

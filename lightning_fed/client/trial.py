@@ -30,7 +30,7 @@ from lightning_fed.client.vectorized_fit import AsOne, vectorized_evaluate, vect
 from lightning_fed.data import ClientLoaders
 from lightning_fed.metrics import MetricState, scalar
 from lightning_fed.views import wrote
-from lightning_fed.weights import Weights, is_averaged
+from lightning_fed.weights import Weights, is_averaged, parameter_names
 
 # Hooks that see a stacked batch, a summed loss or all clients' numbers at once.
 _HOOKS = {
@@ -182,13 +182,14 @@ def decide(case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed:
         cost = case.check_cost(kept // 2)
         alone = _run(case, loaders, weights, seed, draws=None)
         try:
-            _compare(together, alone, weights)
+            trained = parameter_names(case.module)
+            _compare(together, alone, weights, trained)
         except NotStackable:
             if not draws:
                 raise
             # The same numbers may be drawn in another order (of a transposed tensor). Nobody else may matter, though.
             among_others = _run(case, [loaders[0]] * 2, weights, seed, draws=True, clients=(0, 2))
-            _compare(together[:1], among_others[:1], weights)
+            _compare(together[:1], among_others[:1], weights, trained)
     except Exception as error:
         return Verdict(reason=explain(error))
     return Verdict(draws=draws, cost=cost)
@@ -261,13 +262,15 @@ def _apart(weights: Weights, stage: str) -> tuple[Weights, Weights]:
     return weights, {name: value * 1.2 if is_averaged(value) else value for name, value in weights.items()}
 
 
-def _compare(together: Sequence[LocalResult], alone: Sequence[LocalResult], weights: Weights) -> None:
+def _compare(
+    together: Sequence[LocalResult], alone: Sequence[LocalResult], weights: Weights, trained: frozenset[str]
+) -> None:
     begun = _apart(weights, "train")
     for one, other, before in zip(together, alone, begun, strict=False):
         names = [[(state.name, state.kind) for state in result.metrics] for result in (one, other)]
         if sorted(names[0]) != sorted(names[1]):
             raise NotStackable(f"it logs {names[0]} where one client alone logs {names[1]}")
-        _compare_weights(one.weights, other.weights, before)
+        _compare_weights(one.weights, other.weights, before, trained)
         _compare_logged(one.metrics, other.metrics)
 
 
@@ -283,16 +286,19 @@ def _is_near(one: float, other: float) -> bool:
     return isclose(one, other, rel_tol=_TOLERANCE, abs_tol=1e-4) or (isnan(one) and isnan(other))
 
 
-def _compare_weights(one: Weights, other: Weights, before: Weights) -> None:
-    """A gradient that is zero but for rounding may go anywhere, so what counts is the whole update."""
-    changes, differences = {}, {}
+def _compare_weights(one: Weights, other: Weights, before: Weights, trained: frozenset[str]) -> None:
+    """A gradient that is zero but for rounding may go anywhere, so of what is trained the whole update counts."""
+    groups: dict[str, list[str]] = {}
     for name, tensor in other.items():
         if is_averaged(tensor):
-            changes[name] = float((tensor - before[name].to(tensor)).norm())
-            differences[name] = float((tensor - one[name]).norm())
-    if not sum(d**2 for d in differences.values()) <= _TOLERANCE**2 * sum(c**2 for c in changes.values()):
-        worst = max(differences, key=lambda name: differences[name])
-        raise NotStackable(f"clients trained as one would get another {worst!r} than each alone")
+            groups.setdefault("" if name in trained else name, []).append(name)
+    for names in groups.values():
+        differences = {name: float((other[name] - one[name]).norm()) for name in names}
+        change = sum(float((other[name] - before[name].to(other[name])).norm()) ** 2 for name in names)
+        rounding = sum(float(before[name].norm()) ** 2 for name in names) * 1e-12
+        if not sum(d**2 for d in differences.values()) <= _TOLERANCE**2 * change + rounding:
+            worst = max(names, key=lambda name: differences[name])
+            raise NotStackable(f"clients trained as one would get another {worst!r} than each alone")
 
 
 def explain(error: Exception) -> str:

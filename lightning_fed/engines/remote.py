@@ -114,7 +114,20 @@ def packed(start: Start, engine: str, pack: Callable[..., T]) -> T:
         return pack(start, by_value=True)
     except Exception as error:
         raise ConfigurationError(
-            f"engine={engine!r} sends the module, the data and the client callbacks to its workers, and something in"
-            f" them cannot be pickled: {type(error).__name__}: {error}. Make it in a hook of the local fit, or write"
-            " engine='in_process'."
+            f"engine={engine!r} sends the module, the data and the client callbacks to its workers, and"
+            f" {_unpicklable(start)} cannot be pickled: {type(error).__name__}: {error}. Make it in a hook of the local"
+            " fit, or write engine='in_process'. Processes are forks, to which nothing is sent, where no other thread"
+            " runs here (a logger's or a progress bar's: logger=False), or with Processes(start_method='fork')."
         ) from error
+
+
+def _unpicklable(start: Start) -> str:
+    """The first attribute that cannot be pickled, as one would write it."""
+    roots = start.client_app.roots() if isinstance(start.client_app, LocalClientApp) else {}
+    for name, root in roots.items():
+        for key, value in (root if isinstance(root, dict) else getattr(root, "__dict__", {})).items():
+            try:
+                transport.pack(value, by_value=True)
+            except Exception:
+                return f"{name}.{key}"
+    return "something in them"

@@ -272,7 +272,8 @@ def _mark_bytes(held: Any, samples: bool) -> tuple[Any, ...]:
 
 def memory_of(thing: Any) -> int:
     """The bytes that a tensor, an array or a piece of memory contains."""
-    return int(thing.nbytes) if hasattr(thing, "nbytes") else memoryview(thing).nbytes
+    size = getattr(thing, "nbytes", None)
+    return memoryview(thing).nbytes if size is None else int(size)
 
 
 TENSOR = Reader(_copy_tensor, _put_tensor, _equal_tensor, _mark_tensor)

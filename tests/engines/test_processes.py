@@ -174,6 +174,14 @@ def test_what_cannot_be_pickled_is_named_with_the_way_out():
     assert len(Processes(start_method="fork").run(send, app, lambda: 2)) == 2
 
 
+def test_which_attribute_cannot_be_pickled_is_said():
+    module = ToyModule()
+    module.guard = threading.Lock()
+    trainer = FederatedTrainer(max_rounds=1, num_clients=2, engine=Processes(start_method="forkserver"), **QUIET)
+    with pytest.raises(ConfigurationError, match=r"module.guard cannot be pickled: .*start_method='fork'"):
+        trainer.fit(module, DataLoader(toy_data(16), 8))
+
+
 def test_workers_are_forked_only_where_that_is_safe():
     assert start_method("forkserver", 1) == "forkserver"
     assert start_method(None, 2) == "forkserver"

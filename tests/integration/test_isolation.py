@@ -152,6 +152,39 @@ def test_an_iterator_that_clients_take_from_is_named_once() -> None:
     assert len([one for one in said if "takes from an iterator" in str(one.message)]) == 1
 
 
+class ManyObjects(ToyModule):
+    """Changes an object among more than are looked at, and holds long lists in which nothing can change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.labels = [str(i) for i in range(20_000)], {f"w{i}" for i in range(9)}
+        self.memory = [[0] for _ in range(20_000)]
+        self.chosen = {torch.nn.Identity()}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.memory[7].append(1)
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_is_not_looked_at_is_named_once() -> None:
+    with pytest.warns(UserWarning, match="is not looked at") as said:
+        FederatedTrainer(max_rounds=2, num_clients=3, **QUIET).fit(built(ManyObjects), loader())
+    (one,) = [str(one.message) for one in said if "is not looked at" in str(one.message)]
+    assert one.startswith("module.memory, module.chosen: ")
+
+
+def test_scripted_layers_train() -> None:
+    ends = []
+    for engine in (InProcess(), Processes(2)):
+        module = built(ToyModule)
+        module.net = torch.jit.script(module.net)
+        before = read(module)
+        FederatedTrainer(max_rounds=2, num_clients=3, engine=engine, **QUIET).fit(module, loader())
+        ends.append(read(module))
+        assert not torch.equal(before["net.0.weight"], ends[-1]["net.0.weight"])
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
 # ------------------------------------------------------------------------------------------------ what data code draws
 
 SEEN: dict[str, dict[int, set[float]]] = {"train": {}, "val": {}}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import UserDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
@@ -23,14 +24,18 @@ from tests.helpers import QUIET
 class Reads(ToyModule):
     """Its step reads all that callbacks change."""
 
+    kind = 1.0
+
     def __init__(self) -> None:
         super().__init__(hidden=4)
         self.scale, self.kept = 1.0, {"factors": [1.0], "chosen": self.net[0]}
         self.register_buffer("bank", torch.ones(8), persistent=False)
         self.beside = [torch.ones(8)]
+        self.isolation, self.user, self.order = 1.0, UserDict(factor=1.0), {"a": 1.1, "b": 0.9}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x = batch[0] * self.scale * self.kept["factors"][-1] * self.bank * self.beside[0]
+        x = batch[0] * self.kind * self.user["factor"] * self.isolation * self.kept.get("trainer", 1.0)
+        x = x * next(iter(self.order.values())) * self.scale * self.kept["factors"][-1] * self.bank * self.beside[0]
         if hasattr(self, "added"):
             x = self.added(x)
         loss = super().training_step((x, batch[1]), batch_idx)
@@ -95,6 +100,12 @@ CHANGES: dict[str, Callable[[Any, Any, int], Any]] = {
     "its own state": lambda module, callback, round: setattr(callback, "factor", 1 - round / 10),
     "a list of its own": lambda module, callback, round: callback.history.append(1 + round / 10),
     "a class": lambda module, callback, round: setattr(Reads, "dropout", round),
+    "its class": lambda module, callback, round: setattr(type(module), "kind", 1 + round / 5),
+    "a hyperparameter": lambda module, callback, round: module.hparams.update(lr=module.hparams.lr * 0.7),
+    "a UserDict": lambda module, callback, round: module.user.update(factor=1 + round / 5),
+    "an attribute with a name of ours": lambda module, callback, round: setattr(module, "isolation", 1 + round / 5),
+    "a key with a name of Lightning's": lambda module, callback, round: module.kept.update(trainer=1 + round / 5),
+    "an order": lambda module, callback, round: module.order.update(a=module.order.pop("a")),
 }
 
 
@@ -108,9 +119,19 @@ def run(change: Any, engine: Engine, rounds: int = 4, **options: Any) -> Weights
     return read(module)
 
 
+@pytest.fixture(autouse=True)
+def a_class_as_it_was() -> Iterator[None]:
+    yield
+    Reads.kind = 1.0
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_between_rounds_acts_on_clients_in_other_processes(change: str) -> None:
-    here, there = (run(CHANGES[change], engine) for engine in (InProcess(), Processes(2)))
+    ends = []
+    for engine in (InProcess(), Processes(2)):
+        Reads.kind = 1.0
+        ends.append(run(CHANGES[change], engine))
+    here, there = ends
     torch.testing.assert_close(here, there, rtol=0, atol=0)
 
 

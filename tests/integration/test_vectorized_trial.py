@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -149,3 +150,32 @@ def test_a_sweep_compiles_in_each_of_its_runs(
     assert compiled[0] > 0
     assert compiled == [compiled[0]] * 10
     assert not [one for one in recwarn if "compile_clients" in str(one.message)]
+
+
+class SeesMuch(ToyModule):
+    """A buffer that grows by much, beside a step whose numbers a helper draws once for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.draws = Draws()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen += 100.0 * len(batch[0])
+        loss = super().training_step(batch, batch_idx)
+        return loss + 2 * self.draws() * (self.net[0].weight.sum() - self.net[0].weight.sum().detach())
+
+
+class Draws:
+    """Draws from the system, which nobody can seed."""
+
+    def __init__(self) -> None:
+        self.numbers = random.SystemRandom()
+
+    def __call__(self) -> float:
+        return self.numbers.random()
+
+
+def test_a_buffer_that_changes_by_much_hides_no_difference() -> None:
+    with pytest.warns(UserWarning, match=r"clients trained as one would get another 'net"):
+        run(built(SeesMuch), True)
