@@ -83,8 +83,8 @@ class Container(Node):
     __slots__ = ("kind",)
 
     def __init__(self, thing: Any, parent: Node | None, step: Step, kind: Kind) -> None:
-        super().__init__(thing, parent, step)
-        self.kind = kind
+        self.thing, self.parent, self.step, self.kind = thing, parent, step, kind  # often called: no call more
+        self.saved: Any = None
 
     def children(self) -> Iterable[Child]:
         held, step = self.kind.look(self.thing), self.kind.step

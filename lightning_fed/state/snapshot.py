@@ -86,7 +86,8 @@ class Snapshot:
     def changed(self) -> list[Node]:
         """The nodes that hold something else now."""
         known: tuple[Node, ...] = (*self._containers, *self._contents)
-        return [*(node for node in known if node.differs()), *(node for node in self._empty if node.thing)]
+        found = [node for node in known if node.differs()]
+        return [*found, *(node for node in self._empty if node.thing)] if any(self._emptied) else found
 
     def grown(self) -> list[str]:
         """The ways to lists and dicts of the user's that hold all that they held, and more."""

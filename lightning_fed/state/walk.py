@@ -18,7 +18,15 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from lightning_fed.part import Part
 from lightning_fed.state import nodes
@@ -92,6 +100,9 @@ class Walk:
         if kind is not None and not thing:  # most of what a module holds
             self.empty.append(Container(thing, parent, step, kind))
             return
+        if type(thing) is TensorDataset and len(thing.__dict__) == 1:  # most of what clients train on
+            self._visit_tensors(thing, Container(thing, parent, step, nodes.ATTRIBUTES))
+            return
         for node in self._nodes(thing, parent, step):
             if isinstance(node, Container):
                 if node.is_empty():
@@ -106,6 +117,14 @@ class Walk:
             for child_step, child in node.children():
                 if type(child) not in _ATOMS and child_step[1] not in _NOT_FOLLOWED and id(child) not in self._seen:
                     self._todo.append((child, node, child_step))
+
+    def _visit_tensors(self, data: TensorDataset, node: Container) -> None:
+        self.containers.append(node)
+        tensors = Node(data.tensors, node, ("attribute", "tensors"))
+        for i, tensor in enumerate(data.tensors):
+            if id(tensor) not in self._seen:
+                self._seen[id(tensor)] = tensor
+                self.contents += self._of_tensor(tensor, tensors, ("item", i))
 
     def _is_closed(self, node: Container) -> bool:
         """Whether it is not looked into: a set, which has no way to its elements, or what is as long as a data set."""
