@@ -217,6 +217,14 @@ def _stay() -> None:
     """In place of the strategy's teardown, which moves module and optimizers to the CPU after every client."""
 
 
+def _is_set_up(trainer: Trainer) -> None:
+    """In place of the accelerator's setup, which frees the device's cached memory before every client."""
+
+
+def _nothing_resumed() -> None:
+    """In place of the end of Lightning's resuming, which does so, too: a client's fit has no checkpoint."""
+
+
 class LocalTrainer(TrainerInARun):
     """A client's trainer. On a client ``self.trainer.current_round`` and ``self.trainer.client_id`` exist.
 
@@ -254,6 +262,8 @@ class LocalTrainer(TrainerInARun):
         self.fast_dev_run = fast_dev_run
         make_lean(self)
         self.strategy.teardown = _stay  # type: ignore[method-assign]
+        self.accelerator.setup = _is_set_up  # type: ignore[method-assign]
+        self._checkpoint_connector.resume_end = _nothing_resumed  # type: ignore[method-assign]
         self.data: LocalData | None = None
         self.strategy.setup_optimizers = partial(self._set_up_optimizers, self.strategy.setup_optimizers)  # type: ignore[method-assign]
         self.strategy.process_dataloader = self._take  # type: ignore[assignment, method-assign]
