@@ -74,7 +74,7 @@ def test_clients_do_not_leave_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     _, module = fit("cuda")
     # Once at the end of the run, and once in the line above.
     assert moved.count("cpu") <= 2
-    assert moved.count("empty_cache") <= 1
+    assert moved.count("empty_cache") <= 3  # the server's, as of any fit: when it is set up, has resumed, is torn down
     assert not any(value.is_cuda for value in module.state_dict().values())
 
 
