@@ -8,15 +8,27 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
 
-# A client's states by name, and how many times it updated the metric.
-States = tuple[Mapping[str, Tensor], int]
+
+class States(NamedTuple):
+    """What one client sends of a metric.
+
+    Attributes:
+        tensors: Its states by name.
+        updates: How many times it was updated.
+        own: The value that the client itself computed, if it is one number.
+    """
+
+    tensors: Mapping[str, Tensor]
+    updates: int
+    own: float | None = None
+
 
 _OF_TORCHMETRICS = (dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum)
 
@@ -62,6 +74,8 @@ def value_over(original: Metric, clients: Sequence[States]) -> float:
         Exception: What the metric itself raises.
     """
     metric = copy.deepcopy(original).cpu()
+    if not type(metric).__module__.startswith("torchmetrics."):
+        _require_whole(metric, clients)
     if len(clients) > 1 and any(not _is_plain(metric, name) for name in metric._defaults):
         _require_neutral(metric, clients)
     return _value(metric, clients)
@@ -69,9 +83,9 @@ def value_over(original: Metric, clients: Sequence[States]) -> float:
 
 def _value(metric: Metric, clients: Sequence[States]) -> float:
     metric.reset()
-    updates = [count for _, count in clients]
+    updates = [client.updates for client in clients]
     for name in metric._defaults:
-        setattr(metric, name, _merged(metric, name, [states[name].cpu() for states, _ in clients], updates))
+        setattr(metric, name, _merged(metric, name, [client.tensors[name].cpu() for client in clients], updates))
     metric._update_count = sum(updates)
     metric._computed = None
     value = metric.compute()
@@ -111,6 +125,23 @@ def _is_plain(metric: Metric, name: str) -> bool:
     return metric._reductions[name] in _OF_TORCHMETRICS
 
 
+def _require_whole(metric: Metric, clients: Sequence[States]) -> None:
+    """Checks that a metric's value depends on its states alone, and on no attribute beside them.
+
+    All clients are asked, for an attribute may differ from what the server's metric has on one of them only.
+
+    Raises:
+        ValueError: If a client's states do not give the value that the client itself computed.
+    """
+    for client in clients:
+        if client.updates and client.own is not None and not _is_close(_value(metric, [client]), client.own):
+            raise ValueError("the states do not hold all that the value depends on")
+
+
+def _is_close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) or (a != a and b != b)
+
+
 def _require_neutral(metric: Metric, clients: Sequence[States]) -> None:
     """Checks a metric that leaves its states apart, or reduces them in a way of its own.
 
@@ -120,11 +151,11 @@ def _require_neutral(metric: Metric, clients: Sequence[States]) -> None:
     Raises:
         ValueError: If it is not.
     """
-    empty: States = (metric._defaults, 0)  # type: ignore[assignment]
-    own = {i: _value(metric, [client]) for i, client in enumerate(clients) if client[1]}
+    empty = States(metric._defaults, 0)  # type: ignore[arg-type]
+    own = {i: _value(metric, [client]) for i, client in enumerate(clients) if client.updates}
     known = next((i for i, value in own.items() if math.isfinite(value)), None)
     if known is None:
         return
     for pair in ([clients[known], empty], [empty, clients[known]]):
-        if not math.isclose(_value(metric, pair), own[known], rel_tol=1e-4, abs_tol=1e-6):
+        if not _is_close(_value(metric, pair), own[known]):
             raise ValueError("the states of several clients do not add up")

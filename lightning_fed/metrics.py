@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_fed.metric_states import is_mergeable, states_of, value_over
+from lightning_fed.metric_states import States, is_mergeable, states_of, value_over
 
 # How the clients' values of one name become one value.
 MEAN, SUM, MAX, MIN = "mean", "sum", "max", "min"
@@ -237,7 +237,8 @@ def _exact(entries: Sequence[tuple[float, MetricState]], module: nn.Module) -> f
             return states[0].own
         try:
             metric = module.get_submodule(states[0].attribute)
-            return value_over(metric, [(state.tensors, state.updates) for state in states])  # type: ignore[arg-type]
+            clients = [States(state.tensors, state.updates, state.own) for state in states]
+            return value_over(metric, clients)  # type: ignore[arg-type]
         except Exception:  # of the metric's own code, which may not be written for the states of several clients
             return None
     if len(kinds) > 1 or kinds == {COMPUTED}:

@@ -199,9 +199,9 @@ class Rounds:
 # What is said once of a logged name.
 _AVERAGED = (
     "The logged {} cannot be merged over clients exactly (a value that the module computed itself, a wrapper such as"
-    " MinMax or BootStrapper, a metric whose states do not add up over clients, or a name that clients log in different"
-    " ways): it is the example-weighted mean of the clients' values. Log the torchmetrics object itself for the exact"
-    " value."
+    " MinMax or BootStrapper, a metric whose states do not add up over clients or that keeps part of its value in"
+    " attributes beside them, or a name that clients log in different ways): it is the example-weighted mean of the"
+    " clients' values. Log the torchmetrics object itself, with all that it needs in add_state, for the exact value."
 )
 _LEFT_OUT = "The logged {} is not a single number on any client: it is not logged for the round."
 

@@ -159,6 +159,80 @@ class Learns(tm.Metric):
         return self.total * self.scale
 
 
+class Best(tm.MeanMetric):
+    """Keeps in an attribute what it gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.best = float("inf")
+
+    def update(self, x, y):
+        super().update(x)
+        self.best = min(self.best, float(x.min()))
+
+    def reset(self):
+        super().reset()
+        self.best = float("inf")
+
+    def compute(self):
+        return torch.tensor(self.best)
+
+
+class Counted(tm.Metric):
+    """Keeps its count in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("wrong", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.seen = []
+
+    def update(self, x, y):
+        self.wrong += (x > y).sum()
+        self.seen.append(len(y))
+
+    def reset(self):
+        super().reset()
+        self.seen = []
+
+    def compute(self):
+        return (self.wrong / max(sum(self.seen), 1)) ** 2
+
+
+class Scaled(tm.MeanSquaredError):
+    """Keeps a scale that only the second client moves: the first one's states alone give the first one's value."""
+
+    scale = 1.0
+
+    def update(self, x, y):
+        super().update(x, y)
+        if self._update_count > 3:
+            self.scale = 3.0
+
+    def reset(self):
+        super().reset()
+        self.scale = 1.0
+
+    def compute(self):
+        return super().compute() / self.scale
+
+
+class Remembers(tm.PearsonCorrCoef):
+    """Keeps something that its value does not depend on."""
+
+    last = None
+
+    def update(self, x, y):
+        super().update(x, y)
+        self.last = x
+
+
+class Undefined(tm.MeanSquaredError):
+    """Is NaN on a client with one batch."""
+
+    def compute(self):
+        return super().compute() if self._update_count > 1 else torch.tensor(torch.nan)
+
+
 class Unbatched(Mean):
     """A tensor that is concatenated, not a list."""
 
@@ -182,6 +256,9 @@ class Unbatched(Mean):
         Evaluates(First()),
         Evaluates(Uneven()),
         Evaluates(Learns()),
+        Evaluates(Best()),
+        Evaluates(Counted()),
+        Evaluates(Scaled()),
         Evaluates(tm.MeanSquaredError() ** 0.5),
     ],
     ids=lambda module: type(module.metric).__name__,
@@ -201,6 +278,7 @@ def test_metric_whose_states_do_not_add_up_is_the_mean_of_the_clients_own_and_sa
         Evaluates(Knows()),
         Evaluates(Added()),
         Evaluates(Unbatched()),
+        Evaluates(Remembers()),
         Evaluates(tm.PearsonCorrCoef()),
         Evaluates(tm.ConcordanceCorrCoef()),
     ],
@@ -210,6 +288,14 @@ def test_metric_whose_states_add_up_has_the_value_over_the_pooled_data(module):
     value, said, own, whole = evaluated(module)
     assert value == pytest.approx(whole, rel=1e-5)
     assert value != pytest.approx(weighted(own), rel=1e-4)
+    assert said == []
+
+
+def test_metric_that_is_nan_on_one_client_has_the_value_over_the_pooled_data():
+    value, said, own, _ = evaluated(Evaluates(Undefined()))
+    assert own[0] != own[0]
+    expected = evaluated(Evaluates(tm.MeanSquaredError()))[-1]
+    assert value == pytest.approx(expected, rel=1e-5)
     assert said == []
 
 
