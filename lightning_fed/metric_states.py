@@ -23,11 +23,13 @@ class States(NamedTuple):
         tensors: Its states by name.
         updates: How many times it was updated.
         own: The value that the client itself computed, if it is one number.
+        examples: How many examples the client counts with.
     """
 
     tensors: Mapping[str, Tensor]
     updates: int
     own: float | None = None
+    examples: float = 1.0
 
 
 _OF_TORCHMETRICS = (dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum)
@@ -78,14 +80,20 @@ def value_over(original: Metric, clients: Sequence[States]) -> float:
         _require_whole(metric, clients)
     if len(clients) > 1 and any(not _is_plain(metric, name) for name in metric._defaults):
         _require_neutral(metric, clients)
-    return _value(metric, clients)
+    value = _value(metric, clients)
+    if dim_zero_mean in metric._reductions.values():
+        by_examples = [client.examples if client.updates else 0.0 for client in clients]
+        if not _is_close(value, _value(metric, clients, by_examples)):
+            raise ValueError("a state that is a mean may be one over updates or over examples")
+    return value
 
 
-def _value(metric: Metric, clients: Sequence[States]) -> float:
+def _value(metric: Metric, clients: Sequence[States], weights: Sequence[float] | None = None) -> float:
     metric.reset()
     updates = [client.updates for client in clients]
     for name in metric._defaults:
-        setattr(metric, name, _merged(metric, name, [client.tensors[name].cpu() for client in clients], updates))
+        parts = [client.tensors[name].cpu() for client in clients]
+        setattr(metric, name, _merged(metric, name, parts, updates if weights is None else weights))
     metric._update_count = sum(updates)
     metric._computed = None
     value = metric.compute()
@@ -94,7 +102,7 @@ def _value(metric: Metric, clients: Sequence[States]) -> float:
     return float(value)
 
 
-def _merged(metric: Metric, name: str, parts: list[Tensor], updates: list[int]) -> Tensor | list[Tensor]:
+def _merged(metric: Metric, name: str, parts: list[Tensor], weights: Sequence[float]) -> Tensor | list[Tensor]:
     default, reduction = metric._defaults[name], metric._reductions[name]
     if isinstance(default, list):
         # A client that never updated the metric has nothing to add, not even an empty row.
@@ -105,17 +113,17 @@ def _merged(metric: Metric, name: str, parts: list[Tensor], updates: list[int]) 
         return dim_zero_cat(parts)
     stacked = torch.stack(parts)
     if reduction is dim_zero_mean:
-        return _mean(stacked, updates)
+        return _mean(stacked, weights)
     return stacked if reduction is None else reduction(stacked)  # type: ignore[operator]
 
 
-def _mean(stacked: Tensor, updates: list[int]) -> Tensor:
-    """A mean of means, by how many updates each is of: what one metric that saw them all would hold.
+def _mean(stacked: Tensor, weights: Sequence[float]) -> Tensor:
+    """A mean of means, by how much each is of: what one metric that saw it all would hold.
 
     (Between processes torchmetrics weighs all alike, and cannot average integers.)
     """
     wide = stacked.to(torch.promote_types(stacked.dtype, torch.float64))
-    shares = torch.tensor(updates if any(updates) else [1] * len(updates), dtype=torch.float64)
+    shares = torch.tensor(weights if any(weights) else [1] * len(weights), dtype=torch.float64)
     mean = torch.tensordot((shares / shares.sum()).to(wide.dtype), wide, dims=1)
     return mean.to(torch.promote_types(stacked.dtype, torch.get_default_dtype()))
 

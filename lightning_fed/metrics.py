@@ -237,7 +237,7 @@ def _exact(entries: Sequence[tuple[float, MetricState]], module: nn.Module) -> f
             return states[0].own
         try:
             metric = module.get_submodule(states[0].attribute)
-            clients = [States(state.tensors, state.updates, state.own) for state in states]
+            clients = [States(state.tensors, state.updates, state.own, count) for count, state in entries]
             return value_over(metric, clients)  # type: ignore[arg-type]
         except Exception:  # of the metric's own code, which may not be written for the states of several clients
             return None

@@ -129,6 +129,18 @@ class Mean(tm.Metric):
         return self.mean
 
 
+class MeanOfExamples(Mean):
+    """A mean over examples, kept as such."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, x, y):
+        self.count += len(x)
+        self.mean = self.mean + (x - self.mean).sum() / self.count
+
+
 class Uneven(tm.Metric):
     """Rows as long as the client's first batch."""
 
@@ -299,9 +311,17 @@ def test_metric_that_is_nan_on_one_client_has_the_value_over_the_pooled_data():
     assert said == []
 
 
-def test_states_that_are_means_are_weighted_by_the_updates_that_they_are_of():
-    value, said, own, _ = evaluated(Evaluates(Mean()))
-    assert value == pytest.approx(weighted(own, (1, 4, 3)), rel=1e-6)  # batches of 16
+@pytest.mark.parametrize("metric", [Mean(), MeanOfExamples()])
+def test_states_that_are_means_of_who_knows_what_are_averaged_by_examples_and_said(metric):
+    value, said, own, _ = evaluated(Evaluates(metric))
+    assert value == pytest.approx(weighted(own), rel=1e-6)
+    assert [text.count("'m'") for text in said] == [1]
+
+
+@pytest.mark.parametrize("metric", [Mean(), MeanOfExamples()])
+def test_states_that_are_means_are_merged_where_updates_and_examples_weigh_alike(metric):
+    value, said, _, whole = evaluated(Evaluates(metric), (16, 48, 32))  # batches of 16
+    assert value == pytest.approx(whole, rel=1e-5)
     assert said == []
 
 
