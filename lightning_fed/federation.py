@@ -29,6 +29,7 @@ from lightning_fed.script import Script, arguments_of
 from lightning_fed.seeding import seed_all, seed_for
 from lightning_fed.server import RoundLoader
 from lightning_fed.strategies import ServerOptimizer
+from lightning_fed.strategies.client_part import require_client_part
 
 # Beyond so many clients the summary does not look at each one's data.
 _SUMMARY_CLIENTS = 1000
@@ -112,6 +113,7 @@ class Federation(Callback):
         if self._is_ours:
             self._deal.open()
         strategy = self._build_strategy(pl_module)
+        require_client_part(strategy, self._side.mods["train"], knows_clients=self._is_ours)
         self._rounds = Rounds(
             self._grid,
             strategy,

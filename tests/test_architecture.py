@@ -47,7 +47,7 @@ LEVELS = [
         *("client.stacked_data", "client.stacked_log", "client.stacked_optimization"),
     ],
     ["strategies.*", "plain", "client.local_run", "client.compiled_step", "client.step_watch"],
-    ["strategies", "fingerprint", "engines.base", "client.local_fit", "client.cohort"],
+    ["strategies", "strategies.client_part", "fingerprint", "engines.base", "client.local_fit", "client.cohort"],
     ["callbacks.base", "strategy_state", "client.look_ahead", "client.vectorized_fit"],
     ["client.trial", "script", "exchange", "client.changes"],
     ["client.together"],

@@ -24,7 +24,7 @@ def own_metrics(
         reported: ``(num_examples, numbers)`` of each client.
     """
     name = f"{stage}_metrics_aggr_fn"
-    inside = list(_all(strategy))
+    inside = list(all_inside(strategy))
     if any(getattr(one, name, None) not in (None, getattr(FedAvg(), name)) for one in inside):
         return dict(found)
     if not any(_is_users(type(one), f"aggregate_{stage}") for one in inside):
@@ -32,12 +32,12 @@ def own_metrics(
     return {name: value for name, value in found.items() if not _is_mean(value, name, reported)}
 
 
-def _all(strategy: Strategy) -> Iterator[Strategy]:
+def all_inside(strategy: Strategy) -> Iterator[Strategy]:
     """A strategy and all that it wraps."""
     yield strategy
     for inner in vars(strategy).values():
         if isinstance(inner, Strategy):
-            yield from _all(inner)
+            yield from all_inside(inner)
 
 
 def _is_users(kind: type, method: str) -> bool:

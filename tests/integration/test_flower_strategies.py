@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import threading
 import time
@@ -12,7 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
+from flwr.clientapp.mod import adaptiveclipping_mod, arrays_size_mod, fixedclipping_mod
 from flwr.serverapp import strategy as flower
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -104,7 +105,7 @@ def fedavg(**arguments):
 STRATEGIES = {
     "FedAvg": (lambda: flower.FedAvg(), []),
     "FedAvgM": (lambda: flower.FedAvgM(server_learning_rate=0.7, server_momentum=0.5), []),
-    "FedProx": (lambda: flower.FedProx(proximal_mu=0.1), []),
+    "FedProx": (lambda: flower.FedProx(proximal_mu=0.0), []),
     "FedAdam": (lambda: flower.FedAdam(eta=0.05, tau=0.05), []),
     "FedYogi": (lambda: flower.FedYogi(eta=0.05, tau=0.05), []),
     "FedAdagrad": (lambda: flower.FedAdagrad(eta=0.05, tau=0.05), []),
@@ -179,6 +180,81 @@ def test_a_clipping_wrapper_clips(name):
 
 def norm_of(a, b):
     return float(torch.stack([(a[key] - b[key]).norm() for key in a if a[key].is_floating_point()]).norm())
+
+
+# ------------------------------------------------------------------------------------- what is left to the clients
+
+
+def fixed(inner=None):
+    inner = fedavg() if inner is None else inner
+    return flower.DifferentialPrivacyClientSideFixedClipping(inner, 0.0, 0.05, len(SIZES))
+
+
+def adaptive():
+    return flower.DifferentialPrivacyClientSideAdaptiveClipping(fedavg(), 0.0, len(SIZES), 0.05)
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_proximal_term_that_flower_leaves_to_the_client_is_refused_with_the_way_out(wraps):
+    strategy = flower.FedProx(proximal_mu=0.3)
+    if wraps:
+        strategy = flower.DifferentialPrivacyServerSideFixedClipping(strategy, 0.0, 0.05, len(SIZES))
+    module = module_of()
+    with pytest.raises(ConfigurationError, match=r"callbacks=\[FedProx\(mu=0\.3\)\]"):
+        federated(FlowerStrategy(strategy), module=module)
+    assert torch.equal(module.net[0].weight, module_of().net[0].weight)
+
+
+def print_round(message, context, call_next):
+    return call_next(message, context)
+
+
+class GivesMods(FederatedCallback):
+    def __init__(self, *mods):
+        self.mods = mods
+
+    def client_mods(self, stage):
+        return self.mods if stage == "train" else []
+
+
+@pytest.mark.parametrize(("make", "name"), [(fixed, "fixedclipping_mod"), (adaptive, "adaptiveclipping_mod")])
+@pytest.mark.parametrize("mods", [[], [arrays_size_mod]], ids=["none", "another"])
+def test_clipping_that_is_left_to_the_client_is_refused_without_its_mod(make, name, mods):
+    module = module_of()
+    with pytest.raises(ConfigurationError, match=rf"mods=\[{name}\]"):
+        federated(FlowerStrategy(make(), mods=mods), module=module)
+    assert torch.equal(module.net[0].weight, module_of().net[0].weight)
+
+
+def test_clipping_that_another_callback_puts_around_the_strategy_needs_its_mod_too():
+    class Clips(FederatedCallback):
+        def server_strategy(self, strategy):
+            return fixed(strategy)
+
+    with pytest.raises(ConfigurationError, match=r"mods=\[fixedclipping_mod\]"):
+        federated(FlowerStrategy(fedavg()), Clips())
+
+
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        lambda: [FlowerStrategy(fixed(), mods=[fixedclipping_mod])],
+        lambda: [FlowerStrategy(fixed(), mods=[print_round, functools.partial(fixedclipping_mod)])],
+        lambda: [FlowerStrategy(fixed()), GivesMods(fixedclipping_mod)],
+    ],
+    ids=["mods", "partial", "another callback"],
+)
+def test_a_clipping_mod_is_found_wherever_it_comes_from(callbacks):
+    module = module_of()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*clip.*")
+        federated(*callbacks(), module=module, rounds=1)
+    assert norm_of(module.state_dict(), module_of().state_dict()) <= 0.05 * (1 + 1e-5)
+
+
+def test_where_a_mod_of_the_users_own_may_clip_a_line_says_what_it_must_do():
+    with pytest.warns(UserWarning, match=r"print_round.*fixedclipping_mod"):
+        federated(FlowerStrategy(fixed(), mods=[print_round]), rounds=1)
 
 
 # ---------------------------------------------------------------------------------------------------------- batchnorm
