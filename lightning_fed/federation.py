@@ -143,7 +143,7 @@ class Federation(Callback):
         """Rounds begin, or go on: from here on there is something to save."""
         self.has_begun = True
 
-    def run_round(self, trainer: Trainer) -> None:
+    def run_round(self, trainer: Any) -> None:
         """One round; if it fails the module has the weights of before."""
         assert self._rounds is not None
         assert self._module is not None
@@ -153,11 +153,13 @@ class Federation(Callback):
         self._state.begin_round()
         if self._is_ours and self._undecided:
             self._decide_together(trainer, before)
+        evaluates = self._evaluates(trainer, round)
         try:
-            result = self._rounds.run(round, before, self._evaluates(trainer, round))
+            result = self._rounds.run(round, before, evaluates)
         except BaseException:
             weights.load(self._module, before)
             raise
+        trainer.forget_earlier(result.metrics, evaluates)
         self._new, self.metrics, self.about = result.weights, result.metrics, result.about
         # What the server draws from here on (its validation) depends on the round alone, also after a restart.
         seed_all(seed_for(self.seed, "server", round=round))

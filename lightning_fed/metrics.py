@@ -126,6 +126,19 @@ def _by_name(
     return list(found.values())
 
 
+def logged_names(results: Mapping[str, Any] | None) -> frozenset[str]:
+    """The names under which Lightning keeps what one of its loops logged when it ran last.
+
+    Args:
+        results: The loop's.
+    """
+    metas = [result.meta for result in (results or {}).values() if not result.has_reset]
+    each = [(meta, on_step) for meta in metas for on_step in (True, False)]
+    return frozenset(
+        name for meta, step in each if (meta.on_step if step else meta.on_epoch) for name in _names(meta, step)
+    )
+
+
 def _names(meta: Any, on_step: bool) -> tuple[str, str]:
     """The names under which Lightning keeps a logged value."""
     loader = meta.dataloader_idx if meta.add_dataloader_idx else None

@@ -16,7 +16,6 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
 from lightning_fed.errors import ConfigurationError
-from lightning_fed.exchange import About
 from lightning_fed.views import View, users_own
 
 
@@ -27,12 +26,13 @@ class RoundRunner(Protocol):
 
     def run_round(self) -> None: ...
     def take_over_weights(self) -> None: ...
+    def take_over_names(self) -> None: ...
     def place_callbacks(self, given: Sequence[Callback]) -> list[Callback]: ...
+
+    def where_shown(self, name: str) -> dict[str, bool]: ...
 
     @property
     def round_metrics(self) -> dict[str, float]: ...
-    @property
-    def round_about(self) -> About: ...
 
 
 _NO_BATCH = (
@@ -139,13 +139,14 @@ class ServerView(View):
         # Only what is logged on_step is there to monitor in every hook of its own round.
         # Names of clients with several validation loaders carry dataloader_idx, which Lightning would add itself.
         when = {"on_step": True, "on_epoch": False, "batch_size": 1, "add_dataloader_idx": False}
-        about = self.trainer.round_about
         for name, value in self.trainer.round_metrics.items():
-            # Where nobody chose for the bar, it shows all: a round is long.
-            bar, logger = name in about.on_bar or not about.on_bar, name not in about.unlogged
             # Lightning's own: a log of the user's has had its say on the clients.
-            LightningModule.log(self, name, value, prog_bar=bar, logger=logger, **when)  # type: ignore[arg-type]
+            LightningModule.log(self, name, value, **self.trainer.where_shown(name), **when)  # type: ignore[arg-type]
         return RoundOutputs({name: torch.tensor(value) for name, value in self.trainer.round_metrics.items()})
+
+    def on_validation_end(self) -> None:
+        super().on_validation_end()  # type: ignore[misc]
+        self.trainer.take_over_names()
 
 
 def _rest(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from lightning_fed.callbacks.base import CLIENT_METRICS
 from lightning_fed.checkpoint_file import is_there
 from lightning_fed.exchange import About
 from lightning_fed.federation import Federation
+from lightning_fed.metrics import logged_names
 from lightning_fed.owners import Owners
 from lightning_fed.roles import Roles
 
@@ -31,6 +32,11 @@ class ServerTrainer(Trainer):
     federation: Federation
     seems_automatic = False
     _roles: Roles
+    _names_of_clients: frozenset[str] = frozenset()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._shown: dict[str, dict[str, bool]] = {}
+        super().__init__(*args, **kwargs)
 
     @property
     def owners(self) -> Owners:
@@ -76,6 +82,38 @@ class ServerTrainer(Trainer):
             yield
         finally:
             self.log_every_n_steps = every
+
+    def where_shown(self, name: str) -> dict[str, bool]:
+        """Whether a name goes to the progress bar and to loggers, as arguments of ``log``.
+
+        As in the first round that has it, for Lightning does not allow that one name is logged in two ways.
+        """
+        about = self.round_about
+        # Where nobody chose for the bar, it shows all: a round is long.
+        bar = name in about.on_bar or not about.on_bar
+        return self._shown.setdefault(name, {"prog_bar": bar, "logger": name not in about.unlogged})
+
+    def forget_earlier(self, names: Iterable[str], evaluated: bool) -> None:
+        """Forgets what clients logged in earlier rounds under names that this round has not.
+
+        Lightning keeps each value until the next of its name. Clients' evaluation stays for rounds without one, as the
+        server's validation does.
+
+        Args:
+            names: The round's.
+            evaluated: Whether clients have evaluated in it.
+        """
+        now, connector = frozenset(names), self._logger_connector
+        earlier = self._names_of_clients - now
+        gone = {name for name in earlier if evaluated or not name.startswith(CLIENT_METRICS)}
+        self._names_of_clients = now | (earlier - gone)
+        for kept in (connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics):
+            for name in gone & kept.keys():
+                del kept[name]
+
+    def take_over_names(self) -> None:
+        """What the server's validation has just logged is the server's; called by the server view of the module."""
+        self._names_of_clients -= logged_names(self._results)
 
     def run_round(self) -> None:
         """One round; called by the server view of the module."""

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -147,3 +149,73 @@ def test_early_stopping_beside_a_validation_at_the_server_checks_once_each_time(
     trainer = federated(stopping, rounds=12, check_val_every_n_epoch=every)
     trainer.fit(Flat(), loader(), loader(8))
     assert (trainer.current_epoch, stopping.wait_count) == (stopped, 2)
+
+
+# -------------------------------------------------------------------------- names that not every round has
+
+
+class SomeRounds(ToyModule):
+    """Clients log some names in round 1 alone, and so does the server."""
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        if self.trainer.current_round == 1:
+            self.log_dict({"early": 1.0, "both": 2.0}, on_step=False, on_epoch=True, prog_bar=True)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if self.trainer.current_round == 1:
+            self.log("early_val", 3.0)
+            if not hasattr(self.trainer, "client_id"):
+                self.log("both", 3.0)
+
+
+class Kept(Callback):
+    """What the trainer has at the end of each round."""
+
+    def __init__(self) -> None:
+        self.rounds: list[dict[str, set[str]]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        kinds = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
+        self.rounds.append({kind: set(getattr(trainer, kind)) for kind in kinds})
+
+
+def test_a_name_that_clients_logged_in_an_earlier_round_is_gone():
+    kept = Kept()
+    federated(kept, rounds=2, enable_checkpointing=False).fit(SomeRounds(), loader(), loader(8))
+    first, second = (each["callback_metrics"] for each in kept.rounds)
+    assert {"early", "both", "early_val", "clients/early_val"} <= first
+    assert first - second == {"early", "clients/early_val"}
+    assert not any("early" in names for names in kept.rounds[1].values())
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_clients_evaluation_is_kept_for_rounds_without_one_as_lightning_keeps_its_own(validates):
+    kept = Kept()
+    data = loader(8) if validates else None
+    federated(kept, rounds=4, enable_checkpointing=False, check_val_every_n_epoch=3).fit(ToyModule(), loader(), data)
+    has = ["clients/val_loss" in each["callback_metrics"] for each in kept.rounds]
+    assert has == [False, False, True, True]
+
+
+def test_prog_bar_or_logger_in_some_rounds_only_ends_no_run():
+    class Sometimes(ToyModule):
+        def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+            first = self.trainer.current_round == 1
+            self.log("sometimes", 1.0, on_step=False, on_epoch=True, prog_bar=first, logger=not first)
+            return super().training_step(batch, batch_idx)
+
+    trainer = federated(rounds=3, enable_checkpointing=False)
+    trainer.fit(Sometimes(), loader(), loader(8))
+    assert trainer.current_epoch == 3
+
+
+def test_a_monitor_of_a_name_that_the_round_has_not_says_so(tmp_path):
+    stops = EarlyStopping("early", check_on_train_epoch_end=True)
+    with pytest.raises(RuntimeError, match="Early stopping conditioned on metric `early` which is not available"):
+        federated(stops, enable_checkpointing=False).fit(SomeRounds(), loader(), loader(8))
+    saves = ModelCheckpoint(tmp_path, "{step}", "early", save_top_k=-1, save_on_train_epoch_end=True)
+    with pytest.raises(MisconfigurationException, match="could not find the monitored key"):
+        federated(saves).fit(SomeRounds(), loader(), loader(8))
+    assert rounds_saved(tmp_path) == [1]
