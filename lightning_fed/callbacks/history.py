@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed.callbacks.base import ClientReport, FederatedCallback, Stage
+from lightning_fed.metrics import logged_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+T = TypeVar("T")
 Row = dict[str, float]
+
+# Columns of the two tables that are no metrics.
+_OF_ROUNDS = ("round",)
+_OF_CLIENTS = ("round", "stage", "client", "num_examples")
 
 
 class History(FederatedCallback):
     """Keeps a row of metrics for each round; part of the checkpoint, so a resumed run has the whole table.
 
     A row has ``round``, what the clients logged in training under the user's names, their own evaluation as
-    ``clients/<name>``, and the server's validation under the user's names (in rounds that validate).
+    ``clients/<name>``, and the server's validation under the user's names (in rounds that validate). Of a name that is
+    both the validation's value is kept, as in ``callback_metrics``.
 
     Args:
         per_client: Also keep what each client reports, in ``clients``.
@@ -38,6 +46,7 @@ class History(FederatedCallback):
         self.clients: list[dict[str, Any]] = []
         self._from_clients: set[str] = set()
         self._evaluates = False
+        self._said: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Notes whether this is a fit: ``test(ckpt_path="best")`` restores callbacks, too."""
@@ -54,24 +63,40 @@ class History(FederatedCallback):
         """Keeps a client's own numbers, if asked to."""
         if self.per_client:
             row = {"round": round, "stage": stage, "client": report.client, "num_examples": report.num_examples}
-            self.clients.append({**row, **report.metrics})
+            self.clients.append({**row, **self._metrics(report.metrics, _OF_CLIENTS)})
 
     def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
         """Starts the round's row."""
-        self.rows.append({"round": round, **metrics})
-        self._from_clients.update(metrics)
+        self.rows.append({"round": round})
+        self._take_round(metrics)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Completes the round's row with what callbacks after this one added to the metrics."""
-        added: dict[str, float] = trainer.round_metrics  # type: ignore[attr-defined]
-        self.rows[-1].update(added)
-        self._from_clients.update(added)
+        self._take_round(trainer.round_metrics)  # type: ignore[attr-defined]
+
+    def _take_round(self, metrics: Mapping[str, float]) -> None:
+        found = self._metrics(metrics, _OF_ROUNDS)
+        self.rows[-1].update(found)
+        self._from_clients.update(found)
+
+    def _metrics(self, logged: Mapping[str, T], columns: Sequence[str]) -> dict[str, T]:
+        """What is logged, without names that are columns of the table."""
+        taken = [name for name in columns if name in logged]
+        if new := [name for name in taken if name not in self._said]:
+            self._said.update(new)
+            rank_zero_warn(
+                f"History does not show the logged {', '.join(map(repr, new))}: it has a column of its own with that"
+                " name. Log it under another."
+            )
+        return {name: value for name, value in logged.items() if name not in taken}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds the server's validation to the round's row."""
         if self.rows and not trainer.sanity_checking and trainer.state.fn == "fit":
-            # Lightning keeps what the clients of an earlier round logged; that is not of this round.
-            own = {k: float(v) for k, v in trainer.callback_metrics.items() if k not in self._from_clients}
+            # Of a name that clients logged, too, Lightning has the later value, which is that of the validation.
+            self._from_clients -= logged_names(trainer._results)
+            kept = {name: value for name, value in trainer.callback_metrics.items() if name not in self._from_clients}
+            own = {name: float(value) for name, value in self._metrics(kept, _OF_ROUNDS).items()}
             self.rows[-1] = {**self.rows[-1], **own}
 
     def state_dict(self) -> dict[str, Any]:

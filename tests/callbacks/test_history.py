@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import ClientMetrics, FederatedCallback, History, Partition
+from lightning_fed.callbacks import ClientData, ClientMetrics, FederatedCallback, History, Partition
 from lightning_fed.errors import ClientError
 from lightning_fed.testing import ToyModule, toy_data
 
@@ -85,6 +85,78 @@ def test_name_that_clients_logged_in_an_earlier_round_is_not_repeated(quiet):
     fit(quiet, history, module=Early())
     assert [row["round"] for row in history.rows if "early" in row] == [1]
     assert len(history["val_loss"]) == 3
+
+
+class Same(ToyModule):
+    """Logs one name in training and in validation."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", (self.net(batch[0]) ** 2).mean() + 10)
+
+
+def unequal(batch_size=8):
+    return ClientData([DataLoader(toy_data(n, seed=n), batch_size=batch_size) for n in (5, 40, 11)])
+
+
+def test_of_a_name_of_training_and_validation_the_later_value_counts_as_in_lightning(quiet):
+    class Watch(FederatedCallback):
+        def __init__(self):
+            self.seen, self.trained = [], []
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.seen.append(float(trainer.callback_metrics["loss"]))
+            self.trained.append(trainer.round_metrics["loss"])
+
+    history, watch = History(), Watch()
+    trainer = FederatedTrainer(max_rounds=4, callbacks=[unequal(), history, watch], check_val_every_n_epoch=2, **quiet)
+    trainer.fit(Same(), val_dataloaders=val())
+    assert history["loss"] == pytest.approx(watch.seen)
+    assert [value > 10 for value in history["loss"]] == [False, True, False, True]
+    assert history["loss"][::2] == pytest.approx(watch.trained[::2])
+
+
+def test_curve_of_a_name_of_training_and_validation_is_the_servers(quiet):
+    history = History()
+    FederatedTrainer(max_rounds=2, callbacks=[unequal(), history], **quiet).fit(Same(), val_dataloaders=val())
+    labels = [line.get_label() for axes in history.plot(names=["loss"]).axes for line in axes.get_lines()]
+    assert labels == ["loss (server)"]
+
+
+class TakesColumns(ToyModule):
+    """Logs the names of the table's own columns."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        columns = ("round", "client", "stage", "num_examples")
+        self.log_dict(dict.fromkeys(columns, 7.0), on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("round", 8.0)
+
+
+def test_own_columns_are_not_overwritten_by_logged_names(quiet, tmp_path):
+    def fit_to(rounds, history, **options):
+        callbacks = [unequal(), history, ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)]
+        trainer = FederatedTrainer(max_rounds=rounds, callbacks=callbacks, **{**quiet, "enable_checkpointing": True})
+        trainer.fit(TakesColumns(), val_dataloaders=val(), **options)
+
+    history, resumed = History(per_client=True), History(per_client=True)
+    with pytest.warns(UserWarning, match="History does not show the logged 'round', 'stage', 'client', 'num_examples'"):
+        fit_to(2, history)
+    fit_to(3, resumed, ckpt_path=tmp_path / "last.ckpt")
+    assert [row["round"] for row in resumed.rows] == [1, 2, 3]
+    assert [(row["round"], row["client"]) for row in resumed.clients] == [(r, c) for r in (1, 2, 3) for c in range(3)]
+    assert [row["num_examples"] for row in resumed.clients[:3]] == [5, 40, 11]
+    assert {row["stage"] for row in resumed.clients} == {"train"}
+    assert "round" not in resumed.names
+    assert resumed["num_examples"] == [7.0, 7.0, 7.0]
 
 
 def test_sanity_check_and_validation_outside_a_fit_add_nothing(quiet):
