@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+import numbers
+from collections.abc import Callable
+
 
 class FederationError(RuntimeError):
     """The base of every error that this package raises on its own account.
@@ -45,12 +50,31 @@ class RoundError(FederationError):
     """A round ended without enough good replies, or its strategy gave no new weights."""
 
 
-def require(owner: object, **arguments: tuple[float, bool, str]) -> None:
+def require(owner: object, **arguments: tuple[object, Callable[[float], bool], str]) -> None:
     """Checks numbers given as ``name=(value, is_good, rule)`` and reports all faults together.
 
     Raises:
-        ConfigurationError: If any is not good.
+        ConfigurationError: If any is no finite number, or not good.
     """
-    faults = [f"{name}={value!r} must be {rule}" for name, (value, good, rule) in arguments.items() if not good]
+    faults = []
+    for name, (value, is_good, rule) in arguments.items():
+        if not _is_finite_number(value):
+            faults.append(f"{name}={value!r} must be a finite number {rule}{_way_out(owner, name, value)}")
+        elif not is_good(value):  # type: ignore[arg-type]
+            faults.append(f"{name}={value!r} must be {rule}")
     if faults:
         raise ConfigurationError(f"{type(owner).__name__}: {'; '.join(faults)}.")
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _way_out(owner: object, name: str, value: object) -> str:
+    try:
+        if isinstance(value, str) and math.isfinite(meant := float(value)):
+            return f": write {name}={meant!r}"
+    except ValueError:
+        pass
+    known = inspect.signature(type(owner)).parameters.get(name)  # which a subclass of the user's may have otherwise
+    return "" if known is None or known.default is known.empty else f": leave it out for the default, {known.default!r}"

@@ -24,7 +24,12 @@ from lightning_fed import ClientError, ConfigurationError, FederatedTrainer
 from lightning_fed.callbacks import (
     ClientData,
     FaultTolerance,
+    FedAdagrad,
+    FedAdam,
     FedAvg,
+    FedAvgM,
+    FedProx,
+    FedYogi,
     FlowerStrategy,
     PartialParticipation,
     Partition,
@@ -297,3 +302,46 @@ def test_the_way_out_for_somebody_elses_pytorch_lightning_module_works(tmp_path)
     command = [sys.executable, "-W", "ignore", "script.py"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert "trained 1" in run.stdout, run.stderr
+
+
+class Named(FedAdam):
+    """Has a signature of its own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+NUMBER = "must be a finite number"
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: FedProx("1"), rf"^FedProx: mu='1' {NUMBER} >= 0: write mu=1\.0\.$"),
+        (lambda: FedProx(None), rf"^FedProx: mu=None {NUMBER} >= 0\.$"),
+        (lambda: FedProx(True), rf"^FedProx: mu=True {NUMBER} >= 0\.$"),
+        (lambda: FedProx(float("inf")), rf"^FedProx: mu=inf {NUMBER} >= 0\.$"),
+        (lambda: FedProx([0.1]), rf"^FedProx: mu=\[0\.1\] {NUMBER} >= 0\.$"),
+        (
+            lambda: FedAdam(learning_rate="1e-2"),
+            rf"^FedAdam: learning_rate='1e-2' {NUMBER} > 0: write learning_rate=0\.01",
+        ),
+        (
+            lambda: FedAdam(beta_2=None),
+            rf"^FedAdam: beta_2=None {NUMBER} in \[0, 1\): leave it out for the default, 0\.99",
+        ),
+        (lambda: FedYogi(tau="small"), rf"^FedYogi: tau='small' {NUMBER} > 0: leave it out for the default, 0\.001\.$"),
+        (lambda: FedAdagrad(float("nan")), rf"^FedAdagrad: learning_rate=nan {NUMBER} > 0"),
+        (lambda: FedAvgM(momentum=False), rf"^FedAvgM: momentum=False {NUMBER} in \[0, 1\)"),
+        (lambda: FedAvgM(learning_rate=FedAvgM), rf"^FedAvgM: learning_rate=<class .*> {NUMBER} > 0"),
+    ],
+)
+def test_a_methods_number_of_the_wrong_kind_is_named_with_its_rule_and_the_way_out(make, text):
+    with pytest.raises(ConfigurationError, match=text):
+        make()
+
+
+@pytest.mark.parametrize("number", [1, 0.5, np.float32(0.5), np.int64(1)])
+def test_numbers_of_every_kind_are_taken(number):
+    assert FedProx(number).mu == number
+    assert FedAdam(learning_rate=number).learning_rate == number

@@ -29,8 +29,8 @@ class FedAvgM(Averaging):
 
     def __init__(self, learning_rate: float = 1.0, momentum: float = 0.9, weighting: Weighting = "examples") -> None:
         super().__init__(weighting)
-        require(self, learning_rate=(learning_rate, learning_rate > 0, "> 0"))
-        require(self, momentum=(momentum, 0 <= momentum < 1, "in [0, 1)"))
+        require(self, learning_rate=(learning_rate, lambda number: number > 0, "> 0"))
+        require(self, momentum=(momentum, lambda number: 0 <= number < 1, "in [0, 1)"))
         self.learning_rate, self.momentum = learning_rate, momentum
 
     def server_strategy(self, strategy: Strategy | None) -> Strategy:

@@ -33,9 +33,9 @@ class FedAdagrad(Averaging):
         super().__init__(weighting)
         require(
             self,
-            learning_rate=(learning_rate, learning_rate > 0, "> 0"),
-            beta_1=(beta_1, 0 <= beta_1 < 1, "in [0, 1)"),
-            tau=(tau, tau > 0, "> 0"),
+            learning_rate=(learning_rate, lambda number: number > 0, "> 0"),
+            beta_1=(beta_1, lambda number: 0 <= number < 1, "in [0, 1)"),
+            tau=(tau, lambda number: number > 0, "> 0"),
         )
         self.learning_rate, self.beta_1, self.tau = learning_rate, beta_1, tau
 
@@ -66,7 +66,7 @@ class FedAdam(FedAdagrad):
         weighting: Weighting = "examples",
     ) -> None:
         super().__init__(learning_rate, beta_1, tau, weighting)
-        require(self, beta_2=(beta_2, 0 <= beta_2 < 1, "in [0, 1)"))
+        require(self, beta_2=(beta_2, lambda number: 0 <= number < 1, "in [0, 1)"))
         self.beta_2 = beta_2
 
     def server_strategy(self, strategy: Strategy | None) -> Strategy:

@@ -25,7 +25,7 @@ class FedProx(FederatedCallback):
     """
 
     def __init__(self, mu: float) -> None:
-        require(self, mu=(mu, mu >= 0, ">= 0"))
+        require(self, mu=(mu, lambda number: number >= 0, ">= 0"))
         self.mu = mu
 
     def local_callbacks(self) -> Sequence[Callback]:
