@@ -37,12 +37,18 @@ for _hook in (
 class MonitorsClients(View):
     """A ``LearningRateMonitor``: the rates are those that clients report, and are logged with their metrics."""
 
+    log_momentum: bool
     lrs: dict[str, list[float]]
     last_momentum_values: dict[str, float]
     last_weight_decay_values: dict[str, float]
 
     def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        users_own(self, "on_train_start")(trainer, *args, **kwargs)
+        # Whether optimizers have momentum the clients' own say: the server's stands for theirs.
+        log_momentum, self.log_momentum = self.log_momentum, False
+        try:
+            users_own(self, "on_train_start")(trainer, *args, **kwargs)
+        finally:
+            self.log_momentum = log_momentum
         self.lrs, self.last_momentum_values, self.last_weight_decay_values = {}, {}, {}
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:

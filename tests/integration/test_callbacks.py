@@ -508,7 +508,6 @@ def test_learning_rate_monitor_logs_the_clients_rates(tmp_path, engine):
 
 @pytest.mark.parametrize("cls", [Scheduled, Groups, ToyModule])
 @pytest.mark.parametrize("options", [{}, {"log_momentum": True, "log_weight_decay": True}], ids=["lr", "all"])
-@pytest.mark.filterwarnings("ignore:You have set log_momentum=True")
 def test_learning_rates_have_lightnings_names(cls, options, tmp_path):
     expected = plain_names(toy(cls=cls), tmp_path, **options)
     history, monitor = History(), LearningRateMonitor(**options)
@@ -521,6 +520,23 @@ def test_learning_rates_have_lightnings_names(cls, options, tmp_path):
     assert {*monitor.lrs, *monitor.last_momentum_values, *monitor.last_weight_decay_values} == expected
     assert bool(monitor.last_momentum_values) is bool(monitor.last_weight_decay_values) is bool(options)
     assert not any(name.endswith(("-momentum", "-weight_decay")) for name in monitor.lrs)
+
+
+@pytest.mark.parametrize(("optimizer", "momentum"), [("SGD", 0.9), ("Adagrad", 0.0)])
+def test_only_an_optimizer_without_momentum_is_told_to_have_none(optimizer, momentum, tmp_path):
+    class Own(ToyModule):
+        def configure_optimizers(self):
+            options = {"momentum": momentum} if momentum else {}
+            return getattr(torch.optim, optimizer)(self.parameters(), lr=0.1, **options)
+
+    history = History()
+    trainer = federated(LearningRateMonitor(log_momentum=True), history, rounds=1, logger=CSVLogger(tmp_path))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(toy(cls=Own), loader())
+    said = [one for one in caught if "some optimizers do not have momentum" in str(one.message)]
+    assert bool(said) is (optimizer == "Adagrad")
+    assert history[f"lr-{optimizer}-momentum"] == pytest.approx([momentum])
 
 
 def test_learning_rates_of_clients_that_are_trained_as_one(tmp_path):
