@@ -205,11 +205,17 @@ def check_update(update: Mapping[str, Tensor], reference: Mapping[str, Tensor]) 
                 tensor=name,
             )
         if not _is_finite(tensor) and not _is_finite_where(tensor, reference[name]):
-            raise InvalidUpdateError(
-                f"sent {name!r} with NaN or Inf in it. A smaller learning rate or `gradient_clip_val=` keeps local"
-                " training finite; `FaultTolerance(min_results=...)` goes on without such clients.",
-                tensor=name,
-            )
+            raise InvalidUpdateError(f"sent {name!r} with NaN or Inf in it. {_way_out(reference)}", tensor=name)
+
+
+def _way_out(reference: Mapping[str, Tensor]) -> str:
+    floating = {name: tensor.float() for name, tensor in reference.items() if tensor.is_floating_point()}
+    nan = ", ".join([repr(name) for name, tensor in floating.items() if tensor.isnan().any()][:3])
+    return (
+        f"{f'The global {nan} had NaN in it before: begin with finite weights, if it is not meant so. ' if nan else ''}"
+        "A smaller learning rate or `gradient_clip_val=` keeps local training finite;"
+        " `FaultTolerance(min_results=...)` goes on without such clients."
+    )
 
 
 class RunningMean:

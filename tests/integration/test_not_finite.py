@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
+from lightning_fed.callbacks import ClientData
+from lightning_fed.errors import InvalidUpdateError
 from lightning_fed.testing import ToyModule, toy_data
 from tests.helpers import QUIET
 
@@ -35,3 +37,20 @@ def test_they_train_and_are_what_clients_make_of_them(vectorize: bool) -> None:
     assert torch.equal(module.mask, Masked().mask)
     assert module.threshold == 0.5
     assert not torch.equal(module.net[0].weight, before)
+
+
+@pytest.mark.parametrize("broken", ["net.0.weight", None])
+def test_weights_that_were_not_finite_before_are_named_and_not_the_client_blamed(broken: str | None) -> None:
+    class Diverges(ToyModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * (1 if broken else math.nan)
+
+    module = Diverges()
+    if broken:
+        module.get_parameter(broken).data[0] = math.nan
+    callbacks = [ClientData([DataLoader(toy_data(n), 8) for n in (5, 40, 11)])]
+    with pytest.raises(InvalidUpdateError, match=r"client 0 sent 'net.* with NaN or Inf in it") as raised:
+        FederatedTrainer(max_rounds=1, callbacks=callbacks, **QUIET).fit(module)
+    named = f"The global {broken!r} had NaN in it before: begin with finite weights"
+    assert (named in str(raised.value)) is (broken is not None)
+    assert "A smaller learning rate" in str(raised.value)
