@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_fed.checkpoint_file import FEDERATION
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.plain import from_plain, to_plain
 from lightning_fed.script import Script
@@ -87,8 +88,22 @@ class RunState:
             loaded: The arguments of all callbacks, now that they have loaded what it holds.
 
         Raises:
-            ConfigurationError: If the strategy cannot take what the checkpoint has of it.
+            ConfigurationError: If the strategy cannot take what the checkpoint has of it, or it is no state of a run.
         """
+        try:
+            notes = self._take_up(found, loaded)
+        except ConfigurationError:
+            raise
+        except Exception as error:  # whatever reading something else may raise
+            raise ConfigurationError(
+                f"{found.path}: what it holds as {FEDERATION!r} is no state of a run, or a damaged one:"
+                f" {type(error).__name__}: {error}. Begin with the weights alone:"
+                f" {self.script.module}.load_from_checkpoint({found.path!r}), and fit that without ckpt_path."
+            ) from error
+        if notes:
+            rank_zero_warn("\n- ".join([f"Going on from {found.path}, otherwise than before:", *notes]))
+
+    def _take_up(self, found: Found, loaded: Mapping[str, dict[str, str]]) -> list[str]:
         notes = self._restore_strategy(found) + self._restore_clients(found)
         if found.state.get("seed", self.seed) != self.seed:
             notes.append(
@@ -100,9 +115,7 @@ class RunState:
             notes += self.script.new_callbacks(found.callbacks, found.state.get("arguments", {}))
         overwritten = self.script.overwritten(loaded, found.state.get("arguments", {}))
         notes += self.script.differences(found.state.get("setup", self.script.setup), overwritten)
-        notes += overwritten.values()
-        if notes:
-            rank_zero_warn("\n- ".join([f"Going on from {found.path}, otherwise than before:", *notes]))
+        return [*notes, *overwritten.values()]
 
     def _restore_strategy(self, found: Found) -> list[str]:
         state, now = found.state, self._strategy.method
@@ -159,6 +172,8 @@ class RunState:
         if self._clients is None:
             return notes + (["What clients kept cannot be given back to them on this grid."] if records else [])
         kept: dict[int, RecordDict] = {c: from_plain(plain) for c, plain in records.items() if c not in gone}
+        if foreign := [client for client, record in kept.items() if not isinstance(record, RecordDict)]:
+            raise TypeError(f"what it has of client {foreign[0]} is a {type(kept[foreign[0]]).__name__}")
         self._clients.load_client_states(kept)
         carries = self.script.setup["FederatedTrainer"]["client_state"] == "'carry'"
         if carries and not records and found.rounds:

@@ -130,7 +130,7 @@ class Federation(Callback):
         self._check_cohort(clients)
         self._warn_of_monitors(trainer, clients)
         self._state = RunState(self.seed, clients, self._grid, strategy, self._script or self._read_script(trainer))
-        if self._found is not None and self._found.state:
+        if self._found is not None and self._found.state != {}:
             self._state.restore(self._found, arguments_of(trainer.callbacks))  # type: ignore[attr-defined]
         self._found = None
         if self._is_ours:
@@ -217,7 +217,9 @@ class Federation(Callback):
         """A run is resumed: notes how the script sets it up, before callbacks load what the checkpoint holds."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._script = self._read_script(trainer)
-            self._found = Found(str(trainer.ckpt_path), int(checkpoint["global_step"]), set(checkpoint["callbacks"]))
+            callbacks = checkpoint["callbacks"]
+            state = callbacks.get(self.state_key, {})  # Lightning loads no state that is empty, of whatever kind
+            self._found = Found(str(trainer.ckpt_path), int(checkpoint["global_step"]), set(callbacks), state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps a checkpoint's state until the strategy is built."""

@@ -442,6 +442,31 @@ def test_a_plain_trainer_tests_a_federated_checkpoint(federated):
 # ------------------------------------------------------------------------------------------- another run's checkpoints
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: [1],
+        lambda state: [],
+        lambda state: 0,
+        lambda state: {"strategy": 5, "clients": "x", "seed": "y"},
+        lambda state: {**state, "clients": {"one": {}}},
+        lambda state: {**state, "clients": {0: 5}},
+        lambda state: {**state, "setup": {"FederatedTrainer": None}},
+        lambda state: {**state, "arguments": 3},
+        lambda state: dict.fromkeys(state),
+    ],
+)
+def test_a_runs_state_of_another_shape_is_named_with_the_way_out(tmp_path, federated, change):
+    checkpoint = saved(federated)
+    checkpoint["callbacks"][FEDERATION] = change(checkpoint["callbacks"][FEDERATION])
+    path, trained = tmp_path / "changed.ckpt", Counting.trained
+    torch.save(checkpoint, path)
+    says = rf"{re.escape(str(path))}: what it holds as '{FEDERATION}' .*Counting\.load_from_checkpoint\("
+    with pytest.raises(ConfigurationError, match=says):
+        fit(tmp_path, module=Counting(), rounds=3, ckpt_path=path)
+    assert Counting.trained == trained
+
+
 @pytest.mark.parametrize("rounds", [1, 2, 3])
 def test_fewer_rounds_than_were_done_are_refused(tmp_path, federated, rounds):
     if rounds == 1:
