@@ -16,7 +16,7 @@ from lightning_fed.callbacks.base import ClientReport, FailureOwner, Stage
 from lightning_fed.errors import ClientError, FederationError, RoundError
 from lightning_fed.messages import Reply
 from lightning_fed.roster import CohortGrid, Roster
-from lightning_fed.tracebacks import let_go
+from lightning_fed.tracebacks import let_go, words
 from lightning_fed.weights import RunningMean, Weights, check_reply, split
 
 
@@ -77,13 +77,26 @@ class Exchange:
         self.raised: Exception | None = None  # by a callback or the engine while the strategy read the replies
 
     def messages(self, grid: Grid) -> list[Message]:
-        """What the strategy sends, in client order. (Flower shuffles, with the global random state.)"""
+        """What the strategy sends, in client order. (Flower shuffles, with the global random state.)
+
+        Raises:
+            RoundError: If the strategy raises.
+        """
         strategy, roster = self.terms.strategy, self.terms.roster
         averaged, integers = split(self.weights)
         configure = strategy.configure_train if self.stage == "train" else strategy.configure_evaluate
         cohort_grid = CohortGrid(grid, [roster.node_of(client) for client in self.cohort])
         config = messages.round_config(self.round, self.terms.seed)
-        sent = list(configure(self.round, messages.pack(averaged), config, cohort_grid))
+        try:
+            sent = list(configure(self.round, messages.pack(averaged), config, cohort_grid))
+        except FederationError:
+            raise
+        except Exception as error:
+            raise RoundError(
+                f"Round {self.round}: {name_of(strategy)} could not make the {self.stage} messages: {words(error)}",
+                round=self.round,
+                stage=self.stage,
+            ) from error
         messages.attach_integers(sent, integers)
         sent.sort(key=lambda message: roster.client_of(message.metadata.dst_node_id))
         self.cohort = [roster.client_of(message.metadata.dst_node_id) for message in sent]
@@ -198,6 +211,11 @@ class Exchange:
         self.terms.failures.on_failure(error, self.failed, len(self.cohort))
         self.terms.tell("on_client_error", self.round, self.stage, error)
         let_go(error)  # somebody may keep it, and its frames have the client's weights and batches
+
+
+def name_of(strategy: Strategy) -> str:
+    """A strategy's own name, or its class's."""
+    return str(getattr(strategy, "name", type(strategy).__name__))
 
 
 def _explain(said: str, exception: BaseException | None) -> str:

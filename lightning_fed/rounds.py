@@ -35,7 +35,7 @@ from torch import nn
 from lightning_fed import messages, metrics
 from lightning_fed.callbacks.base import CLIENT_METRICS, CohortOwner, FailureOwner, FederatedCallback, Stage
 from lightning_fed.errors import ClientError, FederationError, RoundError
-from lightning_fed.exchange import About, Exchange, Terms
+from lightning_fed.exchange import About, Exchange, Terms, name_of
 from lightning_fed.roster import RollCall, Roster
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.strategies.own_metrics import own_metrics
@@ -159,14 +159,14 @@ class Rounds:
             if error is exchange.raised:
                 raise
             raise RoundError(
-                f"Round {round}: {_name(self.strategy)} could not aggregate the {stage} replies: {words(error)}",
+                f"Round {round}: {name_of(self.strategy)} could not aggregate the {stage} replies: {words(error)}",
                 round=round,
                 stage=stage,
             ) from error
         return arrays, messages.scalars(record)
 
     def _new_weights(self, round: int, old: Weights, arrays: ArrayRecord | None, integers: Weights) -> Weights:
-        name = _name(self.strategy)
+        name = name_of(self.strategy)
         if arrays is None:
             raise RoundError(
                 f"Round {round}: {name} gave no new weights. It says why in Flower's log (FLWR_LOG_LEVEL=INFO); robust"
@@ -204,10 +204,6 @@ _AVERAGED = (
     " clients' values. Log the torchmetrics object itself, with all that it needs in add_state, for the exact value."
 )
 _LEFT_OUT = "The logged {} is not a single number on any client: it is not logged for the round."
-
-
-def _name(strategy: Strategy) -> str:
-    return str(getattr(strategy, "name", type(strategy).__name__))
 
 
 @contextmanager

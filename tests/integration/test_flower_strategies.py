@@ -472,6 +472,37 @@ def test_a_strategy_that_raises_is_an_error_that_names_it():
         federated(FlowerStrategy(flower.QFedAvg(client_learning_rate=0.1, train_loss_key="no_such_loss")))
 
 
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_a_strategy_that_raises_where_it_makes_messages_is_an_error_that_names_it(stage):
+    class Raises(flower.FedAvg):
+        pass
+
+    def configure(self, server_round, arrays, config, grid):
+        raise KeyError("no such key")
+        yield
+
+    setattr(Raises, f"configure_{stage}", configure)
+    module = Validates()
+    before = module.net[0].weight.detach().clone()
+    loader = DataLoader(TensorDataset(torch.randn(9, 4), torch.zeros(9, dtype=torch.long)), batch_size=4)
+    callbacks = [ClientData([(loader, loader)] * 2), FlowerStrategy(Raises())]
+    with pytest.raises(
+        RoundError, match=rf"Round 1: Raises could not make the {stage} messages: KeyError: 'no such key'"
+    ):
+        FederatedTrainer(max_rounds=1, callbacks=callbacks, **QUIET).fit(module)
+    assert torch.equal(module.net[0].weight, before)
+
+
+class Validates(Classifier):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+
+def test_a_strategy_for_trees_ends_in_an_error_that_names_it():
+    with pytest.raises(RoundError, match="Round 1: FedXgbBagging could not make the train messages"):
+        federated(FlowerStrategy(flower.FedXgbBagging()))
+
+
 def test_only_a_flower_strategy_is_taken():
     with pytest.raises(ConfigurationError, match=r"wants an instance of flwr\.serverapp\.strategy\.Strategy"):
         FlowerStrategy("FedAvg")
