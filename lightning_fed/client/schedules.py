@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -139,7 +138,7 @@ class Walk:
         """
         require_known(self._schedules, end, self._trainer.num_training_batches)
         way = _Way(self._trainer, begin, end, rounds)
-        with _unwarned() if self._schedules else nullcontext():
+        with _as_if_stepped(schedule for schedule, _ in self._schedules):
             together = []
             for schedule, pace in self._schedules if rounds else ():
                 if pace.interval == "round":
@@ -265,7 +264,7 @@ def stands_still(trainer: Any, config: Any) -> bool:
     seen = _Way(trainer, 0, last, 1).count(Pace(config.interval, config.frequency))
     if isinstance(schedule, ReduceLROnPlateau):
         return seen < schedule.patience + 2  # the best, and more bad ones than it has patience for
-    with _unwarned(), suppress(Exception):
+    with _as_if_stepped([schedule]), suppress(Exception):
         return not _changes(schedule, seen) and _changes(schedule, _LONG)
     return False
 
@@ -284,7 +283,17 @@ def _options(optimizer: Any) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _unwarned() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # the optimizer has not stepped
+def _as_if_stepped(schedules: Iterable[Any]) -> Iterator[None]:
+    """Lets torch take the optimizers of schedules for stepped, before which it warns of a schedule's first step.
+
+    A filter for that warning, set for each fit, would make Python give all others again that it has given once.
+    """
+    optimizers = [schedule.optimizer for schedule in schedules if hasattr(schedule, "optimizer")]
+    kept = [(vars(optimizer), vars(optimizer).get("_opt_called", False)) for optimizer in optimizers]
+    for attributes, _ in kept:
+        attributes["_opt_called"] = True
+    try:
         yield
+    finally:
+        for attributes, called in kept:
+            attributes["_opt_called"] = called

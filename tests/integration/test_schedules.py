@@ -317,6 +317,23 @@ def test_where_nothing_is_scheduled_nothing_is_stepped(monkeypatch: pytest.Monke
     federated(ToyModule, 3)
 
 
+class Warns(Scheduled):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        warnings.warn("a word of the user's own", stacklevel=1)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("late", [None, 3])
+@pytest.mark.parametrize("name", ["StepLR", "MultiplicativeLR", "SequentialLR"])
+def test_a_warning_that_is_given_once_is_given_once_with_schedules_too(name: str, late: int | None) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        federated(lambda: Warns(name, "step"), 5, late=late)
+    said = [str(warning.message) for warning in caught]
+    assert said.count("a word of the user's own") == 1
+    assert not [what for what in said if "lr_scheduler.step" in what]
+
+
 # ------------------------------------------------------------------------------------------------ local steps
 
 
