@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.configuration_validator import _verify_loop_configurations
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
 
 from lightning_fed.client.catch_up import without_place
 from lightning_fed.client.examples import examples_in
@@ -30,7 +32,7 @@ from lightning_fed.client.local_trainer import LocalTask, LocalTrainer
 from lightning_fed.client.schedules import stands_still
 from lightning_fed.data import ClientLoaders
 from lightning_fed.errors import ConfigurationError
-from lightning_fed.weights import Weights
+from lightning_fed.weights import Weights, read
 
 # After so many batches a metric that a schedule follows should be there; else a whole local fit has to tell.
 _BATCHES = 2
@@ -68,6 +70,7 @@ class LookAhead:
                 "ModelPruning begins anew on a client in each round: it does not know what it has pruned before, so"
                 " sparsity does not grow from round to round as it would in one long fit."
             )
+        _say_left_out(self.module)
         try:
             follows_metric = self._look(None)
         except ConfigurationError:
@@ -167,6 +170,37 @@ class _Insists(Callback):
 
 def _closed(*_: Any) -> None:
     raise RuntimeError("the client's data has not been opened")
+
+
+def _say_left_out(module: LightningModule) -> None:
+    """Names parameters that train and do not travel: what a client makes of them is gone with its fit."""
+    if names := left_out(module):
+        rank_zero_warn(
+            f"{', '.join(names)}: {type(module).__name__}.state_dict() leaves out what trains. Weights travel by the"
+            " state dict, so each local fit begins with the value that it has now, and it never learns from round to"
+            " round. Put it into the state dict, or freeze it: requires_grad_(False)."
+        )
+
+
+@torch.no_grad()
+def left_out(module: nn.Module) -> list[str]:
+    """The parameters that train and are not in the module's state dict, by name."""
+    state = read(module, copy=False)
+    held = {_memory_of(tensor) for tensor in state.values()}
+    train = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    candidates = [(name, p) for name, p in train if p.numel() and name not in state and _memory_of(p) not in held]
+    names, before = [], {name: tensor.clone() for name, tensor in state.items()} if candidates else {}
+    for name, parameter in candidates:  # a state dict may have copies under other names
+        value = parameter.clone()
+        parameter.copy_(value == 0)
+        if all(torch.equal(tensor, before[entry]) for entry, tensor in read(module, copy=False).items()):
+            names.append(name)
+        parameter.copy_(value)
+    return names
+
+
+def _memory_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
 def _say_still(names: list[str]) -> None:

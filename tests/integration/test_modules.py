@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -431,3 +432,40 @@ def test_a_hugging_face_dataset_of_dicts_with_a_transform() -> None:
     assert len(decoded) == 300  # each example once in training or held out, and none for dealing out
     assert sorted(i for client in range(3) for i in partition.indices(client)) == list(range(300))
     assert {"train_loss", "clients/val_loss"} <= set(history.names)
+
+
+class LeavesOut(ToyModule):
+    """Its state dict leaves the first layer out; the rest it gives as it is, or as copies under other names."""
+
+    def __init__(self, copies: bool = False) -> None:
+        super().__init__()
+        self.copies, self.strict_loading = copies, False
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        kept = {name: value for name, value in state.items() if not name.startswith("net.0")}
+        return {f"my.{name}": value.clone() for name, value in kept.items()} if self.copies else kept
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        state_dict = {name.removeprefix("my."): value for name, value in state_dict.items()}
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_what_trains_and_is_in_no_state_dict_is_said_once_by_name(copies: bool) -> None:
+    def said(module: Any, **kwargs: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            federated(module, rounds=3, **kwargs)
+        return [str(warning.message) for warning in caught if "leaves out what trains" in str(warning.message)]
+
+    module = LeavesOut(copies)
+    before = {name: value.clone() for name, value in module.named_parameters()}
+    (words,) = said(module)
+    assert words.startswith("net.0.weight, net.0.bias: LeavesOut.state_dict()")
+    after = dict(module.named_parameters())
+    assert {name for name in before if torch.equal(before[name], after[name])} == {"net.0.weight", "net.0.bias"}
+    frozen = LeavesOut(copies)
+    frozen.net[0].requires_grad_(False)
+    assert said(frozen) == []
+    assert said(ToyModule()) == []
