@@ -73,6 +73,7 @@ class Exchange:
         self.integers = RunningMean()
         self.states: list[tuple[float, list[metrics.MetricState]]] = []
         self.reported: list[tuple[float, dict[str, float]]] = []
+        self.notes: dict[str, None] = {}
         self.good = self.failed = 0
         self.raised: Exception | None = None  # by a callback or the engine while the strategy read the replies
 
@@ -167,6 +168,7 @@ class Exchange:
             self._check(read)
         except ClientError as error:
             raise self._error(client, str(error), type(error), error.tensor) from error.__cause__
+        self.notes.update(dict.fromkeys(read.extras.notes))
         if self.stage == "train" and read.extras.integers:
             # A strategy that weighs all clients alike (ours say so) gets it for these, too.
             alike = getattr(self.terms.strategy, "uniform", False)

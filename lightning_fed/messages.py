@@ -14,16 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Context,
-    Error,
-    Message,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from lightning_fed.errors import ClientError
@@ -38,6 +29,7 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NUM_EXAMPLES, ROUND, SEED = "num-examples", "server-round", "run-seed"
 CLIENT = "partition-id"
 _INTEGERS, _STATES, _SPECS = "lightning-fed.integers", "lightning-fed.states", "lightning-fed.specs"
+_NOTES = "lightning-fed.notes"
 _FIT_STATE, _CALLBACK_STATES = "lightning-fed.fit-state", "lightning-fed.callback-states"
 CLIENT_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
@@ -149,6 +141,7 @@ class Extras:
 
     integers: Weights = field(default_factory=dict)
     states: list[MetricState] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def train_reply(message: Message, weights: Weights, num_examples: int, scalars: Mapping[str, float]) -> Message:
@@ -176,7 +169,9 @@ def raised(reply: Message) -> tuple[str, BaseException | None]:
 
 
 def attach_extras(reply: Message, extras: Extras) -> None:
-    """Puts integer tensors and metric states on a reply that the mods have done with."""
+    """Puts integer tensors, metric states and notes to the user on a reply that the mods have done with."""
+    if extras.notes:
+        reply.content[_NOTES] = ConfigRecord({"texts": extras.notes})
     if extras.integers:
         reply.content[_INTEGERS] = pack(extras.integers)
     if extras.states:
@@ -188,7 +183,8 @@ def attach_extras(reply: Message, extras: Extras) -> None:
 
 def detach_extras(reply: Message) -> Extras:
     """Takes off what ``attach_extras`` put on, before a strategy sees the reply."""
-    extras = Extras(integers=detach_integers(reply))
+    extras, notes = Extras(integers=detach_integers(reply)), _take(reply.content, _NOTES, ConfigRecord)
+    extras.notes = [] if notes is None else [str(text) for text in notes["texts"]]  # type: ignore[union-attr]
     specs = _take(reply.content, _SPECS, ConfigRecord)
     record = _take(reply.content, _STATES, ArrayRecord)
     _require((specs is None) == (record is None), "half of its metric states")

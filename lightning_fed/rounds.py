@@ -137,6 +137,8 @@ class Rounds:
                 for _ in replies:  # a strategy that stopped reading must not hide a failure
                     pass
         exchange.require_enough()
+        for note in exchange.notes:
+            self._say_once(note)
         merged = metrics.merge(exchange.states, self.module)
         own = own_metrics(self.strategy, stage, extra, exchange.reported)
         self._say(_AVERAGED, set(merged.averaged) - set(own))
@@ -189,6 +191,12 @@ class Rounds:
     def _tell(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self.trainer, *args)
+
+    def _say_once(self, note: str) -> None:
+        """Says what a client has to say, in whatever process it was; of notes that begin alike the first."""
+        if (beginning := note.split(":", 1)[0]) not in self._said:
+            self._said.add(beginning)
+            rank_zero_warn(note)
 
     def _say(self, what: str, names: Iterable[str]) -> None:
         if new := sorted(set(names) - self._said):

@@ -29,7 +29,7 @@ LEVELS = [
     [
         *("weights", "metrics", "data", "tensor_array", "client", "client.isolation", "client.as_configured"),
         *("client.elapsed", "client.heap", "client.lean_loop", "client.local_update", "client.logged"),
-        *("client.shown", "client.stack_cost", "client.streams"),
+        *("client.hand_rates", "client.shown", "client.stack_cost", "client.streams"),
     ],
     [
         *(

@@ -229,5 +229,5 @@ def _with_extras(reply: Message, *results: LocalResult) -> Message:
     """A reply that mods have done with, and what they must not see."""
     if not reply.has_error():
         for result in results:
-            messages.attach_extras(reply, messages.Extras(split(result.weights)[1], result.metrics))
+            messages.attach_extras(reply, messages.Extras(split(result.weights)[1], result.metrics, result.notes))
     return reply

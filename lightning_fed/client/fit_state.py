@@ -25,6 +25,7 @@ class FitState:
         begun: How many of the client's epochs had begun.
         callbacks: The state dicts of those callbacks that stand at an epoch, by ``state_key``.
         by_hand: How its module steps schedules in manual optimization, where that has to be known.
+        rates: How it left learning rates that the user's code may have set by hand, by ``HandRates.left``.
     """
 
     optimizers: list[dict[str, Any]] = field(default_factory=list)
@@ -32,6 +33,7 @@ class FitState:
     begun: int = 0
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
     by_hand: ByHand | None = None
+    rates: tuple[int, list[list[float]]] | None = None
 
     @classmethod
     def of(cls, trainer: Trainer, callbacks: dict[str, dict[str, Any]]) -> FitState:
@@ -52,20 +54,23 @@ class FitState:
 
     def dump(self) -> bytes | None:
         """As bytes; ``None`` where there is nothing to keep."""
-        if not self.optimizers and self.by_hand is None:
+        if not self.optimizers and self.by_hand is None and self.rates is None:
             return None
-        by_hand = json.dumps(self.by_hand)
         if not self.optimizers:  # torch.save takes a hundred times as long
-            return by_hand.encode()
-        return _dump({**vars(self), "by_hand": by_hand})
+            return json.dumps({"by_hand": self.by_hand, "rates": self.rates}).encode()
+        return _dump({**vars(self), "by_hand": json.dumps(self.by_hand)})
 
     @classmethod
     def load(cls, saved: bytes | None) -> FitState:
         """What ``dump`` gave."""
         if saved is None:
             return cls()
-        fields: dict[str, Any] = {"by_hand": saved} if saved.startswith(b"[") else _load(saved)
-        told = json.loads(fields.pop("by_hand", "null"))
+        if saved.startswith((b"[", b"{")):
+            fields: dict[str, Any] = json.loads(saved) if saved.startswith(b"{") else {"by_hand": json.loads(saved)}
+            told = fields.pop("by_hand")
+        else:
+            fields = _load(saved)
+            told = json.loads(fields.pop("by_hand", "null"))
         return cls(**fields, by_hand=told and ByHand(tuple(Pace(*pace) for pace in told[0]), *told[1:]))
 
 

@@ -96,15 +96,19 @@ def local_fit(
         except MisconfigurationException as error:
             raise explain_monitor(error, trainer) or error from None
         state = left_behind(trainer, options.client_state, hooks.hand_steps)
+        notes: list[str] = []
+        if hooks.hand_rates is not None:
+            state.rates, notes = hooks.hand_rates.left(), hooks.hand_rates.notes
         trainer.let_go(module)
         examples = examples_in(loaders.train, trainer.num_training_batches) or counter.count
         if not examples or trainer.limit_train_batches == 0:
             raise nothing_to_train_on(trainer.train_dataloader, trainer.limit_train_batches)
         kept = state.dump(), trainer.task.callback_states
-        result = LocalResult(weights.read(module), examples, scalars(trainer), trainer.caught, *kept)
+        result = LocalResult(weights.read(module), examples, scalars(trainer), trainer.caught, *kept, notes)
     if hooks.hand_steps is not None and hooks.hand_steps.misled(state.by_hand):
         # Now it is known how the user's code steps schedules: once more, from the right place.
-        again = replace(task, state=FitState(by_hand=state.by_hand).dump())
+        rates = FitState.load(task.state).rates
+        again = replace(task, state=FitState(by_hand=state.by_hand, rates=rates).dump())
         return local_fit(module, datamodule, loaders, again, options)
     return result
 

@@ -18,6 +18,7 @@ from lightning_fed import weights
 from lightning_fed.client.catch_up import catch_up
 from lightning_fed.client.elapsed import Plan
 from lightning_fed.client.fit_state import FitState
+from lightning_fed.client.hand_rates import HandRates, finetunes
 from lightning_fed.client.hand_steps import HandSteps
 from lightning_fed.client.isolation import Isolation, LocalData, put_back, quiet, restore_handlers, signal_handlers
 from lightning_fed.client.local_trainer import (
@@ -85,6 +86,7 @@ class LocalResult:
         metrics: The states of all that it logged.
         state: What it keeps of optimizers and schedulers.
         callback_states: What it keeps of its callbacks.
+        notes: What is to be said to the user.
     """
 
     weights: Weights
@@ -93,6 +95,7 @@ class LocalResult:
     metrics: list[MetricState]
     state: bytes | None = None
     callback_states: bytes | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 class LocalHooks(Callback):
@@ -100,16 +103,21 @@ class LocalHooks(Callback):
 
     Attributes:
         hand_steps: Counts how the module steps schedules by hand, where that has to be known.
+        hand_rates: Watches learning rates that are set by hand, where the next fit does not know them.
     """
 
     hand_steps: HandSteps | None = None
+    hand_rates: HandRates | None = None
 
     def __init__(self, options: LocalOptions, first_epoch: int) -> None:
         self.options, self.first_epoch = options, first_epoch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(trainer, LocalTrainer)
-        self.hand_steps = catch_up(trainer, self.options.client_state, FitState.load(trainer.task.state))
+        kept = FitState.load(trainer.task.state)
+        self.hand_steps = catch_up(trainer, self.options.client_state, kept)
+        if self.options.client_state == "global" and self.options.rounds != 1 and not finetunes(trainer):
+            self.hand_rates = HandRates(trainer, kept.rates)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.options.epochs and trainer.current_epoch + 1 == self.first_epoch + self.options.epochs:
