@@ -7,7 +7,7 @@ comes is counted, in the first epoch of a local fit or while validating.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lightning_fed.data import TensorBatches
@@ -67,32 +68,77 @@ def _known(loaders: CombinedLoader) -> int | None:
 def batch_size(batch: Any) -> int | None:
     """The examples of a batch, or ``None`` where nothing in it tells.
 
-    As Lightning weighs what is logged: the length of the first tensor or array; without any, of the first list of
-    texts, numbers and the like, or of whatever list there is.
+    As Lightning weighs what is logged: the length of the first tensor, array or packed sequences; without any, of the
+    first list of texts, numbers and the like, or of whatever list there is. A tensor without a dimension tells nothing
+    where others have one.
     """
-    for part in _parts(batch):
-        if isinstance(part, (Tensor, np.ndarray)):
-            return len(part) if part.ndim else 1
-    lists = [part for part in _parts(batch) if isinstance(part, (list, tuple)) and part]
+    has_tensor = False
+    for _, part in _parts(batch):
+        if isinstance(part, (Tensor, np.ndarray, PackedSequence)):
+            if (length := _length(part)) is not None:
+                return length
+            has_tensor = True
+    if has_tensor:
+        return 1
+    lists = [part for _, part in _parts(batch) if isinstance(part, (list, tuple)) and part]
     flat = [part for part in lists if not any(_inside(item) is not None for item in part)]
     return len((flat or lists)[0]) if lists else None
 
 
-def _parts(part: Any) -> Iterable[Any]:
-    """A batch and all that is in it, the outer before the inner."""
-    yield part
-    for item in _inside(part) or ():
-        yield from _parts(item)
+def _length(part: Any) -> int | None:
+    """How many things a part of a batch has, ``None`` where it has no first dimension."""
+    if isinstance(part, PackedSequence):
+        return int(part.batch_sizes[0])
+    if isinstance(part, (Tensor, np.ndarray)):
+        return len(part) if part.ndim else None
+    return len(part) if isinstance(part, (list, tuple)) else None
+
+
+def _parts(part: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """A batch and all that is in it, the outer before the inner, each with the way to it."""
+    yield path, part
+    for i, item in enumerate(_inside(part) or ()):
+        yield from _parts(item, (*path, i))
 
 
 def _inside(part: Any) -> Iterable[Any] | None:
-    if isinstance(part, (Tensor, np.ndarray, str, bytes)):
+    if isinstance(part, (Tensor, np.ndarray, str, bytes, PackedSequence)):
         return None
     if isinstance(part, Mapping):
         return part.values()
     if is_dataclass(part):
         return [getattr(part, field.name) for field in fields(part)]
     return part if isinstance(part, Collection) else None
+
+
+class _Tells:
+    """What tells the examples of a loader's batches: the loader's own ``batch_size``, in a full one, knows.
+
+    The first tensor may be one image of many, or have the steps of time in front.
+
+    Args:
+        loader: Where the batches come from.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        full = loader.batch_size if isinstance(loader, DataLoader) else None
+        # With a batch size of 1 what comes is mostly a batch that the data set has made.
+        self._full = full if type(full) is int and full > 1 else None
+        self._path: tuple[int, ...] | None = None
+
+    def count(self, batch: Any) -> int | None:
+        """As ``batch_size``, but where that contradicts the loader in a full batch."""
+        usual = batch_size(batch)
+        if self._path is None and self._full is not None and usual is not None and usual != self._full:
+            self._path = next((path for path, part in _parts(batch) if self._has_all(path, part)), None)
+        if self._path is None:
+            return usual
+        length = next((_length(part) for path, part in _parts(batch) if path == self._path), None)
+        return usual if length is None or length > (self._full or 0) else length
+
+    def _has_all(self, path: tuple[int, ...], part: Any) -> bool:
+        # Of a tuple the parts are what an example has, of a list they may be the examples.
+        return _length(part) == self._full and (bool(path) or not isinstance(part, tuple))
 
 
 class CountExamples(Callback):
@@ -108,6 +154,7 @@ class CountExamples(Callback):
     def __init__(self) -> None:
         self.count = 0
         self._loaders: CombinedLoader | None = None
+        self._tells: list[_Tells] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The loaders are open."""
@@ -123,17 +170,19 @@ class CountExamples(Callback):
     def _begin(self, trainer: Trainer, loaders: CombinedLoader | None, each: _EachBatch) -> None:
         assert loaders is not None
         self._loaders, known = loaders, _known(loaders)
+        together = len(loaders.flattened) > 1 and loaders._mode != "sequential"
+        self._tells = [_Tells(None if together else loader) for loader in loaders.flattened]
         self.count = known or 0
         if known is None:
             trainer.callbacks.append(each)  # type: ignore[attr-defined]
 
-    def add(self, batch: Any) -> None:
-        """Counts a batch.
+    def add(self, batch: Any, loader: int = 0) -> None:
+        """Counts a batch of one of the loaders.
 
         Raises:
             ClientError: If nothing tells how many examples it has.
         """
-        size = batch_size(batch)
+        size = self._tells[loader].count(batch)
         self.count += self._most(batch) if size is None else size
 
     def _most(self, batch: Any) -> int:
@@ -157,9 +206,9 @@ class _EachBatch(Callback):
     def __init__(self, counter: CountExamples, trainer: Trainer) -> None:
         self._counter, self._epoch = counter, trainer.current_epoch
 
-    def _add(self, trainer: Trainer, batch: Any) -> None:
+    def _add(self, trainer: Trainer, batch: Any, loader: int = 0) -> None:
         if trainer.current_epoch == self._epoch:
-            self._counter.add(batch)
+            self._counter.add(batch, loader)
 
 
 class _BeforeSteps(_EachBatch):
@@ -175,8 +224,10 @@ class _AfterSteps(_EachBatch):
 
 
 class _InValidation(_EachBatch):
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
-        self._add(trainer, batch)
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._add(trainer, batch, dataloader_idx)
 
 
 def nothing_to_train_on(loader: Any, limit: float | None = None) -> ClientError:

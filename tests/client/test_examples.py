@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.utilities.data import extract_batch_size
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightning_fed.client.examples import batch_size, examples_in
@@ -95,6 +96,9 @@ def test_a_batch_with_a_tensor_counts_as_lightning_counts_it(batch):
         ({"text": "abc"}, None),
         (object(), None),
         ([], None),
+        (pack_sequence([torch.zeros(4, 2), torch.zeros(3, 2), torch.zeros(1, 2)]), 3),
+        ({"t": torch.tensor(0.5), "x": X}, 3),
+        ((np.array(1), {"x": X}), 3),
     ],
 )
 def test_a_batch_without_a_tensor_counts_its_texts_or_items(batch, size):

@@ -48,6 +48,16 @@ class Any(ToyModule):
         self.log("val_loss", nn.functional.cross_entropy(self(x), y), batch_size=len(y))
 
 
+class Blind(ToyModule):
+    """Looks at no batch."""
+
+    def training_step(self, batch, batch_idx):
+        return self(X[:2]).mean()
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log("val_loss", 1.0, batch_size=1)
+
+
 def tensors(batch):
     """The last two tensors of a batch."""
     found = []
@@ -293,6 +303,41 @@ def test_what_a_stream_gave_is_counted_in_examples_and_never_in_batches(name):
 @pytest.mark.parametrize("name", STREAMS)
 def test_what_a_client_evaluated_on_is_counted_where_it_has_no_length(name):
     assert counted((DataLoader(DATA, 8), STREAMS[name]), stage="evaluate") == [21]
+
+
+def transposed(examples):
+    return tuple(zip(*examples, strict=True))
+
+
+# Images of 3 channels, each of its own size; lists of so many examples as the loader's batch size, but in the last.
+IMAGES = {
+    "lists of pictures and boxes": lambda n, size: stream(
+        n, lambda i: (torch.zeros(3, 4 + i % 2, 4), {"boxes": torch.zeros(2, 4)}), size, collate_fn=transposed
+    ),
+    "a list of examples": lambda n, size: stream(
+        n, lambda i: (torch.zeros(3, 4 + i % 2, 4), torch.zeros(2, 4)), size, collate_fn=list
+    ),
+    "something shared in front": lambda n, size: stream(
+        n, lambda i: X[i], size, collate_fn=lambda b: (torch.zeros(1, 8), torch.stack(b), torch.zeros(len(b)))
+    ),
+    "several crops of each": lambda n, size: stream(
+        n, lambda i: X[i], size, collate_fn=lambda b: (torch.cat(b * 3), torch.zeros(len(b)))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_the_loaders_batch_size_tells_what_counts_where_the_first_tensor_is_something_else(name):
+    make = IMAGES[name]
+    assert counted(make(44, 8), make(20, 4), make(6, 3), module=Blind, rounds=2) == [44, 20, 6]
+    clients = [(DataLoader(DATA, 8), make(n, size)) for n, size in ((44, 8), (20, 4), (6, 3))]
+    assert counted(*clients, module=Blind, stage="evaluate") == [44, 20, 6]
+
+
+def test_what_is_never_a_whole_batch_counts_as_before():
+    wide = stream(20, lambda i: X[i], 4, collate_fn=lambda b: (torch.zeros(7, 8), torch.zeros(9)))
+    batches = stream(3, lambda i: [X[:7], Y[:7]], 1, collate_fn=lambda b: [*b[0], ["one"]])
+    assert counted(wide, batches, module=Blind) == [35, 21]
 
 
 class Opaque:
