@@ -94,6 +94,11 @@ def fit_faults(model: Any, train: Any, datamodule: Any) -> list[str]:
         if wrong or inspect.isclass(value) or "pytorch_lightning" in _origins(value):
             what = why_not(value) if inspect.isclass(value) or _origin(value) else "is no LightningDataModule"
             found.append(f"fit({name}={as_typed(value)}): {what}.")
+    if train is not None and datamodule is not None:
+        found.append(
+            f"fit(train_dataloaders={as_typed(train)}, datamodule={as_typed(datamodule)}): which of them is to be dealt"
+            " out? Pass one of the two."
+        )
     return found
 
 

@@ -164,6 +164,11 @@ def test_a_tuple_of_callbacks_is_a_list():
         ((ToyModule(), Data), r"fit\(train_dataloaders=Data\): is a class and not an instance: write Data\(...\)"),
         ((ToyModule(), OtherData()), rf"fit\(train_dataloaders=OtherData\(...\)\): {OTHER}"),
         ((ToyModule(), None, None, OtherData()), rf"fit\(datamodule=OtherData\(...\)\): {OTHER}"),
+        (
+            (ToyModule(), DataLoader(toy_data(30)), None, Data()),
+            r"fit\(train_dataloaders=DataLoader\(...\), datamodule=Data",
+        ),
+        ((ToyModule(), Data(), None, Data()), r"fit\(train_dataloaders=Data\(...\), datamodule=Data\(...\)\): which"),
         ((ToyModule(), None, None, [1]), r"fit\(datamodule=list\(...\)\): is no LightningDataModule"),
     ],
 )
