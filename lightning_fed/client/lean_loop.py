@@ -8,14 +8,18 @@ which hooks somebody wrote. Where anything is unusual (another precision, accumu
 
 from __future__ import annotations
 
+import traceback
 from collections import OrderedDict
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loops import fetchers, training_epoch_loop
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult, _AutomaticOptimization
+from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -36,6 +40,7 @@ _OF_A_STEP = (
     "on_train_batch_end",
 )
 _OF_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+_LOOPS = {__file__, training_epoch_loop.__file__}
 _OF_OPTIMIZATION = ("optimizer_step", "optimizer_zero_grad", "backward")
 
 
@@ -154,7 +159,12 @@ class LeanEpochLoop(_TrainingEpochLoop):
 
         Raises:
             StopIteration: If the data or a hook ends the epoch.
+            RuntimeError: If the user's code raised one, with which Lightning would end the epoch and say nothing.
         """
+        with _StopsOnlyWithTheData():
+            self._advance(data_fetcher)
+
+    def _advance(self, data_fetcher: _DataFetcher) -> None:
         if not self._is_lean:
             super().advance(data_fetcher)
             return
@@ -213,9 +223,55 @@ class LeanEpochLoop(_TrainingEpochLoop):
             raise SIGTERMException
 
 
+class ManualOptimization(_ManualOptimization):
+    """Lightning's, in which the user's ``StopIteration`` does not end the step."""
+
+    def advance(self, kwargs: OrderedDict[str, Any]) -> None:
+        """As Lightning's; raises as ``LeanEpochLoop.advance``."""
+        with _StopsOnlyWithTheData():
+            super().advance(kwargs)
+
+
+class EvaluationLoop(_EvaluationLoop):
+    """Lightning's, in which the user's ``StopIteration`` does not end the evaluation."""
+
+    def _evaluation_step(self, *args: Any) -> None:
+        with _StopsOnlyWithTheData():
+            super()._evaluation_step(*args)
+
+
+class _StopsOnlyWithTheData:
+    """In the block a ``StopIteration`` of the user's code becomes an error.
+
+    No function with ``contextmanager``, which would make an error of each.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, StopIteration) and _is_of_the_user(error):
+            raise _as_an_error(error) from None
+
+
+def _is_of_the_user(error: StopIteration) -> bool:
+    """Whether it was neither the data that ended nor a hook that ended the epoch by returning -1."""
+    files = {frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return not files <= _LOOPS and fetchers.__file__ not in files
+
+
+def _as_an_error(error: StopIteration) -> RuntimeError:
+    """What is not taken for the end of the data, with the frames of the user's code."""
+    words = "StopIteration: an iterator that its code calls next() on had nothing left"
+    return RuntimeError(words).with_traceback(error.__traceback__)
+
+
 def make_lean(trainer: Trainer) -> None:
     """Gives a trainer that has not begun the lean loops."""
     trainer.fit_loop.epoch_loop.__class__ = LeanEpochLoop
+    trainer.fit_loop.epoch_loop.manual_optimization.__class__ = ManualOptimization
+    for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop):
+        loop.__class__ = EvaluationLoop
     trainer.fit_loop.epoch_loop.automatic_optimization.__class__ = LeanOptimization
 
 

@@ -72,6 +72,101 @@ def poison(module: L.LightningModule) -> None:
         module.net[0].weight[0, 0] = float("nan")
 
 
+class RunsOut(ToyModule):
+    """Reads a second iterator, which in the second round has nothing left."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__()
+        self.hook = hook
+
+    def take(self, hook: str) -> None:
+        if hook == self.hook and (self.trainer.client_id, self.trainer.current_round) == (1, 2):
+            next(iter([]))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.take("training_step")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.take("validation_step")
+        super().validation_step(batch, batch_idx)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.take("on_train_batch_start")
+
+
+class RunsOutByHand(RunsOut):
+    def __init__(self, hook: str) -> None:
+        super().__init__(hook)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.optimizers().zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+
+
+def unequal() -> ClientData:
+    return ClientData([(DataLoader(toy_data(n), 8), DataLoader(toy_data(9, seed=1), 8)) for n in (11, 30, 20)])
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"engine": "processes"}])
+@pytest.mark.parametrize(
+    ("build", "hook"),
+    [
+        (RunsOut, "training_step"),
+        (RunsOut, "on_train_batch_start"),
+        (RunsOut, "validation_step"),
+        (RunsOutByHand, "training_step"),
+    ],
+)
+def test_a_stop_iteration_of_the_users_is_an_error_and_not_the_end_of_the_data(
+    build: Any, hook: str, options: Any
+) -> None:
+    if build is RunsOutByHand and "accumulate_grad_batches" in options:
+        return
+    with pytest.raises(
+        ClientError, match=r"Round 2, .*client 1 raised RuntimeError: StopIteration: an iterator"
+    ) as told:
+        FederatedTrainer(max_rounds=3, callbacks=[unequal()], **QUIET, **options).fit(build(hook))
+    assert "next(iter([]))" in str(told.value)
+    failed: list[int] = []
+
+    class Notes(FederatedCallback):
+        def on_client_error(self, trainer: Any, round: int, stage: Any, error: ClientError) -> None:
+            failed.append(error.client)
+
+    callbacks = [unequal(), FaultTolerance(min_results=1), Notes()]
+    FederatedTrainer(max_rounds=3, callbacks=callbacks, **QUIET, **options).fit(build(hook))
+    assert failed == [1]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_hook_that_ends_the_epoch_and_a_step_that_takes_its_batches_still_end_it(accumulate: int) -> None:
+    steps: list[int] = []
+
+    class Ends(ToyModule):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+            return -1 if batch_idx == 1 else None
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            steps.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    class Takes(ToyModule):
+        def training_step(self, dataloader_iter: Any) -> Any:
+            batch, batch_idx, _ = next(dataloader_iter)
+            steps.append(batch_idx)
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    options = {"accumulate_grad_batches": accumulate, **QUIET}
+    FederatedTrainer(max_rounds=1, callbacks=[unequal()], **options).fit(Ends())
+    assert steps == [0, 0, 0]
+    steps.clear()
+    FederatedTrainer(max_rounds=1, callbacks=[unequal()], **options).fit(Takes())
+    assert steps == [0, 1, *range(4), *range(3)]
+
+
 def test_a_client_that_raises_stops_the_run_with_client_round_and_traceback(tmp_path: Path) -> None:
     module = ToyModule()
     weights = {}
