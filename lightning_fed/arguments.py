@@ -75,8 +75,20 @@ def refusals(arguments: dict[str, Any]) -> list[str]:
                 f" callbacks=[FlowerStrategy({kind}(...))]."
             )
             continue
-        faults.append(f"{name}={value!r} is not for a FederatedTrainer. {instead.format(value)}.")
-    return faults
+        number = value if checks.is_number(value, whole=True) else "n"
+        faults.append(f"{name}={value!r} is not for a FederatedTrainer. {instead.format(number)}.")
+    return faults + _accumulation_faults(arguments.get("accumulate_grad_batches"))
+
+
+def _accumulation_faults(value: Any) -> list[str]:
+    if value is None or (checks.is_number(value, whole=True) and value >= 1):
+        return []
+    instead = "write a whole number, at least 1"
+    if isinstance(value, dict):
+        instead = (
+            f"write client_callbacks=[GradientAccumulationScheduler({value!r})] for a number that changes by epoch"
+        )
+    return [f"accumulate_grad_batches={value!r}: {instead}."]
 
 
 def refuse(*found: Sequence[str]) -> None:
