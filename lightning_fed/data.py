@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -43,6 +44,10 @@ class ClientLoaders:
     train: Any = None
     val: Any = None
     datamodule: LightningDataModule | None = None
+
+    def has_val(self) -> bool:
+        """Whether there may be something to evaluate on."""
+        return self.val is not None or is_overridden("val_dataloader", self.datamodule, LightningDataModule)
 
 
 def require_sliceable(loader: object) -> DataLoader[Any]:

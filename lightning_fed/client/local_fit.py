@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fed import weights
 from lightning_fed.client.catch_up import left_behind
@@ -124,7 +123,7 @@ def local_evaluate(
 
     Takes the arguments of ``local_fit``.
     """
-    if loaders.val is None and not is_overridden("val_dataloader", loaders.datamodule, LightningDataModule):
+    if not loaders.has_val():
         return LocalResult({}, 0, {}, [])
     callbacks: list[Callback] = [LocalHooks(options, 0)]
     counter = CountExamples()

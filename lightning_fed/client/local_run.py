@@ -152,12 +152,12 @@ def build_trainer(
     plan = Plan(options.epochs, options.steps, rounds, options.client_state == "reset")
     limit = {"max_epochs": plan.limits(rounds)[0], "max_steps": options.steps or -1}
     arguments = {**copy.deepcopy(options.trainer), **limit}
-    if not (options.local_validation or validates):
+    if is_silent := not validates and not (options.local_validation and loaders.has_val()):
         arguments["limit_val_batches"] = 0
     callbacks = [*callbacks, *own_copies(options.callbacks, module, datamodule)]
     if stateful := [callback for callback in callbacks if keeps_state(callback)]:
         callbacks.append(CallbackStates(stateful))
-    return kind(
+    trainer = kind(
         task,
         loaders,
         module,
@@ -173,6 +173,9 @@ def build_trainer(
         num_sanity_val_steps=0,
         **arguments,
     )
+    if is_silent:
+        trainer.limit_val_batches = 0  # which overfit_batches sets, too
+    return trainer
 
 
 def call(

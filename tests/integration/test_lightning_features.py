@@ -7,6 +7,7 @@ import csv
 import io
 import pickle
 import signal
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -735,6 +736,24 @@ def test_clipping_accumulation_and_limits_do_on_a_client_what_they_do_in_a_plain
         L.Trainer(max_epochs=2, **QUIET, **options).fit(expected, train())
         assert same(weights(module), weights(expected)), given
         assert not same(weights(module), weights(toy()))
+
+
+@pytest.mark.parametrize("options", [{"overfit_batches": 2}, {"local_validation": True}])
+@pytest.mark.parametrize("has_val", [False, True])
+def test_a_local_fit_validates_only_if_it_is_to_and_can_and_nothing_is_said_of_lists(options, has_val):
+    validated = Each("on_validation_batch_start", lambda trainer, module: trainer.client_id)
+    clients = [DataLoader(toy_data(n), 8) for n in (16, 40, 24)]
+    if has_val:
+        clients[1] = (clients[1], DataLoader(toy_data(9, seed=1), 9))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = FederatedTrainer(
+            max_rounds=2, callbacks=[ClientData(clients)], client_callbacks=[validated], **QUIET, **options
+        )
+        trainer.fit(toy())
+    assert not [one for one in caught if "Total length of `list`" in str(one.message)]
+    in_fits = 2 if has_val and "local_validation" in options else 0
+    assert validated.seen == [1] * (in_fits + 2 * has_val)  # and the clients' evaluation of each round
 
 
 PRECISIONS = {
