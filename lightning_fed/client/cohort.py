@@ -17,9 +17,10 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_fed.client.client_views import ClientView
 from lightning_fed.client.compiled_step import CompiledStep
 from lightning_fed.client.local_run import LocalHooks
-from lightning_fed.client.local_trainer import ClientView, LocalTrainer
+from lightning_fed.client.local_trainer import LocalTrainer
 from lightning_fed.client.local_update import Here
 from lightning_fed.client.stack import Stack, clip_each_by_norm
 from lightning_fed.client.stacked_data import Part

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fed import weights
 from lightning_fed.client.catch_up import left_behind
+from lightning_fed.client.client_views import ClientDataView, client_view
 from lightning_fed.client.elapsed import stand_after, start_at_epoch
 from lightning_fed.client.examples import CountExamples, examples_in, nothing_to_train_on
 from lightning_fed.client.fit_state import FitState
@@ -25,7 +26,7 @@ from lightning_fed.client.local_run import (
     put_back_optimizers,
     scalars,
 )
-from lightning_fed.client.local_trainer import ClientDataView, LocalTask, client_view
+from lightning_fed.client.local_trainer import LocalTask
 from lightning_fed.data import ClientLoaders
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.state.snapshot import DataSnapshot

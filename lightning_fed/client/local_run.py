@@ -16,20 +16,13 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_fed import weights
 from lightning_fed.client.catch_up import catch_up
+from lightning_fed.client.client_views import BuildingClientView, ClientDataView, ClientView, OwnDataView, client_view
 from lightning_fed.client.elapsed import Plan
 from lightning_fed.client.fit_state import FitState
 from lightning_fed.client.hand_rates import HandRates, finetunes
 from lightning_fed.client.hand_steps import HandSteps
 from lightning_fed.client.isolation import Isolation, LocalData, put_back, quiet, restore_handlers, signal_handlers
-from lightning_fed.client.local_trainer import (
-    BuildingClientView,
-    ClientDataView,
-    ClientView,
-    LocalTask,
-    LocalTrainer,
-    OwnDataView,
-    client_view,
-)
+from lightning_fed.client.local_trainer import LocalTask, LocalTrainer
 from lightning_fed.client.own_callbacks import CallbackStates, keeps_state, own_copies
 from lightning_fed.data import ClientLoaders
 from lightning_fed.errors import ClientError

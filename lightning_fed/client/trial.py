@@ -9,7 +9,6 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from math import isclose, isnan
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 
 from lightning_fed.client.examples import examples_in
+from lightning_fed.client.likeness import apart, compare
 from lightning_fed.client.local_fit import local_evaluate, local_fit
 from lightning_fed.client.local_run import LocalOptions, LocalResult
 from lightning_fed.client.local_trainer import LocalTask
@@ -28,9 +28,8 @@ from lightning_fed.client.stacked_data import batches_of
 from lightning_fed.client.streams import NotStackable
 from lightning_fed.client.vectorized_fit import AsOne, vectorized_evaluate, vectorized_fit
 from lightning_fed.data import ClientLoaders
-from lightning_fed.metrics import MetricState, scalar
 from lightning_fed.views import wrote
-from lightning_fed.weights import Weights, is_averaged, parameter_names
+from lightning_fed.weights import Weights, parameter_names
 
 # Hooks that see a stacked batch, a summed loss or all clients' numbers at once.
 _HOOKS = {
@@ -53,7 +52,6 @@ _OF_BOTH = ("configure_model", "on_before_batch_transfer", "transfer_batch_to_de
 # Trainer arguments that clients trained as one cannot share.
 _ARGUMENTS = ("overfit_batches", "reload_dataloaders_every_n_epochs", "plugins", "detect_anomaly")
 _BATCHES = 2
-_TOLERANCE = 0.02
 
 
 @dataclass
@@ -183,13 +181,13 @@ def decide(case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed:
         alone = _run(case, loaders, weights, seed, draws=None)
         try:
             trained = parameter_names(case.module)
-            _compare(together, alone, weights, trained)
+            compare(together, alone, weights, trained)
         except NotStackable:
             if not draws:
                 raise
             # The same numbers may be drawn in another order (of a transposed tensor). Nobody else may matter, though.
             among_others = _run(case, [loaders[0]] * 2, weights, seed, draws=True, clients=(0, 2))
-            _compare(together[:1], among_others[:1], weights, trained)
+            compare(together[:1], among_others[:1], weights, trained)
     except Exception as error:
         return Verdict(reason=explain(error))
     return Verdict(draws=draws, cost=cost)
@@ -241,7 +239,7 @@ def _run(
 ) -> list[LocalResult]:
     """Two clients' results, trained as one, or each alone where ``draws`` is ``None``."""
     stage = case.stage
-    tasks = [LocalTask(client, 1, seed, own) for client, own in zip(clients, _apart(weights, stage), strict=True)]
+    tasks = [LocalTask(client, 1, seed, own) for client, own in zip(clients, apart(weights, stage), strict=True)]
     limit = "limit_train_batches" if stage == "train" else "limit_val_batches"
     given = case.options.trainer.get(limit)
     few = {limit: min(given, _BATCHES) if type(given) is int else _BATCHES}
@@ -253,52 +251,6 @@ def _run(
         return [alone(*common, one, task, options) for one, task in zip(loaders, tasks, strict=True)]
     together = vectorized_fit if stage == "train" else vectorized_evaluate
     return together(*common, loaders, tasks, options, AsOne(draws, is_trial=True))
-
-
-def _apart(weights: Weights, stage: str) -> tuple[Weights, Weights]:
-    """What two clients begin with: not the same, so that what belongs to the other is noticed at once."""
-    if stage == "evaluate":
-        return weights, weights
-    return weights, {name: value * 1.2 if is_averaged(value) else value for name, value in weights.items()}
-
-
-def _compare(
-    together: Sequence[LocalResult], alone: Sequence[LocalResult], weights: Weights, trained: frozenset[str]
-) -> None:
-    begun = _apart(weights, "train")
-    for one, other, before in zip(together, alone, begun, strict=False):
-        names = [[(state.name, state.kind) for state in result.metrics] for result in (one, other)]
-        if sorted(names[0]) != sorted(names[1]):
-            raise NotStackable(f"it logs {names[0]} where one client alone logs {names[1]}")
-        _compare_weights(one.weights, other.weights, before, trained)
-        _compare_logged(one.metrics, other.metrics)
-
-
-def _compare_logged(one: Sequence[MetricState], other: Sequence[MetricState]) -> None:
-    alone = {state.name: scalar(state) for state in other}
-    for state in one:
-        values = scalar(state), alone[state.name]
-        if None not in values and not _is_near(*values):  # type: ignore[arg-type]
-            raise NotStackable(f"it logs {state.name}={values[0]:g} where one client alone logs {values[1]:g}")
-
-
-def _is_near(one: float, other: float) -> bool:
-    return isclose(one, other, rel_tol=_TOLERANCE, abs_tol=1e-4) or (isnan(one) and isnan(other))
-
-
-def _compare_weights(one: Weights, other: Weights, before: Weights, trained: frozenset[str]) -> None:
-    """A gradient that is zero but for rounding may go anywhere, so of what is trained the whole update counts."""
-    groups: dict[str, list[str]] = {}
-    for name, tensor in other.items():
-        if is_averaged(tensor):
-            groups.setdefault("" if name in trained else name, []).append(name)
-    for names in groups.values():
-        differences = {name: float((other[name] - one[name]).norm()) for name in names}
-        change = sum(float((other[name] - before[name].to(other[name])).norm()) ** 2 for name in names)
-        rounding = sum(float(before[name].norm()) ** 2 for name in names) * 1e-12
-        if not sum(d**2 for d in differences.values()) <= _TOLERANCE**2 * change + rounding:
-            worst = max(names, key=lambda name: differences[name])
-            raise NotStackable(f"clients trained as one would get another {worst!r} than each alone")
 
 
 def explain(error: Exception) -> str:

@@ -42,13 +42,13 @@ def plain(**options: Any) -> L.Trainer:
     return L.Trainer(max_epochs=1, **{**QUIET, **options})
 
 
-def heard_on(instance: Any, names: list[str]) -> Counter[str]:
-    """Puts a hook of each name on an instance, as mock and LightningCLI do, and counts their calls."""
-    calls: Counter[str] = Counter()
+def heard_on(instance: Any, names: list[str]) -> list[str]:
+    """Puts a hook of each name on an instance, as mock and LightningCLI do, and notes their calls."""
+    calls: list[str] = []
     for name in names:
 
         def hook(*args: Any, name: str = name, own: Any = getattr(instance, name), **kwargs: Any) -> Any:
-            calls[name] += 1
+            calls.append(name)
             return own(*args, **kwargs)
 
         setattr(instance, name, hook)
@@ -69,7 +69,7 @@ def test_a_module_s_hooks_on_the_instance_are_called_as_often_as_by_a_plain_trai
         module = toy(WithData)
         calls = heard_on(module, HOOKS)
         trainer.fit(module, val_dataloaders=loader(16))
-        found.append(dict(calls))
+        found.append(Counter(calls))
     assert found[1] == found[0]
     assert found[0]["on_train_epoch_end"] == 1
 
@@ -86,7 +86,7 @@ def test_the_hooks_on_the_instance_of_a_client_s_own_datamodule_are_called():
     site = Site()
     calls = heard_on(site, ["prepare_data", "setup", "train_dataloader", "val_dataloader"])
     FederatedTrainer(max_rounds=1, callbacks=[ClientData([site])], local_validation=True, **QUIET).fit(toy())
-    assert calls.keys() == {"prepare_data", "setup", "train_dataloader", "val_dataloader"}
+    assert set(calls) == {"prepare_data", "setup", "train_dataloader", "val_dataloader"}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_hooks_on_the_instance_of_lightning_s_own_callbacks_are_called(kind,
     calls = heard_on(callback, hooks)
     logger = L.pytorch.loggers.CSVLogger(tmp_path)
     one_client(callbacks=[callback], enable_checkpointing=True, logger=logger).fit(toy(), loader(), loader(16))
-    assert dict(calls) == dict.fromkeys(hooks, 1)
+    assert Counter(calls) == dict.fromkeys(hooks, 1)
 
 
 # ------------------------------------------------------------------------------------------------- static
@@ -169,7 +169,7 @@ def test_a_log_on_the_instance_has_the_last_word_in_each_step():
         calls = heard_on(module, ["log"])
         trainer.fit(module, loader())
         metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-        assert calls["log"] >= 4
+        assert len(calls) >= 4
     assert metrics[1] == pytest.approx(metrics[0])
 
 
