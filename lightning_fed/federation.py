@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from statistics import median
 from typing import Any
 
 from flwr.serverapp import Grid
@@ -15,8 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed import placement, weights
-from lightning_fed.callbacks.base import CLIENT_METRICS, FederatedCallback
-from lightning_fed.callbacks.flower_strategy import FlowerStrategy
+from lightning_fed.callbacks.base import CLIENT_METRICS
 from lightning_fed.checkpoint import Found, RunState
 from lightning_fed.checkpoint_file import FEDERATION
 from lightning_fed.client.app import ClientSide
@@ -30,9 +28,7 @@ from lightning_fed.seeding import seed_all, seed_for
 from lightning_fed.server import RoundLoader
 from lightning_fed.strategies import ServerOptimizer
 from lightning_fed.strategies.client_part import require_client_part
-
-# Beyond so many clients the summary does not look at each one's data.
-_SUMMARY_CLIENTS = 1000
+from lightning_fed.summary import summary
 
 
 class Federation(Callback):
@@ -281,31 +277,12 @@ class Federation(Callback):
     def _summary(self, trainer: Trainer) -> str:
         assert self._rounds is not None
         clients = self._rounds.roster.num_clients
-        train, evaluate = (self.owners.cohorts.size(stage, clients) for stage in ("train", "evaluate"))
-        evaluating = f", {evaluate} evaluate" if self._evaluates(trainer, trainer.check_val_every_n_epoch or 1) else ""
-        limit = "no limit of rounds" if trainer.max_epochs == -1 else f"rounds: {trainer.max_epochs}"
-        rows = {
-            "clients": f"{clients}{self._examples(clients)}",
-            "each round": f"{train} train{evaluating}; {limit}",
-            "method": " + ".join(_label(callback) for callback in self.owners.callbacks if _is_method(callback)),
-            "engine": f"{self.engine} on {trainer.strategy.root_device}, seed {self.seed}",
-        }
-        return "\n".join(["Federation", *(f"  {name:<10}  {text}" for name, text in rows.items())])
-
-    def _examples(self, clients: int) -> str:
-        if not self._is_ours or clients > _SUMMARY_CLIENTS:
-            return ""
-        sizes = self.owners.partition.sizes()
-        if not sizes:
-            return ""
-        return f" with {min(sizes)} / {median(sizes):g} / {max(sizes)} training examples (min / median / max)"
-
-
-def _is_method(callback: FederatedCallback) -> bool:
-    parts = ("server_strategy", "client_mods", "local_callbacks")
-    return any(is_overridden(part, callback, FederatedCallback) for part in parts)
-
-
-def _label(callback: FederatedCallback) -> str:
-    name = type(callback).__name__
-    return f"{name}({type(callback.strategy).__name__})" if isinstance(callback, FlowerStrategy) else name
+        evaluates = self._evaluates(trainer, trainer.check_val_every_n_epoch or 1)
+        return summary(
+            self.owners,
+            clients,
+            trainer.max_epochs,
+            f"{self.engine} on {trainer.strategy.root_device}, seed {self.seed}",
+            evaluates,
+            self._is_ours,
+        )

@@ -66,7 +66,7 @@ LEVELS = [
     ["engines.pool"],
     ["engines.*", "callbacks"],
     ["alone", "engines", "environment", "owners", "placement", "rounds", "server", "server_callbacks"],
-    ["arguments", "checkpoint", "deal"],
+    ["arguments", "checkpoint", "deal", "summary"],
     ["federation", "roles"],
     ["server_trainer"],
     ["trainer"],
