@@ -4,6 +4,7 @@
 
     python benchmarks/run.py W1 W4 --repeats 3
     python benchmarks/run.py W1 --peers ours_processes pfl --rounds 5 --out /tmp/table.md
+    python benchmarks/run.py W1 W3 --peers ours:1 --before ../an-earlier-checkout
 
 Each repeat has a seed of its own: the spread of a metric is that over seeds, and ``differs`` says that a peer's lies
 apart from all of ours. A round's seconds are those after the first three, which warm up, as median, minimum and maximum
@@ -68,12 +69,16 @@ def memory_of(pid: int) -> float:
     return total / 1024
 
 
-def run_one(workload: str, peer: str, rounds: int | None, device: str, seed: int) -> dict[str, Any]:
+def run_one(
+    workload: str, peer: str, rounds: int | None, device: str, seed: int, before: Path | None = None
+) -> dict[str, Any]:
     name, threads = peer.split(":")
+    name, is_before = name.removesuffix("@before"), "@before" in name
     command = [sys.executable, str(HERE / "peers.py"), workload, name, "--threads", threads]
     command += ["--rounds", str(rounds)] if rounds else []
     env = {**os.environ, "BENCH_BEGAN": str(time.time()), "OMP_NUM_THREADS": threads}
     env |= {"BENCH_SEED": str(seed), "BENCH_DEVICE": device, "PFL_PYTORCH_DEVICE": device}
+    env["PYTHONPATH"] = str(before.resolve() if is_before and before else HERE.parent)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     peak, over = [0.0], threading.Event()
 
@@ -154,6 +159,15 @@ def ratios(what: str, results: dict[str, list[dict[str, Any]]], of: Callable[[di
     return [*lines, ""]
 
 
+def peers_of(workload: str, args: argparse.Namespace) -> list[str]:
+    """Who runs, in turn."""
+    peers: list[str] = args.peers or CHOICE[workload]
+    if args.before is None:
+        return peers
+    both = [[peer, peer.replace(":", "@before:")] if peer.startswith("ours") else [peer] for peer in peers]
+    return [peer for one in both for peer in one]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", default=[])
@@ -161,6 +175,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="jax runs on the CPU either way")
+    parser.add_argument("--before", type=Path, help="a checkout of another version: each of ours runs from it, too")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     args = parser.parse_args()
     machine = f"{args.device}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
@@ -176,12 +191,14 @@ def main() -> None:
     for workload in args.workloads or list(CHOICE):
         results: dict[str, list[dict[str, Any]]] = {}
         for repeat in range(args.repeats):
-            for peer in args.peers or CHOICE[workload]:
+            for peer in peers_of(workload, args):
                 missing = NEEDS.get(peer.split(":")[0])
                 if missing and "missing" in version(missing):
                     results.setdefault(peer, []).append({"error": f"{missing} is not installed"})
                     continue
-                results.setdefault(peer, []).append(run_one(workload, peer, args.rounds, args.device, repeat))
+                results.setdefault(peer, []).append(
+                    run_one(workload, peer, args.rounds, args.device, repeat, args.before)
+                )
                 last = results[peer][-1]
                 said = (
                     last.get("error") or f"{median(warm(last['rounds'])):.3f} s a round, {last['total']:.1f} s in all"
