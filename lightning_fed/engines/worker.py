@@ -169,7 +169,11 @@ def serve(
             app.change(changes)  # type: ignore[attr-defined]
         records = {name: known[task.call, r] if isinstance(r, int) else r for name, r in task.content.items()}
         received.append((deliver(task.metadata, RecordDict(records)), task.context))
-    done = [_sealed(reply, context) for reply, (_, context) in zip(answer(app, received), received, strict=True)]
+    try:
+        replies = answer(app, received)
+    except BaseException as exception:  # Ctrl-C is not heard here: the client's code raised it, or would end the worker
+        replies = [messages.error_reply(message, exception) for message, _ in received]
+    done = [_sealed(reply, context) for reply, (_, context) in zip(replies, received, strict=True)]
     try:
         return pack(done)
     except Exception:

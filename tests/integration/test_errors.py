@@ -106,6 +106,27 @@ class RunsOutByHand(RunsOut):
         self.optimizers().step()
 
 
+class Bare(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, Bare])
+def test_what_is_no_exception_is_its_clients_error_in_a_worker_too(kind: type[BaseException]) -> None:
+    class Stops(ToyModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if (self.trainer.client_id, self.trainer.current_round) == (1, 2):
+                raise kind("enough")
+            return super().training_step(batch, batch_idx)
+
+    options: dict[str, Any] = {"max_rounds": 3, "engine": "processes", **QUIET}
+    with pytest.raises(ClientError, match=rf"Round 2, train: client 1 raised .*{kind.__name__}") as told:
+        FederatedTrainer(callbacks=[unequal()], **options).fit(Stops())
+    assert 'raise kind("enough")' in str(told.value)
+    trainer = FederatedTrainer(callbacks=[unequal(), FaultTolerance(min_results=2)], **options)
+    trainer.fit(Stops())
+    assert trainer.current_epoch == 3
+
+
 def unequal() -> ClientData:
     return ClientData([(DataLoader(toy_data(n), 8), DataLoader(toy_data(9, seed=1), 8)) for n in (11, 30, 20)])
 
