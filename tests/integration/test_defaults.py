@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +103,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Weight
         return known[data]
 
     return of
-
-
-@pytest.fixture(scope="module")
-def one_ray() -> Iterator[None]:
-    """Each start of a Ray takes seconds."""
-    import ray
-
-    handler = signal.getsignal(signal.SIGTERM)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    signal.signal(signal.SIGTERM, handler)
-    yield
-    ray.shutdown()
 
 
 # Actors of Ray make their imports anew in each run.

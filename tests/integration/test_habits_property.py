@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -198,17 +197,6 @@ def test_a_client_s_work_depends_on_nothing_but_its_own(case: Case) -> None:
 @given(CASES)
 def test_a_client_s_work_depends_on_nothing_but_its_own_five_hundred_times(case: Case) -> None:
     holds(case)
-
-
-@pytest.fixture(scope="module")
-def one_ray() -> Iterator[None]:
-    import ray
-
-    handler = signal.getsignal(signal.SIGTERM)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    signal.signal(signal.SIGTERM, handler)
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.slow

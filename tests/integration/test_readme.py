@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +85,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Weight
         return known[heading]
 
     return of
-
-
-@pytest.fixture(scope="module")
-def one_ray() -> Iterator[None]:
-    import ray
-
-    handler = signal.getsignal(signal.SIGTERM)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    signal.signal(signal.SIGTERM, handler)
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
