@@ -26,6 +26,7 @@ class FitState:
         callbacks: The state dicts of those callbacks that stand at an epoch, by ``state_key``.
         by_hand: How its module steps schedules in manual optimization, where that has to be known.
         rates: How it left learning rates that the user's code may have set by hand, by ``HandRates.left``.
+        kinds: The classes of optimizers and schedulers.
     """
 
     optimizers: list[dict[str, Any]] = field(default_factory=list)
@@ -34,6 +35,7 @@ class FitState:
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
     by_hand: ByHand | None = None
     rates: tuple[int, list[list[float]]] | None = None
+    kinds: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, trainer: Trainer, callbacks: dict[str, dict[str, Any]]) -> FitState:
@@ -43,10 +45,21 @@ class FitState:
             [scheduler.state_dict() for scheduler in _schedulers(trainer)],
             trainer.current_epoch,
             callbacks,
+            kinds=_kinds(trainer),
         )
 
     def load_into(self, trainer: Trainer) -> None:
-        """Gives optimizers and schedulers what they held."""
+        """Gives optimizers and schedulers what they held.
+
+        Raises:
+            ClientError: If they are others.
+        """
+        if self.kinds and self.kinds != _kinds(trainer):
+            raise ClientError(
+                f"has kept the state of {', '.join(self.kinds)}, and configure_optimizers now gives"
+                f" {', '.join(_kinds(trainer))}. Go on with those, or begin anew from the weights:"
+                " `MyModule.load_from_checkpoint(path)` without `ckpt_path=`."
+            )
         for optimizer, own in zip(trainer.optimizers, self.optimizers, strict=True):
             optimizer.load_state_dict(own)
         for scheduler, own in zip(_schedulers(trainer), self.schedulers, strict=True):
@@ -98,6 +111,10 @@ def dump_callbacks(callbacks: list[Callback]) -> bytes | None:
 def load_callbacks(saved: bytes | None) -> dict[str, dict[str, Any]]:
     """What ``dump_callbacks`` gave, by ``state_key``."""
     return {} if saved is None else _load(saved)
+
+
+def _kinds(trainer: Trainer) -> list[str]:
+    return [type(one).__name__ for one in (*trainer.optimizers, *_schedulers(trainer))]
 
 
 def _schedulers(trainer: Trainer) -> list[LRSchedulerPLType]:

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExcept
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_fed import ConfigurationError, FederatedTrainer
+from lightning_fed import ClientError, ConfigurationError, FederatedTrainer
 from lightning_fed.callbacks import (
     FedAdam,
     FedAvg,
@@ -753,6 +753,25 @@ def test_a_strategy_that_cannot_take_its_state_is_named_with_what_the_checkpoint
         r" .*MyModule\.load_from_checkpoint",
     ):
         fit(tmp_path, FlowerStrategy(strategy), rounds=2, ckpt_path="last")
+
+
+class Momentum(ToyModule):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Adam(ToyModule):
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+def test_another_optimizer_cannot_go_on_with_what_clients_kept(tmp_path):
+    fit(tmp_path, module=Momentum(), rounds=1, client_state="carry")
+    with pytest.raises(
+        ClientError, match=r"client 0 has kept the state of SGD, and configure_optimizers now gives Adam"
+    ):
+        fit(tmp_path, module=Adam(), rounds=2, client_state="carry", ckpt_path="last")
+    fit(tmp_path, module=Adam(), rounds=2, client_state="global", ckpt_path="last")
 
 
 # ----------------------------------------------------------------------------------------------------- grids of others
