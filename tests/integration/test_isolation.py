@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, random_split
 from torchmetrics import MeanMetric
 
-from lightning_fed import ClientError, FederatedTrainer
+from lightning_fed import ClientError, ConfigurationError, FederatedTrainer
 from lightning_fed.callbacks import ClientData, FaultTolerance, History, Partition
 from lightning_fed.engines import Engine, InProcess, Processes
 from lightning_fed.testing import ToyModule, toy_data
@@ -175,7 +175,7 @@ def test_what_is_not_looked_at_is_named_once() -> None:
 
 def test_scripted_layers_train() -> None:
     ends = []
-    for engine in (InProcess(), Processes(2)):
+    for engine in (InProcess(), Processes(2, start_method="fork")):
         module = built(ToyModule)
         module.net = torch.jit.script(module.net)
         before = read(module)
@@ -183,6 +183,14 @@ def test_scripted_layers_train() -> None:
         ends.append(read(module))
         assert not torch.equal(before["net.0.weight"], ends[-1]["net.0.weight"])
     torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_scripted_layers_cannot_be_sent_and_are_named() -> None:
+    module = built(ToyModule)
+    module.net = torch.jit.script(module.net)
+    trainer = FederatedTrainer(max_rounds=1, num_clients=2, engine=Processes(start_method="forkserver"), **QUIET)
+    with pytest.raises(ConfigurationError, match=r"module.\w+ cannot be pickled: .*start_method='fork'"):
+        trainer.fit(module, loader())
 
 
 # ------------------------------------------------------------------------------------------------ what data code draws
