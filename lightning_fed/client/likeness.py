@@ -11,6 +11,7 @@ from lightning_fed.metrics import MetricState, scalar
 from lightning_fed.weights import Weights, is_averaged
 
 _TOLERANCE = 0.02
+_COARSE = 0.1
 
 
 def apart(weights: Weights, stage: str) -> tuple[Weights, Weights]:
@@ -56,15 +57,22 @@ def _is_near(one: float, other: float) -> bool:
 
 
 def _compare_weights(one: Weights, other: Weights, before: Weights, trained: frozenset[str]) -> None:
-    """A gradient that is zero but for rounding may go anywhere, so of what is trained the whole update counts."""
-    groups: dict[str, list[str]] = {}
-    for name, tensor in other.items():
-        if is_averaged(tensor):
-            groups.setdefault("" if name in trained else name, []).append(name)
-    for names in groups.values():
-        differences = {name: float((other[name] - one[name]).norm()) for name in names}
-        change = sum(float((other[name] - before[name].to(other[name])).norm()) ** 2 for name in names)
-        rounding = sum(float(before[name].norm()) ** 2 for name in names) * 1e-12
-        if not sum(d**2 for d in differences.values()) <= _TOLERANCE**2 * change + rounding:
-            worst = max(names, key=lambda name: differences[name])
-            raise NotStackable(f"clients trained as one would get another {worst!r} than each alone")
+    """A gradient that is zero but for rounding may go anywhere, so what counts is a whole update.
+
+    All tensors together are as near as ``_TOLERANCE`` says. A buffer that changes by much must hide nothing, so what
+    is trained is looked at alone, too, less closely: under BatchNorm rounding may grow to some percent of an update.
+    So is each buffer, against its size.
+    """
+    names = [name for name, tensor in other.items() if is_averaged(tensor)]
+    difference = {name: float((other[name] - one[name]).norm()) for name in names}
+    change = {name: float((other[name] - before[name].to(other[name])).norm()) for name in names}
+
+    def differ(some: list[str], tolerance: float, size: float = 0.0) -> bool:
+        allowed = tolerance**2 * (sum(change[name] ** 2 for name in some) + size**2)
+        return not sum(difference[name] ** 2 for name in some) <= allowed
+
+    buffers = [name for name in names if name not in trained]
+    apart = [name for name in buffers if differ([name], _TOLERANCE, float(other[name].norm()))]
+    if differ(names, _TOLERANCE) or differ([name for name in names if name in trained], _COARSE) or apart:
+        worst = max(apart or names, key=lambda name: difference[name])
+        raise NotStackable(f"clients trained as one would get another {worst!r} than each alone")
