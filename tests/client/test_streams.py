@@ -93,7 +93,7 @@ def test_streams_notice_what_is_drawn_from_none_of_them() -> None:
             torch.rand(2)
     streams.check()
     torch.rand(1)
-    with pytest.raises(NotStackable, match="drawn outside of its step"), streams.torch_of(1):
+    with pytest.raises(NotStackable, match="drawn outside of its step"), streams.torch_of(0):
         pass
 
 
