@@ -76,18 +76,14 @@ def _view_class(view: type, cls: type) -> type:
     return made
 
 
-def _hand_over(cls: type) -> None:
+def hand_over(instance: Any) -> None:
     """Gives the user's class what was set on a view: ``type(self).count += 1`` means the class that the user wrote."""
+    cls = type(instance)
     if not issubclass(cls, View):
         return
     for name in vars(cls).keys() - cls._names - {"_names"}:
         setattr(cls._user_class, name, vars(cls)[name])
         delattr(cls, name)
-
-
-def hand_over(instance: Any) -> None:
-    """Gives the user's class what was set on the view that lies over an instance."""
-    _hand_over(type(instance))
 
 
 @contextmanager
@@ -99,7 +95,7 @@ def laid_over(instance: Any, view: type[View]) -> Iterator[None]:
     other one hid.
     """
     outer = type(instance)
-    _hand_over(outer)
+    hand_over(instance)
     state = instance.__dict__
     uncovered = dict(state.get(_HIDDEN, {}))
     state.update(uncovered)
@@ -111,7 +107,7 @@ def laid_over(instance: Any, view: type[View]) -> Iterator[None]:
     try:
         yield
     finally:
-        _hand_over(type(instance))
+        hand_over(instance)
         instance.__class__ = outer
         instance.__dict__.pop(_HIDDEN, None)
         instance.__dict__.update(hidden)
