@@ -124,8 +124,11 @@ class _Storage:
         self.bytes = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        if not len(self.bytes):
+            return _storage, (pickle.PickleBuffer(b""),)
         # Not by way of numpy(), after which a tensor cannot be resized.
-        memory = (ctypes.c_uint8 * len(self.bytes)).from_address(self.bytes.data_ptr()) if len(self.bytes) else b""
+        memory = (ctypes.c_uint8 * len(self.bytes)).from_address(self.bytes.data_ptr())
+        memory.tensor = self.bytes  # type: ignore[attr-defined]  # which may have no other owner once all is pickled
         return _storage, (pickle.PickleBuffer(memory),)
 
 
