@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_fed.errors import ClientError
 from lightning_fed.metrics import MetricState
-from lightning_fed.tensor_array import TensorArray
+from lightning_fed.tensor_array import TensorArray, record_of
 from lightning_fed.tracebacks import frames, words
 from lightning_fed.weights import Weights
 
@@ -36,10 +36,7 @@ CLIENT_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 def pack(weights: Mapping[str, Tensor]) -> ArrayRecord:
     """An ArrayRecord that holds the tensors themselves; the caller must not write into them afterwards."""
-    record = ArrayRecord()
-    for name, tensor in weights.items():
-        record[name] = TensorArray(tensor)
-    return record
+    return record_of({name: TensorArray(tensor) for name, tensor in weights.items()})
 
 
 def unpack(record: ArrayRecord) -> Weights:
@@ -67,19 +64,18 @@ def copy_for_delivery(content: RecordDict) -> RecordDict:
     delivered = RecordDict()
     for key, record in content.items():
         if isinstance(record, ArrayRecord):
-            fresh = ArrayRecord()
-            for name, array in record.items():
-                tensor = array.__dict__.get("tensor")
-                fresh[name] = (
-                    Array(array.dtype, tuple(array.shape), array.stype, array.data)
-                    if tensor is None
-                    else TensorArray(tensor)
-                )
-            delivered[key] = fresh
+            delivered[key] = record_of({name: _copy(array) for name, array in record.items()})
         else:
             plain: dict[str, Any] = {k: list(v) if isinstance(v, list) else v for k, v in record.items()}
             delivered[key] = type(record)(plain)
     return delivered
+
+
+def _copy(array: Array) -> Array:
+    tensor = array.__dict__.get("tensor")
+    if tensor is None:
+        return Array(array.dtype, tuple(array.shape), array.stype, array.data)
+    return TensorArray(tensor)
 
 
 # ---------------------------------------------------------------------------------------------- server to client

@@ -234,6 +234,7 @@ class RunningMean:
     def __init__(self) -> None:
         self.total = 0.0
         self._mean: Weights = {}
+        self._order: dict[str, tuple[int, ...]] = {}
         self._dtype: dict[str, torch.dtype] = {}
         self._origin: Weights = {}
         self._infinite: set[str] = set()
@@ -249,6 +250,10 @@ class RunningMean:
                 # float64 holds no integer beyond 2**53: what is averaged is the distance from the first client's.
                 whole = _whole(tensor)
                 tensor = _distance(whole, self._origin.setdefault(name, whole))
+            if name not in self._order:
+                self._order[name] = _order(tensor)
+            # Each mean lies in memory as the first client's tensor: to read across its rows would cost more than to add.
+            tensor = tensor.detach().permute(self._order[name])
             if name in self._infinite:
                 mean = self._mean[name]  # of equal infinities the mean is that infinity, and not NaN
                 tensor = tensor.to(mean.dtype)
@@ -257,17 +262,29 @@ class RunningMean:
                 _move(self._mean[name], tensor, coefficient / self.total)
             else:
                 wide = torch.complex128 if tensor.is_complex() else torch.float64
-                self._mean[name] = tensor.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+                self._mean[name] = tensor.to(wide, copy=True, memory_format=torch.contiguous_format)
                 if not _is_finite(tensor):
                     self._infinite.add(name)
 
     def value(self) -> Weights:
         """The mean, each tensor in the dtype of the first client's; integers and bools rounded, halves up."""
-        return {name: _narrow(mean, self._dtype[name], self._origin.get(name)) for name, mean in self._mean.items()}
+        means = {name: mean.permute(_inverse(self._order[name])) for name, mean in self._mean.items()}
+        return {name: _narrow(mean, self._dtype[name], self._origin.get(name)) for name, mean in means.items()}
+
+
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    """The dimensions as they follow one another in memory."""
+    if tensor.is_contiguous():
+        return tuple(range(tensor.dim()))
+    return tuple(sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim)))
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
 def _move(mean: Tensor, tensor: Tensor, share: float) -> None:
-    flat, source = mean.view(-1), tensor.detach().reshape(-1)
+    flat, source = mean.view(-1), tensor.reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
         # As m + (w - m) * share, in one pass; beyond one half torch starts from the other end.
         flat[start : start + _CHUNK].lerp_(source[start : start + _CHUNK].to(mean.dtype), share)
@@ -275,7 +292,7 @@ def _move(mean: Tensor, tensor: Tensor, share: float) -> None:
 
 def _narrow(mean: Tensor, dtype: torch.dtype, origin: Tensor | None) -> Tensor:
     if origin is None:
-        return mean.to(dtype, copy=True)
+        return mean.to(dtype, copy=True, memory_format=torch.contiguous_format)
     # In two parts: a distance of 2**63 and more is no int64, while the sum is one again.
     distance = (mean + 0.5).floor()
     high = (distance / 2**32).floor()

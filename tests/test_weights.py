@@ -489,3 +489,15 @@ def test_mean_of_equal_infinities_is_that_infinity():
     torch.testing.assert_close(
         mean.value()["mask"], torch.tensor([3.0, -math.inf, math.inf, math.nan]), rtol=0, atol=0, equal_nan=True
     )
+
+
+def test_mean_is_the_same_however_clients_tensors_lie_in_memory():
+    sent = [torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    laid = [sent[0].permute(1, 2, 0).contiguous().permute(2, 0, 1), sent[1], sent[2].mT.contiguous().mT]
+    plain, other = RunningMean(), RunningMean()
+    for examples, (one, same) in enumerate(zip(sent, laid, strict=True), 1):
+        plain.add({"w": one}, examples)
+        other.add({"w": same}, examples)
+
+    assert other.value()["w"].is_contiguous()
+    torch.testing.assert_close(other.value()["w"], plain.value()["w"], rtol=0, atol=0)
