@@ -276,7 +276,8 @@ def _order(tensor: Tensor) -> tuple[int, ...]:
     """The dimensions as they follow one another in memory."""
     if tensor.is_contiguous():
         return tuple(range(tensor.dim()))
-    return tuple(sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim)))
+    stride = tensor.stride()
+    return tuple(sorted(range(len(stride)), key=stride.__getitem__, reverse=True))
 
 
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:

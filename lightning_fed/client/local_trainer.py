@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer import setup
 from lightning.pytorch.trainer import trainer as lightning_trainer
@@ -115,6 +116,16 @@ def _nothing_resumed() -> None:
     """In place of the end of Lightning's resuming, which does so, too: a client's fit has no checkpoint."""
 
 
+def _no_checkpoint(*args: Any, **kwargs: Any) -> None:
+    """In place of Lightning's choice, which on SLURM is the checkpoint that a requeued server finds."""
+
+
+def _on_its_own(plugins: Any) -> list[Any]:
+    """Plugins, and an environment of one process, for which Lightning looks for a cluster each time."""
+    given = [] if plugins is None else list(plugins) if isinstance(plugins, Iterable) else [plugins]
+    return given if any(isinstance(one, ClusterEnvironment) for one in given) else [*given, LightningEnvironment()]
+
+
 class LocalTrainer(TrainerInARun):
     """A client's trainer. On a client ``self.trainer.current_round`` and ``self.trainer.client_id`` exist.
 
@@ -147,6 +158,7 @@ class LocalTrainer(TrainerInARun):
         self.computed: set[str] = set()
         self.module_metrics = [child for child in module.modules() if isinstance(child, Metric)]
         self.logs_its_way = wrote(module, LightningModule, "log")
+        kwargs["plugins"] = _on_its_own(kwargs.get("plugins"))
         with _nothing_looked_for():
             super().__init__(plan, task.round - 1, log_dir, profiler=_NoProfiler(), **kwargs)
         self.fast_dev_run = fast_dev_run
@@ -154,6 +166,7 @@ class LocalTrainer(TrainerInARun):
         self.strategy.teardown = _stay  # type: ignore[method-assign]
         self.accelerator.setup = _is_set_up  # type: ignore[method-assign]
         self._checkpoint_connector.resume_end = _nothing_resumed  # type: ignore[method-assign]
+        self._checkpoint_connector._select_ckpt_path = _no_checkpoint  # type: ignore[method-assign]
         self.data: LocalData | None = None
         self.strategy.setup_optimizers = partial(self._set_up_optimizers, self.strategy.setup_optimizers)  # type: ignore[method-assign]
         self.strategy.process_dataloader = self._take  # type: ignore[assignment, method-assign]

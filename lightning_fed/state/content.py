@@ -108,6 +108,8 @@ class TensorFlags(Node):
     __slots__ = ("_data", "_hooks", "_pointer")
 
     def save(self) -> None:
+        if self.saved is not None and not self.differs():
+            return
         tensor: Tensor = self.thing
         self._pointer = _pointer(tensor)
         self._data = tensor.detach()
@@ -116,22 +118,28 @@ class TensorFlags(Node):
 
     def differs(self) -> bool:
         tensor: Tensor = self.thing
+        requires_grad, attributes = self.saved
         return (
-            tensor.requires_grad != self.saved[0]
+            tensor.requires_grad != requires_grad
             or _pointer(tensor) != self._pointer
-            or not same(_attributes(tensor), self.saved[1])
+            or bool((tensor.__dict__ or attributes) and not same(_attributes(tensor), attributes))
             or self.has_other_hooks()
         )
 
     def has_other_hooks(self) -> bool:
         """Whether hooks were registered or removed."""
-        return any(not same(hooks or {}, saved) for hooks, saved in zip(_hooks(self.thing), self._hooks, strict=True))
+        on_gradients, accumulated = now = _hooks(self.thing)
+        if not (on_gradients or accumulated):
+            return any(self._hooks)
+        return any(not same(hooks or {}, saved) for hooks, saved in zip(now, self._hooks, strict=True))
 
     def flags(self) -> tuple[bool, dict[str, Any]]:
         """Whether it is trained, and its attributes, as they are now."""
         return self.thing.requires_grad, dict(_attributes(self.thing))
 
     def restore(self) -> None:
+        if not self.differs():
+            return
         tensor: Tensor = self.thing
         if _pointer(tensor) != self._pointer:
             tensor.data = self._data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import is_, is_not
 from typing import Any
@@ -128,7 +128,7 @@ def same(held: Any, saved: Any) -> bool:
     """Whether two containers hold the very same things in the same order."""
     if len(held) != len(saved):
         return False
-    if isinstance(held, Mapping):
+    if isinstance(held, dict):
         return all(map(is_, held, saved)) and all(map(is_, held.values(), saved.values()))  # in the same order, too
     if isinstance(held, (set, frozenset)):
         return bool(held == saved)

@@ -130,3 +130,25 @@ def test_an_app_without_a_server_has_the_root_directory_for_its_logs(tmp_path: P
         server = other.server_app(ToyModule(), DataLoader(toy_data(16), 8))
         in_flower(lambda: server(grid, next(iter(grid.contexts.values()))))
         assert (tmp_path / "train 0").read_text() == f"{tmp_path} {tmp_path}"
+
+
+def test_a_client_on_slurm_does_not_resume_from_the_checkpoint_that_a_requeued_server_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(rounds: int, **how: Any) -> tuple[FederatedTrainer, torch.Tensor]:
+        torch.manual_seed(0)
+        module = ToyModule()
+        trainer = FederatedTrainer(num_clients=2, max_rounds=rounds, default_root_dir=tmp_path, **QUIET)
+        trainer.fit(module, DataLoader(toy_data(16), 8), **how)
+        return trainer, module.net[0].weight.detach()
+
+    _, expected = trained(3)
+    requeued, _ = trained(1)
+    requeued.save_checkpoint(tmp_path / "hpc_ckpt_1.ckpt")
+    for name, value in {"NTASKS": "1", "JOB_NAME": "train", "JOB_ID": "1", "NTASKS_PER_NODE": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+    trainer, weight = trained(3)
+
+    assert trainer.current_epoch == 3
+    torch.testing.assert_close(weight, expected, rtol=0, atol=0)
