@@ -16,8 +16,9 @@ from lightning_fed.callbacks.base import ClientReport, FailureOwner, Stage
 from lightning_fed.errors import ClientError, FederationError, RoundError
 from lightning_fed.messages import Reply
 from lightning_fed.roster import CohortGrid, Roster
+from lightning_fed.running_mean import RunningMean
 from lightning_fed.tracebacks import let_go, words
-from lightning_fed.weights import RunningMean, Weights, check_reply, split
+from lightning_fed.weights import Weights, check_reply, split
 
 
 @dataclass

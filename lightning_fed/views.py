@@ -76,6 +76,12 @@ def _view_class(view: type, cls: type) -> type:
     return made
 
 
+@lru_cache(maxsize=256)
+def _names(view: type) -> frozenset[str]:
+    every = (name for cls in view.__mro__ if issubclass(cls, View) for name in vars(cls))
+    return frozenset(name for name in every if not name.startswith("__"))
+
+
 def hand_over(instance: Any) -> None:
     """Gives the user's class what was set on a view: ``type(self).count += 1`` means the class that the user wrote."""
     cls = type(instance)
@@ -99,8 +105,7 @@ def laid_over(instance: Any, view: type[View]) -> Iterator[None]:
     state = instance.__dict__
     uncovered = dict(state.get(_HIDDEN, {}))
     state.update(uncovered)
-    names = {name for cls in view.__mro__ if issubclass(cls, View) for name in vars(cls) if not name.startswith("__")}
-    hidden = {name: state.pop(name) for name in names if name in state}
+    hidden = {name: state.pop(name) for name in _names(view) if name in state}  # type: ignore[arg-type]
     instance.__class__ = _view_class(view, user_class(instance))  # type: ignore[arg-type]
     previous = state.get(_HIDDEN)
     state[_HIDDEN] = hidden

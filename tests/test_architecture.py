@@ -34,6 +34,7 @@ LEVELS = [
     [
         *(
             "messages",
+            "running_mean",
             "checkpoint_file",
             "client.examples",
             "client.fit_state",

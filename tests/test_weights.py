@@ -8,9 +8,10 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torchmetrics import MetricCollection, SumMetric
 
-from lightning_fed import weights
+from lightning_fed import running_mean, weights
 from lightning_fed.errors import ConfigurationError, InvalidUpdateError
-from lightning_fed.weights import RunningMean, check_update
+from lightning_fed.running_mean import RunningMean
+from lightning_fed.weights import check_update
 from tests.references import weighted_mean
 
 
@@ -445,7 +446,7 @@ def test_half_is_rounded_up_whichever_client_comes_first():
 
 
 def test_mean_of_a_tensor_larger_than_a_chunk_is_whole():
-    size = weights._CHUNK + 5
+    size = running_mean._CHUNK + 5
     a, b = torch.arange(size, dtype=torch.float32), torch.zeros(size)
     torch.testing.assert_close(mean_of([{"w": a}, {"w": b}], [1, 3])["w"], a / 4)
 

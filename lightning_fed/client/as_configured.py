@@ -68,7 +68,7 @@ class _Copier:
         if kind in _PLAIN or id(value) in self.same:
             return value
         if kind is dict:
-            return {key: self.copied(part) for key, part in value.items()}
+            return {key: part if type(part) in _PLAIN else self.copied(part) for key, part in value.items()}
         if kind is list:
             return [self.copied(part) for part in value]
         if isinstance(value, dict) and not value:

@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fed.client.client_views import ClientView
 from lightning_fed.client.compiled_step import CompiledStep
+from lightning_fed.client.lean_loop import takes_index
 from lightning_fed.client.local_run import LocalHooks
 from lightning_fed.client.local_trainer import LocalTrainer
 from lightning_fed.client.local_update import Here
@@ -167,8 +167,7 @@ class CohortTrainer(LocalTrainer):
         """The user's step, as a function of module, batch and its index."""
         if name not in self._steps:
             function = getattr(user_class(self.lightning_module), name)
-            takes_index = is_param_in_hook_signature(function, "batch_idx", min_args=2)
-            self._steps[name] = function if takes_index else partial(_without_index, function)
+            self._steps[name] = function if takes_index(function) else partial(_without_index, function)
         return self._steps[name]
 
     def _mapped(self, step: Any, part: Part, batch_idx: int) -> _Outcome:

@@ -52,7 +52,7 @@ class Isolation:
         try:
             with put_back(self._snapshots):
                 yield self._snapshots
-                self.say_grown(self._snapshots)
+            self.say_grown(self._snapshots)
         except ContentLost as error:
             self._lost = str(error)
             raise
@@ -67,7 +67,7 @@ class Isolation:
             return
         for is_data, kept in ((False, _COLLECTED), (True, _READ)):
             some = [one for one in snapshots if isinstance(one, DataSnapshot) is is_data]
-            if kept not in self._named and (grown := [path for snapshot in some for path in snapshot.grown()]):
+            if kept not in self._named and (grown := [path for snapshot in some for path in snapshot.grown]):
                 self._named.add(kept)
                 rank_zero_warn(f"{', '.join(grown)} grew in a client's fit. {kept}")
 

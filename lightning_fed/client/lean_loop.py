@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import traceback
 from collections import OrderedDict
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -132,6 +133,12 @@ class LeanOptimization(_AutomaticOptimization):
         return result.closure_loss
 
 
+@lru_cache(maxsize=256)
+def takes_index(step: Callable[..., Any]) -> bool:
+    """Whether a step, as a function of the module and more, takes the batch's index."""
+    return is_param_in_hook_signature(step, "batch_idx", min_args=2)
+
+
 class LeanEpochLoop(_TrainingEpochLoop):
     """Lightning's epoch loop for the usual case: batches from loaders, one device, no accumulation."""
 
@@ -147,7 +154,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
         self.automatic_optimization.prepare(self._hooks, self._is_lean and is_plain)
         if not self._is_lean:
             return
-        self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        self._takes_index = takes_index(getattr(module.training_step, "__func__", module.training_step))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         transfers = any(wrote(module, LightningModule, name) for name in _OF_TRANSFER) or (
             data is not None and any(wrote(data, LightningDataModule, name) for name in _OF_TRANSFER)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -229,9 +230,9 @@ def local_run(
         stack.callback(restore_handlers, handlers)
         stack.enter_context(quiet())
         held = stack.enter_context(options.isolation.around(module, datamodule))
-        stack.enter_context(put_back(data.snapshots))
         stack.callback(options.isolation.say_grown, data.snapshots)
-        stack.callback(module.zero_grad, set_to_none=True)
+        stack.enter_context(put_back(data.snapshots))
+        stack.push(partial(_without_gradients, module))
         stack.callback(put_back_optimizers, module)
         if own is not None:
             stack.enter_context(put_back([DataSnapshot({"datamodule": own})]))
@@ -246,6 +247,12 @@ def local_run(
             snapshot.seed(seed_of)
         seed_all(seed_of(""))
         yield data
+
+
+def _without_gradients(module: LightningModule, kind: type[BaseException] | None, *_: Any) -> None:
+    """Takes off what a run that failed has left; of one that did not its trainer has let go."""
+    if kind is not None:
+        module.zero_grad(set_to_none=True)
 
 
 def put_back_optimizers(module: LightningModule) -> None:

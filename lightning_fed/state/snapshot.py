@@ -34,12 +34,17 @@ class Snapshot:
     Args:
         roots: The objects, by name.
         weights: Gives the tensors whose content is not looked after.
+
+    Attributes:
+        grown: The ways to lists and dicts of the user's that held all that they had held, and more, when it was put
+            back last.
     """
 
     limits = Limits
 
     def __init__(self, roots: Mapping[str, Any], weights: Callable[[], Iterable[Tensor]] = tuple) -> None:
         self._roots, self._weights = roots, weights
+        self.grown: list[str] = []
         self._take()
 
     def _take(self) -> None:
@@ -65,14 +70,14 @@ class Snapshot:
                 node.save()
 
     def restore(self) -> None:
-        """Puts back what they held."""
-        for container in self._containers:
-            if container.differs() and not self._stays(container):
-                self._restore(container)
+        """Puts back what they held, and notes what had ``grown``."""
+        changed = [node for node in self._containers if node.differs()]
         if any(self._emptied):
-            for empty in self._empty:
-                if empty.thing and not self._stays(empty):
-                    empty.thing.clear()
+            changed += [node for node in self._empty if node.thing]
+        self.grown = [node.path for node in changed if type(node.thing) in (list, dict) and _is_longer(node)]
+        for node in changed:
+            if not self._stays(node):
+                self._restore(node)
         for content in self._contents:
             content.restore()
 
@@ -88,12 +93,6 @@ class Snapshot:
         known: tuple[Node, ...] = (*self._containers, *self._contents)
         found = [node for node in known if node.differs()]
         return [*found, *(node for node in self._empty if node.thing)] if any(self._emptied) else found
-
-    def grown(self) -> list[str]:
-        """The ways to lists and dicts of the user's that hold all that they held, and more."""
-        known = (*self._containers, *(node for node in self._empty if node.thing))
-        found = (node for node in known if type(node.thing) in (list, dict) and node.differs())
-        return [node.path for node in found if not node.is_enclosed and node.has_only_grown()]
 
     @property
     def lost(self) -> list[Content]:
@@ -129,6 +128,10 @@ class Snapshot:
             method(node.thing, seed_of(node.path))
         for generator in self.generators:
             generator.kind.seed(generator.thing, seed_of(generator.path))
+
+
+def _is_longer(node: Container) -> bool:
+    return not node.is_enclosed and node.has_only_grown()
 
 
 def _seeds_itself(node: Container) -> bool:

@@ -9,7 +9,8 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from lightning_fed import messages
-from lightning_fed.weights import RunningMean, Weights
+from lightning_fed.running_mean import RunningMean
+from lightning_fed.weights import Weights
 
 
 class WeightedMean(FedAvg):

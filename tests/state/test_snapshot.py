@@ -255,4 +255,7 @@ def test_what_only_grew_is_named() -> None:
     holder.seen["b"] = 2
     holder.turned.reverse()
     holder.count += 1
-    assert sorted(snapshot.grown()) == ["holder.losses", "holder.seen"]
+    snapshot.restore()
+    assert sorted(snapshot.grown) == ["holder.losses", "holder.seen"]
+    snapshot.restore()
+    assert snapshot.grown == []
