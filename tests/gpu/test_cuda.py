@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import socket
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData, FedAdam, History, Partition
 from lightning_fed.callbacks.base import CohortOwner
+from lightning_fed.engines import transport
 from lightning_fed.testing import ToyModule, toy_data
 
 pytestmark = pytest.mark.gpu
@@ -134,3 +136,13 @@ class Chosen(CohortOwner):
 
     def sample(self, stage: Any, round: int, num_clients: int, seed: int) -> list[int]:
         return self.clients
+
+
+def test_what_is_sent_of_a_device_arrives_as_it_was() -> None:
+    sent = [torch.full((1 << size,), float(size), device="cuda") for size in range(4, 20)]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        transport.send(ours, transport.pack(sent))
+        arrived = transport.receive(theirs)
+    for tensor, own in zip(arrived, sent, strict=True):
+        torch.testing.assert_close(tensor, own.cpu(), rtol=0, atol=0)
