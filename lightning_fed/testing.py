@@ -21,9 +21,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_fed import messages
 from lightning_fed.engines import Engine
-from lightning_fed.weights import Weights
+from lightning_fed.values.weights import Weights
+from lightning_fed.wire import messages
 
 
 class ToyModule(LightningModule):

@@ -15,29 +15,30 @@ from lightning.pytorch.utilities.compile import from_compiled
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch._dynamo import OptimizedModule
 
-from lightning_fed import arguments, checks, placement
-from lightning_fed.alone import alone
+from lightning_fed import checks
 from lightning_fed.callbacks import RichRoundBar, RoundPrinter
 from lightning_fed.callbacks.progress import is_terminal
-from lightning_fed.checkpoint_file import explain_errors
 from lightning_fed.client.app import ClientSide, build_client_app
-from lightning_fed.client.compiled_step import CompiledStep
-from lightning_fed.client.local_run import ClientState, LocalOptions
-from lightning_fed.client.together import Together
-from lightning_fed.data import gathering
-from lightning_fed.deal import Deal
+from lightning_fed.client.local.run import ClientState, LocalOptions
+from lightning_fed.client.vectorized.compiled_step import CompiledStep
+from lightning_fed.client.vectorized.dispatch import Together
 from lightning_fed.engines import ENGINES, Engine, InProcess, Processes, made
-from lightning_fed.environment import defaults_from_environment, taken_from_environment
 from lightning_fed.errors import FederationError
-from lightning_fed.federation import Federation
-from lightning_fed.roles import Roles
-from lightning_fed.rounds import quiet_flower
 from lightning_fed.seeding import run_seed, seed_for, seeded
-from lightning_fed.server import RoundLoader, ServerView
-from lightning_fed.server_trainer import ServerTrainer
+from lightning_fed.server import arguments, placement
+from lightning_fed.server.alone import alone
+from lightning_fed.server.deal import Deal
+from lightning_fed.server.environment import defaults_from_environment, taken_from_environment
+from lightning_fed.server.federation import Federation
+from lightning_fed.server.roles import Roles
+from lightning_fed.server.rounds import quiet_flower
+from lightning_fed.server.trainer import ServerTrainer
+from lightning_fed.server.view import RoundLoader, ServerView
+from lightning_fed.server.wording import speaking_of_rounds
 from lightning_fed.tracebacks import shorten
+from lightning_fed.values.data import gathering
 from lightning_fed.views import laid_over
-from lightning_fed.wording import speaking_of_rounds
+from lightning_fed.wire.checkpoint_file import explain_errors
 
 
 @dataclass

@@ -10,91 +10,30 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent / "lightning_fed"
 
-# A module imports only from lines above its own: never from its line, never from below. "" is the package itself.
-# A name that is written out comes before a pattern.
-LEVELS = [
-    [
-        *("_version", "checks", "errors", "metric_states", "part", "seeding", "tracebacks", "views", "wording"),
-        *("state", "state.generators", "state.nodes", "state.packages"),
-    ],
-    ["state.content", "state.code"],
-    ["state.walk"],
-    ["state.snapshot"],
-    [
-        *("weights", "metrics", "data", "tensor_array", "client", "client.isolation", "client.as_configured"),
-        *("client.elapsed", "client.heap", "client.lean_loop", "client.local_update", "client.logged"),
-        *("client.hand_rates", "client.shown", "client.stack_cost", "client.streams"),
-    ],
-    [
-        *(
-            "messages",
-            "running_mean",
-            "checkpoint_file",
-            "client.examples",
-            "client.fit_state",
-            "client.hand_steps",
-            "client.local_trainer",
-            "client.client_views",
-        ),
-        *("client.schedules", "client.stack"),
-    ],
-    [
-        *("strategies.mean", "plain_kinds", "roster", "client.own_callbacks", "client.catch_up"),
-        *("client.stacked_data", "client.stacked_log", "client.stacked_optimization"),
-    ],
-    ["strategies.*", "plain", "client.local_run", "client.compiled_step", "client.step_watch"],
-    [
-        "strategies",
-        "strategies.client_part",
-        "fingerprint",
-        "engines.base",
-        "client.local_fit",
-        "client.likeness",
-        "client.cohort",
-    ],
-    ["callbacks.base", "strategy_state", "client.look_ahead", "client.vectorized_fit"],
-    ["client.trial", "script", "exchange", "client.changes"],
-    ["client.together"],
-    ["callbacks.*", "client.app", "engines.in_process", "engines.transport"],
-    ["engines.worker"],
-    ["engines.remote"],
-    ["engines.pool"],
-    ["engines.*", "callbacks"],
-    ["alone", "engines", "environment", "owners", "placement", "rounds", "server", "server_callbacks"],
-    ["arguments", "checkpoint", "deal", "summary"],
-    ["federation", "roles"],
-    ["server_trainer"],
-    ["trainer"],
-    ["", "testing"],
-]
+# By package, or by file for those at the top ("" is the package itself). A module imports from its own layer and from
+# those before it, and nowhere do imports go in a circle, neither of modules nor of packages.
+LAYERS = {
+    "foundation": ["_version", "checks", "errors", "seeding", "tracebacks", "views"],
+    "values": ["values", "state"],
+    "wire": ["wire"],
+    "parts": ["strategies", "client", "engines"],
+    "callbacks": ["callbacks"],
+    "server": ["server"],
+    "public": ["", "trainer", "testing"],
+}
+# Within `client`, likewise: one client's fit knows nothing of stacked ones, and neither knows Flower.
+WITHIN_CLIENT = ["client.local", "client.vectorized", "client"]
 
 # Third party -> the modules that may import it.
 DOORS = {
-    "flwr": [
-        *(
-            "tensor_array",
-            "messages",
-            "plain",
-            "plain_kinds",
-            "strategy_state",
-            "script",
-            "checkpoint",
-            "roster",
-            "exchange",
-            "rounds",
-            "federation",
-            "trainer",
-            "testing",
-        ),
-        *("arguments", "owners"),
-        *("client.app", "strategies.*", "callbacks.*", "engines.*"),
-    ],
+    "flwr": ["wire.*", "strategies.*", "client.app", "engines.*", "callbacks.*", "server.*", "trainer", "testing"],
     "ray": ["engines.ray"],
     "flwr_datasets": ["callbacks.partition"],
     "datasets": ["callbacks.partition"],
@@ -158,13 +97,22 @@ def own_module(imported: str) -> str | None:
     return name if name in MODULES else name.rpartition(".")[0]
 
 
-def level_of(name: str) -> int:
-    for level, names in enumerate(LEVELS):
-        if name in names:
-            return level
-    levels = [level for level, names in enumerate(LEVELS) if any(fnmatch(name, pattern) for pattern in names)]
-    assert levels, f"{name} has no level: give it one in LEVELS"
-    return levels[0]
+def layer_of(name: str) -> int:
+    room = name.split(".")[0]
+    layers = [layer for layer, rooms in enumerate(LAYERS.values()) if room in rooms]
+    assert layers, f"{room} has no layer: give it one in LAYERS"
+    return layers[0]
+
+
+def package_of(name: str) -> str:
+    """The package that a module is in, or is; for a file at the top the file itself."""
+    is_package = MODULES[name].name == "__init__.py"
+    return name if is_package or "." not in name else name.rpartition(".")[0]
+
+
+def own_imports(name: str) -> set[str]:
+    """Which of our modules a module imports."""
+    return {own for one in IMPORTS[name] if (own := own_module(one.module)) is not None} - {name}
 
 
 def is_one_of(name: str, patterns: list[str]) -> bool:
@@ -172,20 +120,35 @@ def is_one_of(name: str, patterns: list[str]) -> bool:
     return any(fnmatch(name, pattern) or f"{name}.*" == pattern for pattern in patterns)
 
 
-# ------------------------------------------------------------------------------------------------- levels
+# ------------------------------------------------------------------------------------------------- layers
 
 
 @each
-def test_module_imports_only_from_lower_levels(name):
-    for one in IMPORTS[name]:
-        imported = own_module(one.module)
-        if imported is not None:
-            assert level_of(imported) < level_of(name), f"{name} imports {imported}"
+def test_module_imports_from_no_layer_above_its_own(name):
+    for imported in own_imports(name):
+        assert layer_of(imported) <= layer_of(name), f"{name} imports {imported}"
 
 
-def test_levels_name_no_module_that_is_gone():
-    written_out = {name for names in LEVELS for name in names if "*" not in name}
-    assert written_out <= set(MODULES)
+@each
+def test_within_client_one_fit_comes_before_many(name):
+    if name.split(".")[0] != "client":
+        return
+    for imported in own_imports(name):
+        if imported.split(".")[0] == "client":
+            order = WITHIN_CLIENT.index(package_of(imported)), WITHIN_CLIENT.index(package_of(name))
+            assert order[0] <= order[1], f"{name} imports {imported}"
+
+
+def test_modules_import_each_other_in_no_circle():
+    list(TopologicalSorter({name: own_imports(name) for name in MODULES}).static_order())
+
+
+def test_packages_import_each_other_in_no_circle():
+    graph: dict[str, set[str]] = {}
+    for name in MODULES:
+        package = package_of(name)
+        graph.setdefault(package, set()).update({package_of(one) for one in own_imports(name)} - {package})
+    list(TopologicalSorter(graph).static_order())
 
 
 # ------------------------------------------------------------------------------------------------- doors
@@ -217,7 +180,7 @@ def test_heavy_and_optional_packages_are_imported_when_used(name):
 def test_local_training_knows_lightning_and_not_flower_and_the_client_app_the_other_way_round():
     trainer = {"lightning.pytorch.Trainer", "lightning.Trainer"}
     assert not trainer & {one.module for one in IMPORTS["client.app"]}
-    for name in ("client.local_run", "client.local_trainer"):
+    for name in ("client.local.run", "client.local.trainer"):
         assert "lightning.pytorch.Trainer" in {one.module for one in IMPORTS[name]}
         assert not any(one.module.split(".")[0] == "flwr" for one in IMPORTS[name])
 

@@ -14,8 +14,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_fed.data import gathering, labels_of, require_sliceable, slice_loader
 from lightning_fed.errors import ConfigurationError
+from lightning_fed.values.data import gathering, labels_of, require_sliceable, slice_loader
 
 
 class Numbers(Dataset):

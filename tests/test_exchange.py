@@ -10,12 +10,12 @@ import pytest
 import torch
 from flwr.app import Array, ConfigRecord, Message, MetricRecord, RecordDict
 
-from lightning_fed import messages
 from lightning_fed.callbacks import FaultTolerance
 from lightning_fed.engines import InProcess
 from lightning_fed.errors import ClientError, InvalidUpdateError, RoundError
-from lightning_fed.metrics import MEAN, MetricState
 from lightning_fed.testing import toy_weights
+from lightning_fed.values.metrics import MEAN, MetricState
+from lightning_fed.wire import messages
 from tests.test_rounds import COUNTING, Diary, Gives, client, grid_of, rounds_on, run, unchanged
 
 WEIGHTS = {**toy_weights(), "steps": torch.tensor(10), "on": torch.tensor([True, False]), "z": torch.ones(2) * 1j}

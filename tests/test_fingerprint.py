@@ -10,8 +10,8 @@ from flwr.app import ConfigRecord
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 from torch import nn
 
-from lightning_fed.fingerprint import describe, text_of
-from lightning_fed.plain import Classes, to_plain
+from lightning_fed.wire.fingerprint import describe, text_of
+from lightning_fed.wire.plain import Classes, to_plain
 from tests.test_messages import TENSORS
 
 

@@ -8,9 +8,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, strategy_utils
 
-from lightning_fed import messages
-from lightning_fed.messages import pack, unpack
-from lightning_fed.metrics import MEAN, METRIC, MetricState
+from lightning_fed.values.metrics import MEAN, METRIC, MetricState
+from lightning_fed.wire import messages
+from lightning_fed.wire.messages import pack, unpack
 from tests.helpers import in_flower, over_the_wire
 
 TENSORS = {

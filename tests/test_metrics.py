@@ -17,10 +17,11 @@ from torchmetrics.classification import (
 )
 from torchmetrics.wrappers import BootStrapper, MinMaxMetric
 
-from lightning_fed import FederatedTrainer, metrics
+from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData
-from lightning_fed.metric_states import is_mergeable
-from lightning_fed.metrics import METRIC, MetricState, catch
+from lightning_fed.values import metrics
+from lightning_fed.values.metric_states import is_mergeable
+from lightning_fed.values.metrics import METRIC, MetricState, catch
 from tests.helpers import QUIET, class_sorted, loaders, pooled
 
 SIZES = (7, 53, 196)

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import Partition
-from lightning_fed.part import Part
 from lightning_fed.testing import ToyModule, toy_data
+from lightning_fed.values.part import Part
 from tests.helpers import QUIET
 
 

@@ -16,8 +16,8 @@ import torch
 from flwr.app import Array, ConfigRecord, MetricRecord, RecordDict
 from torch import nn
 
-from lightning_fed.messages import pack, unpack
-from lightning_fed.plain import Classes, from_plain, to_plain
+from lightning_fed.wire.messages import pack, unpack
+from lightning_fed.wire.plain import Classes, from_plain, to_plain
 from tests.test_messages import TENSORS
 
 

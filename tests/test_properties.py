@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_fed.callbacks import FaultTolerance, PartialParticipation, Partition
 from lightning_fed.errors import ConfigurationError
-from lightning_fed.plain import from_plain, to_plain
-from lightning_fed.running_mean import RunningMean
 from lightning_fed.seeding import seed_for
+from lightning_fed.values.running_mean import RunningMean
+from lightning_fed.wire.plain import from_plain, to_plain
 
 # ------------------------------------------------------------------------------------------------- the running mean
 

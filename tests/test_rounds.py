@@ -13,15 +13,16 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedMedian, strategy_utils
 from torch import nn
 
-from lightning_fed import messages, roster
 from lightning_fed.callbacks import FaultTolerance, FederatedCallback, PartialParticipation
 from lightning_fed.callbacks.base import CohortOwner, FailureOwner
 from lightning_fed.engines import InProcess
 from lightning_fed.errors import ClientError, ConfigurationError, InvalidUpdateError, RoundError
-from lightning_fed.metrics import COMPUTED, MetricState
-from lightning_fed.rounds import Rounds, quiet_flower
+from lightning_fed.server import roster
+from lightning_fed.server.rounds import Rounds, quiet_flower
 from lightning_fed.strategies import WeightedMean
 from lightning_fed.testing import counting_client, failing_client, toy_weights
+from lightning_fed.values.metrics import COMPUTED, MetricState
+from lightning_fed.wire import messages
 from tests.helpers import SuperLinkLike, in_flower
 
 NODES = {9_000_000_017: 2, 31: 0, 5_555_555_555_555: 3, 77: 1}  # address -> client

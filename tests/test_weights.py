@@ -8,10 +8,10 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torchmetrics import MetricCollection, SumMetric
 
-from lightning_fed import running_mean, weights
 from lightning_fed.errors import ConfigurationError, InvalidUpdateError
-from lightning_fed.running_mean import RunningMean
-from lightning_fed.weights import check_update
+from lightning_fed.values import running_mean, weights
+from lightning_fed.values.running_mean import RunningMean
+from lightning_fed.values.weights import check_update
 from tests.references import weighted_mean
 
 

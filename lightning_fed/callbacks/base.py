@@ -16,7 +16,7 @@ from lightning_fed.seeding import seed_for
 from lightning_fed.strategies import WeightedMean
 
 if TYPE_CHECKING:
-    from lightning_fed.data import ClientLoaders
+    from lightning_fed.values.data import ClientLoaders
 
 Stage = Literal["train", "evaluate"]
 Decision = Literal["partition", "cohort", "aggregation", "failures"]

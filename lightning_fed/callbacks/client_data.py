@@ -11,8 +11,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from lightning_fed import checks
 from lightning_fed.callbacks.base import PartitionOwner
-from lightning_fed.data import ClientLoaders
 from lightning_fed.errors import ClientError, ConfigurationError
+from lightning_fed.values.data import ClientLoaders
 
 
 class ClientData(PartitionOwner):

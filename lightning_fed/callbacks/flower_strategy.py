@@ -12,10 +12,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_fed import checks, messages
+from lightning_fed import checks
 from lightning_fed.callbacks.base import FederatedCallback, Stage
 from lightning_fed.errors import ConfigurationError
-from lightning_fed.strategy_state import StrategyState
+from lightning_fed.wire import messages
+from lightning_fed.wire.strategy_state import StrategyState
 
 
 class FlowerStrategy(FederatedCallback):

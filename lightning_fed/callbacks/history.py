@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed.callbacks.base import ClientReport, FederatedCallback, Stage
-from lightning_fed.metrics import logged_names
+from lightning_fed.values.metrics import logged_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 
 from lightning_fed.callbacks.base import FederatedCallback
-from lightning_fed.metrics import LAST, RATE, MetricState
+from lightning_fed.values.metrics import LAST, RATE, MetricState
 
 
 class LearningRates(FederatedCallback):

@@ -15,9 +15,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed import checks
 from lightning_fed.callbacks.base import PartitionOwner
-from lightning_fed.data import ClientLoaders, in_memory, labels_of, require_sliceable, slice_loader
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_for
+from lightning_fed.values.data import ClientLoaders, in_memory, labels_of, require_sliceable, slice_loader
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner

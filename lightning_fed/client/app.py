@@ -12,21 +12,21 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from lightning_fed import messages
 from lightning_fed.client.changes import Changes, apply
-from lightning_fed.client.isolation import weights_of
-from lightning_fed.client.local_fit import local_evaluate, local_fit, set_up
-from lightning_fed.client.local_run import LocalOptions, LocalResult
-from lightning_fed.client.local_trainer import LocalTask
-from lightning_fed.client.look_ahead import LookAhead
-from lightning_fed.client.together import Together
-from lightning_fed.client.trial import Case
-from lightning_fed.data import ClientLoaders
+from lightning_fed.client.local.fit import local_evaluate, local_fit, set_up
+from lightning_fed.client.local.isolation import weights_of
+from lightning_fed.client.local.look_ahead import LookAhead
+from lightning_fed.client.local.run import LocalOptions, LocalResult
+from lightning_fed.client.local.trainer import LocalTask
+from lightning_fed.client.vectorized.dispatch import Together
+from lightning_fed.client.vectorized.probe import Case
 from lightning_fed.errors import ClientError
 from lightning_fed.seeding import random_states_kept
 from lightning_fed.state.snapshot import DataSnapshot, Snapshot
+from lightning_fed.values.data import ClientLoaders
+from lightning_fed.values.weights import Weights, split
 from lightning_fed.views import hand_over
-from lightning_fed.weights import Weights, split
+from lightning_fed.wire import messages
 
 
 @dataclass

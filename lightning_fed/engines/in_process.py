@@ -19,8 +19,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from lightning_fed import messages
 from lightning_fed.engines.base import Engine
+from lightning_fed.wire import messages
 
 T = TypeVar("T")
 

@@ -24,7 +24,6 @@ from flwr.app import ArrayRecord, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from lightning_fed import messages
 from lightning_fed.engines import transport
 from lightning_fed.engines.base import Engine
 from lightning_fed.engines.in_process import at_once, server_identity
@@ -33,6 +32,7 @@ from lightning_fed.engines.remote import AHEAD, Deadline, RemoteGrid
 from lightning_fed.engines.worker import Shared, Start
 from lightning_fed.errors import ClientError, ConfigurationError
 from lightning_fed.tracebacks import words
+from lightning_fed.wire import messages
 
 T = TypeVar("T")
 

@@ -25,7 +25,6 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_fed import messages
 from lightning_fed.engines import transport
 from lightning_fed.engines.base import Engine
 from lightning_fed.engines.in_process import server_identity
@@ -33,6 +32,7 @@ from lightning_fed.engines.remote import AHEAD, Deadline, RemoteGrid, packed
 from lightning_fed.engines.worker import Start, Task, serve
 from lightning_fed.errors import ClientError, ConfigurationError
 from lightning_fed.tracebacks import words
+from lightning_fed.wire import messages
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_fed.tensor_array import TensorArray
+from lightning_fed.wire.tensor_array import TensorArray
 
 _HEADER = struct.Struct("!QQ")  # bytes of the pickle, number of buffers beside it
 _ALIGNED = 64

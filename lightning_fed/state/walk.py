@@ -28,13 +28,13 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_fed.part import Part
 from lightning_fed.state import nodes
 from lightning_fed.state.code import of_class, of_function
 from lightning_fed.state.content import ARRAY, BYTES, TENSOR, Content, Generator, Limits, TensorFlags, is_plain
 from lightning_fed.state.generators import generator_kind, is_global
 from lightning_fed.state.nodes import Child, Container, Kind, Node, Step
 from lightning_fed.state.packages import is_library, is_machinery
+from lightning_fed.values.part import Part
 
 # Whoever holds so many objects holds a data set or a cache: the walk stops there.
 MOST_NODES = 20_000

@@ -8,9 +8,9 @@ from typing import Any
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from lightning_fed import messages
-from lightning_fed.running_mean import RunningMean
-from lightning_fed.weights import Weights
+from lightning_fed.values.running_mean import RunningMean
+from lightning_fed.values.weights import Weights
+from lightning_fed.wire import messages
 
 
 class WeightedMean(FedAvg):

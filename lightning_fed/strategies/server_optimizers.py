@@ -17,9 +17,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from lightning_fed import messages
 from lightning_fed.strategies.mean import WeightedMean
-from lightning_fed.weights import Weights
+from lightning_fed.values.weights import Weights
+from lightning_fed.wire import messages
 
 
 class ServerOptimizer(WeightedMean):

@@ -18,8 +18,8 @@ from flwr_datasets.partitioner import (
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from lightning_fed.callbacks import Partition
-from lightning_fed.data import gathering
 from lightning_fed.errors import ConfigurationError
+from lightning_fed.values.data import gathering
 
 SORTED = [0] * 50 + [1] * 50
 

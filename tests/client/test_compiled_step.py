@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._inductor import config
 
-from lightning_fed.client.compiled_step import CompiledStep
+from lightning_fed.client.vectorized.compiled_step import CompiledStep
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
-from lightning_fed.client.examples import batch_size, examples_in
-from lightning_fed.data import gathering
+from lightning_fed.client.local.examples import batch_size, examples_in
+from lightning_fed.values.data import gathering
 
 DATA = TensorDataset(torch.zeros(30, 2))
 

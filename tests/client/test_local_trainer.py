@@ -11,12 +11,12 @@ from lightning.pytorch.trainer import trainer as lightning_trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
-from lightning_fed.client.local_fit import local_evaluate, local_fit
-from lightning_fed.client.local_run import LocalOptions
-from lightning_fed.client.local_trainer import LocalTask
-from lightning_fed.data import ClientLoaders
+from lightning_fed.client.local.fit import local_evaluate, local_fit
+from lightning_fed.client.local.run import LocalOptions
+from lightning_fed.client.local.trainer import LocalTask
 from lightning_fed.testing import ToyModule, toy_data
-from lightning_fed.weights import read
+from lightning_fed.values.data import ClientLoaders
+from lightning_fed.values.weights import read
 from tests.helpers import QUIET
 
 FOUND: list[Any] = []
@@ -51,7 +51,7 @@ def test_no_random_states_are_kept_for_a_sanity_check_that_is_never_made(monkeyp
         asked.append(include_cuda)
         return isolate_rng(include_cuda)
 
-    monkeypatch.setattr("lightning_fed.client.local_trainer.isolate_rng", counted)
+    monkeypatch.setattr("lightning_fed.client.local.trainer.isolate_rng", counted)
     monkeypatch.setattr(lightning_trainer, "isolate_rng", counted)
     run(Looks(), local_fit)
     assert asked == [True]  # by Lightning's own trainer, which sets the module up

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from lightning_fed.client import schedules
+from lightning_fed.client.local import schedules
 from tests.integration.test_schedules import SCHEDULERS
 
 

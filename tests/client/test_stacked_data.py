@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, TensorDataset
 
-from lightning_fed.client.stacked_data import StackedLoader
-from lightning_fed.client.streams import NotStackable, Streams
+from lightning_fed.client.vectorized.data import StackedLoader
+from lightning_fed.client.vectorized.rng import NotStackable, Streams
 
 X, Y = torch.randn(60, 4, 3), torch.arange(60)
 NUMPY, COMPLEX = np.random.default_rng(0).random((60, 3)), torch.randn(12, 3, dtype=torch.complex64)

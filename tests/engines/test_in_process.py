@@ -8,9 +8,9 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 
-from lightning_fed import messages
 from lightning_fed.engines import Engine, InProcess
 from lightning_fed.testing import ENGINE_CASES, counting_client, failing_client, send, toy_weights
+from lightning_fed.wire import messages
 
 
 @pytest.mark.parametrize("case", ENGINE_CASES, ids=lambda case: case.__name__)

@@ -18,8 +18,8 @@ from lightning_fed import ClientError, ConfigurationError, FederatedTrainer, Rou
 from lightning_fed.callbacks import FaultTolerance, FederatedCallback, History
 from lightning_fed.engines import Processes
 from lightning_fed.engines.pool import start_method
-from lightning_fed.messages import CLIENT
 from lightning_fed.testing import ENGINE_CASES, ToyModule, counting_client, send, toy_data
+from lightning_fed.wire.messages import CLIENT
 from tests.engines.test_in_process import train_messages
 from tests.helpers import QUIET
 

@@ -16,7 +16,7 @@ from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData, PartialParticipation, Partition, TQDMRoundBar
 from lightning_fed.engines import Engine, InProcess, Processes, Ray
 from lightning_fed.testing import ToyModule, toy_data
-from lightning_fed.weights import Weights, read
+from lightning_fed.values.weights import Weights, read
 
 
 class Data(LightningDataModule):

@@ -12,7 +12,7 @@ from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData, History, Partition
 from lightning_fed.engines import Engine, InProcess, Processes
 from lightning_fed.testing import toy_data
-from lightning_fed.weights import Weights, read
+from lightning_fed.values.weights import Weights, read
 from tests.habits import DATA_HABITS, LOADERS, MODULE_HABITS, Data, DrawsAtModuleLevel, Habitual
 from tests.helpers import QUIET
 

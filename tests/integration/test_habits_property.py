@@ -26,7 +26,7 @@ from lightning_fed.callbacks import ClientData, FederatedCallback, History, Part
 from lightning_fed.engines import Engine, InProcess, Processes, Ray
 from lightning_fed.engines.in_process import InProcessGrid, server_identity
 from lightning_fed.testing import toy_data
-from lightning_fed.weights import Weights, read
+from lightning_fed.values.weights import Weights, read
 from tests.habits import DATA_HABITS, LOADERS, MODULE_HABITS, Data, Habitual
 from tests.helpers import QUIET
 

@@ -16,7 +16,7 @@ from lightning_fed import ClientError, ConfigurationError, FederatedTrainer
 from lightning_fed.callbacks import ClientData, FaultTolerance, History, Partition
 from lightning_fed.engines import Engine, InProcess, Processes
 from lightning_fed.testing import ToyModule, toy_data
-from lightning_fed.weights import read
+from lightning_fed.values.weights import read
 from tests.helpers import QUIET
 
 

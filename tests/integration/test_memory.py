@@ -16,13 +16,13 @@ import pytest
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from lightning_fed.client.local_fit import local_evaluate, local_fit
-from lightning_fed.client.local_run import LocalOptions
-from lightning_fed.client.local_trainer import LocalTask
-from lightning_fed.client.vectorized_fit import AsOne, vectorized_evaluate, vectorized_fit
-from lightning_fed.data import ClientLoaders
+from lightning_fed.client.local.fit import local_evaluate, local_fit
+from lightning_fed.client.local.run import LocalOptions
+from lightning_fed.client.local.trainer import LocalTask
+from lightning_fed.client.vectorized.fit import AsOne, vectorized_evaluate, vectorized_fit
 from lightning_fed.testing import ToyModule, toy_data
-from lightning_fed.weights import read
+from lightning_fed.values.data import ClientLoaders
+from lightning_fed.values.weights import read
 from tests.helpers import QUIET
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics.classification import MulticlassAUROC
 
-from lightning_fed import ClientError, ConfigurationError, FederatedTrainer, messages
+from lightning_fed import ClientError, ConfigurationError, FederatedTrainer
 from lightning_fed.callbacks import (
     ClientData,
     FedAdam,
@@ -30,6 +30,7 @@ from lightning_fed.callbacks import (
     Partition,
 )
 from lightning_fed.engines import Engine, InProcess
+from lightning_fed.wire import messages
 from tests.helpers import QUIET
 from tests.integration import plain
 

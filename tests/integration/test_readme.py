@@ -19,7 +19,7 @@ from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import FederatedCallback
 from lightning_fed.engines import Engine, InProcess, Processes, Ray
 from lightning_fed.testing import ToyModule, toy_data
-from lightning_fed.weights import Weights, read
+from lightning_fed.values.weights import Weights, read
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 

@@ -313,7 +313,7 @@ def test_where_nothing_is_scheduled_nothing_is_stepped(monkeypatch: pytest.Monke
     def no(*args: Any) -> None:
         raise AssertionError("a schedule is looked for")
 
-    monkeypatch.setattr("lightning_fed.client.schedules.Walk.__init__", no)
+    monkeypatch.setattr("lightning_fed.client.local.schedules.Walk.__init__", no)
     federated(ToyModule, 3)
 
 
@@ -774,7 +774,7 @@ def test_a_look_at_configure_optimizers_leaves_no_trace() -> None:
 
     one = built(Alone)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_fed.client.look_ahead.LookAhead.look", lambda self: None)
+        patch.setattr("lightning_fed.client.local.look_ahead.LookAhead.look", lambda self: None)
         FederatedTrainer(max_rounds=1, num_clients=2, **QUIET).fit(one, loader())
     torch.testing.assert_close(dict(one.state_dict()), dict(module.state_dict()), rtol=0, atol=0)
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData
-from lightning_fed.client import schedules
+from lightning_fed.client.local import schedules
 from lightning_fed.testing import ToyModule, toy_data
 from tests.helpers import QUIET
 from tests.integration.test_schedules import (

@@ -17,7 +17,7 @@ from lightning_fed import ConfigurationError, FederatedTrainer
 from lightning_fed.callbacks import FederatedCallback, Partition
 from lightning_fed.engines import Engine, InProcess, Processes
 from lightning_fed.testing import ToyModule, toy_data
-from lightning_fed.weights import Weights, read
+from lightning_fed.values.weights import Weights, read
 from tests.helpers import QUIET
 
 

@@ -19,9 +19,10 @@ from flwr.serverapp import strategy as flower
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch import nn
 
-from lightning_fed import ConfigurationError, messages
+from lightning_fed import ConfigurationError
 from lightning_fed.callbacks import FedAdam, FedAvg, FederatedCallback, FlowerStrategy
 from lightning_fed.strategies import ServerOptimizer, WeightedMean
+from lightning_fed.wire import messages
 from tests.integration.test_checkpoints import FEDERATION, fit, notes, saved
 
 pytestmark = pytest.mark.filterwarnings(

@@ -30,7 +30,7 @@ from lightning_fed.callbacks import (
     History,
     Partition,
 )
-from lightning_fed.client import compiled_step, together
+from lightning_fed.client.vectorized import compiled_step, dispatch
 from lightning_fed.errors import ClientError, ConfigurationError, FederationError
 from tests.helpers import QUIET
 
@@ -156,7 +156,7 @@ class Counter:
         self.train = self.evaluate = 0
         for stage in ("fit", "evaluate"):
             monkeypatch.setattr(
-                together, f"vectorized_{stage}", partial(self._count, stage, getattr(together, f"vectorized_{stage}"))
+                dispatch, f"vectorized_{stage}", partial(self._count, stage, getattr(dispatch, f"vectorized_{stage}"))
             )
 
     def _count(self, stage: str, function: Any, module: Any, datamodule: Any, loaders: Any, *args: Any) -> Any:
@@ -611,14 +611,14 @@ def test_what_would_be_slower_is_done_only_where_a_number_says_so(name: str, cou
 
 def test_how_many_at_once_follows_from_memory(monkeypatch: pytest.MonkeyPatch, counter: Counter) -> None:
     sizes: list[int] = []
-    fit = together.vectorized_fit
-    monkeypatch.setattr(together, "vectorized_fit", lambda *args: sizes.append(len(args[2])) or fit(*args))
+    fit = dispatch.vectorized_fit
+    monkeypatch.setattr(dispatch, "vectorized_fit", lambda *args: sizes.append(len(args[2])) or fit(*args))
     loaders = [train for train, _ in data(sizes=[16] * 9)]
     run(CASES["MLP"], vectorize_clients=True, max_rounds=1, loaders=loaders)
     assert sizes == [9]
     sizes.clear()
     each = 4 * 4 * sum(p.numel() for p in mlp().parameters())
-    monkeypatch.setattr(together, "_memory", lambda device: 6 * each)
+    monkeypatch.setattr(dispatch, "_memory", lambda device: 6 * each)
     run(CASES["MLP"], vectorize_clients=True, max_rounds=1, loaders=loaders)
     assert len(sizes) > 1
     assert max(sizes) <= 6

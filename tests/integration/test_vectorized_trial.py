@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData, History, Partition
 from lightning_fed.testing import ToyModule, toy_data
-from lightning_fed.weights import Weights, read
+from lightning_fed.values.weights import Weights, read
 from tests.helpers import QUIET
 
 
@@ -128,7 +128,7 @@ def test_a_sweep_compiles_in_each_of_its_runs(
     recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lightning_fed import trainer
-    from lightning_fed.client.compiled_step import CompiledStep
+    from lightning_fed.client.vectorized.compiled_step import CompiledStep
 
     compiled = []
 

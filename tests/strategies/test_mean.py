@@ -7,8 +7,8 @@ import torch
 from flwr.app import ArrayRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from lightning_fed import messages
 from lightning_fed.strategies import WeightedMean
+from lightning_fed.wire import messages
 from tests.helpers import in_flower
 from tests.references import run_rounds, weighted_mean
 from tests.strategies.plain_flower import SIZES, clients, plain_client, start

@@ -9,10 +9,11 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_fed import FederatedTrainer, messages
+from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData, FedAdagrad, FedAdam, FedAvgM, FedYogi
 from lightning_fed.strategies import AdagradMean, AdamMean, MomentumMean, YogiMean
 from lightning_fed.testing import ToyModule, toy_data
+from lightning_fed.wire import messages
 from tests import references
 from tests.helpers import in_flower
 from tests.strategies.plain_flower import clients, start

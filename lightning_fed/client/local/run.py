@@ -1,0 +1,294 @@
+"""What all local runs of clients have in common: options, hooks, trainer, and what is put back at the end."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+
+from lightning_fed.client.local.catch_up import catch_up
+from lightning_fed.client.local.elapsed import Plan
+from lightning_fed.client.local.fit_state import FitState
+from lightning_fed.client.local.hand_rates import HandRates, finetunes
+from lightning_fed.client.local.hand_steps import HandSteps
+from lightning_fed.client.local.isolation import (
+    Isolation,
+    LocalData,
+    put_back,
+    quiet,
+    restore_handlers,
+    signal_handlers,
+)
+from lightning_fed.client.local.own_callbacks import CallbackStates, keeps_state, own_copies
+from lightning_fed.client.local.trainer import LocalTask, LocalTrainer
+from lightning_fed.client.local.views import BuildingClientView, ClientDataView, ClientView, OwnDataView, client_view
+from lightning_fed.errors import ClientError
+from lightning_fed.seeding import seed_all
+from lightning_fed.state.snapshot import DataSnapshot
+from lightning_fed.values import weights
+from lightning_fed.values.data import ClientLoaders
+from lightning_fed.values.metrics import MetricState
+from lightning_fed.values.weights import Weights
+from lightning_fed.views import laid_over
+
+ClientState = Literal["reset", "carry", "global"]
+
+
+@dataclass
+class LocalOptions:
+    """What all local fits of a run have in common.
+
+    Attributes:
+        trainer: Arguments for each client's ``Trainer``.
+        epochs: Local epochs a round, or ``None`` where ``steps`` counts.
+        steps: Local optimizer steps a round, or ``None``.
+        callbacks: The user's client callbacks, copied for each fit.
+        method_callbacks: Builds the callbacks that federated methods bring, outermost first.
+        client_state: What becomes of optimizers and schedulers from round to round.
+        local_validation: Whether a fit validates on the client's held-out part.
+        rounds: The rounds of the run, or -1 for no limit.
+        isolation: Puts module and datamodule back after each local run.
+        log_dir: The server's ``log_dir``.
+    """
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    epochs: int | None = 1
+    steps: int | None = None
+    callbacks: Sequence[Callback] = ()
+    method_callbacks: Callable[[], Sequence[Callback]] = list
+    client_state: ClientState = "global"
+    local_validation: bool = False
+    rounds: int = -1
+    isolation: Isolation = field(default_factory=Isolation)
+    log_dir: str | None = None
+
+    def first_epoch(self, round: int) -> int:
+        """The number of the first epoch of a round: a client's epochs count on from round to round."""
+        return (round - 1) * (self.epochs or 1)
+
+
+@dataclass
+class LocalResult:
+    """What came of it.
+
+    Attributes:
+        weights: The client's own copy.
+        num_examples: What its loaders yield in an epoch.
+        scalars: The numbers that it logged.
+        metrics: The states of all that it logged.
+        state: What it keeps of optimizers and schedulers.
+        callback_states: What it keeps of its callbacks.
+        notes: What is to be said to the user.
+    """
+
+    weights: Weights
+    num_examples: int
+    scalars: dict[str, float]
+    metrics: list[MetricState]
+    state: bytes | None = None
+    callback_states: bytes | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class LocalHooks(Callback):
+    """What a local fit does at Lightning's hooks, besides the user's own.
+
+    Attributes:
+        hand_steps: Counts how the module steps schedules by hand, where that has to be known.
+        hand_rates: Watches learning rates that are set by hand, where the next fit does not know them.
+    """
+
+    hand_steps: HandSteps | None = None
+    hand_rates: HandRates | None = None
+
+    def __init__(self, options: LocalOptions, first_epoch: int) -> None:
+        self.options, self.first_epoch = options, first_epoch
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(trainer, LocalTrainer)
+        kept = FitState.load(trainer.task.state)
+        self.hand_steps = catch_up(trainer, self.options.client_state, kept)
+        if self.options.client_state == "global" and self.options.rounds != 1 and not finetunes(trainer):
+            self.hand_rates = HandRates(trainer, kept.rates)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.options.epochs and trainer.current_epoch + 1 == self.first_epoch + self.options.epochs:
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(trainer, LocalTrainer)
+        if trainer.validating and trainer.state.fn == "validate":
+            trainer.keep_logged(pl_module)
+
+
+def scalars(trainer: LocalTrainer) -> dict[str, float]:
+    """The client's own values of what it logged in the run's last epoch; not of its local validation."""
+    names = {state.name for state in trainer.caught}
+    return {name: float(v) for name, v in trainer.callback_metrics.items() if name in names and v.numel() == 1}
+
+
+def build_trainer(
+    task: LocalTask,
+    loaders: ClientLoaders,
+    module: LightningModule,
+    options: LocalOptions,
+    callbacks: Sequence[Callback],
+    validates: bool = False,
+    kind: type[LocalTrainer] = LocalTrainer,
+    datamodule: LightningDataModule | None = None,
+) -> LocalTrainer:
+    """A trainer of a ``kind`` for one local run, with ``callbacks`` before the user's own."""
+    # The epochs of the whole run, as current_epoch counts them; LocalHooks end the fit after the round's. A server
+    # that runs more rounds than this side was told of must not find that there is nothing left to train.
+    rounds = options.rounds if options.rounds == -1 else max(options.rounds, task.round)
+    plan = Plan(options.epochs, options.steps, rounds, options.client_state == "reset")
+    limit = {"max_epochs": plan.limits(rounds)[0], "max_steps": options.steps or -1}
+    arguments = {**copy.deepcopy(options.trainer), **limit}
+    if is_silent := not validates and not (options.local_validation and loaders.has_val()):
+        arguments["limit_val_batches"] = 0
+    callbacks = [*callbacks, *own_copies(options.callbacks, module, datamodule)]
+    if stateful := [callback for callback in callbacks if keeps_state(callback)]:
+        callbacks.append(CallbackStates(stateful))
+    trainer = kind(
+        task,
+        loaders,
+        module,
+        plan,
+        options.log_dir,
+        callbacks=callbacks,
+        # Modules that write to self.logger.experiment go on working; what they write goes nowhere.
+        logger=DummyLogger(),
+        log_every_n_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **arguments,
+    )
+    if is_silent:
+        trainer.limit_val_batches = 0  # which overfit_batches sets, too
+    return trainer
+
+
+def call(
+    run: Callable[..., Any],
+    trainer: LocalTrainer,
+    module: LightningModule,
+    datamodule: LightningDataModule | None,
+    train: bool,
+) -> None:
+    """Calls ``trainer.fit`` or ``trainer.validate`` with the data that the trainer was made for."""
+    data = data_of(trainer, module, datamodule, train)
+    if not train:
+        data["verbose"] = False
+    try:
+        run(module, **data)
+    except SystemExit as error:
+        # Lightning answers Ctrl-C in a fit with sys.exit(1); to the server it must still be Ctrl-C.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+
+
+def data_of(
+    trainer: LocalTrainer, module: LightningModule, datamodule: LightningDataModule | None, train: bool
+) -> dict[str, Any]:
+    """The data that a trainer was made for, as the arguments of ``fit`` or ``validate``."""
+    loaders = trainer.loaders
+    if loaders.datamodule is not None:
+        return {"datamodule": loaders.datamodule}
+    if datamodule is not None:
+        return {"datamodule": datamodule}
+    if not train:
+        return {"dataloaders": loaders.val}
+    # None would mean the module's own val_dataloader, which is the server's.
+    val = loaders.val
+    if val is None and is_overridden("validation_step", module, LightningModule):
+        val = []
+    return {"train_dataloaders": loaders.train, "val_dataloaders": val}
+
+
+@contextmanager
+def local_run(
+    module: LightningModule,
+    datamodule: LightningDataModule | None,
+    task: LocalTask,
+    options: LocalOptions,
+    purpose: str,
+    view: type[ClientView] | None = None,
+    own: LightningDataModule | None = None,
+) -> Iterator[LocalData]:
+    """Views, seeds, signal handlers and all that is not weights, put back at the end; random states are the caller's.
+
+    Gives what the run's loaders go through when Lightning asks for them.
+    """
+    seed_of, handlers = task.seed_of(purpose), signal_handlers()
+    data = LocalData(seed_of, options.isolation)
+    with ExitStack() as stack:
+        stack.callback(restore_handlers, handlers)
+        stack.enter_context(quiet())
+        held = stack.enter_context(options.isolation.around(module, datamodule))
+        stack.callback(options.isolation.say_grown, data.snapshots)
+        stack.enter_context(put_back(data.snapshots))
+        stack.push(partial(_without_gradients, module))
+        stack.callback(put_back_optimizers, module)
+        if own is not None:
+            stack.enter_context(put_back([DataSnapshot({"datamodule": own})]))
+            stack.enter_context(laid_over(own, OwnDataView))
+        elif datamodule is not None:
+            stack.enter_context(laid_over(datamodule, ClientDataView))
+        view = view or client_view(module)
+        stack.enter_context(laid_over(module, view))
+        if view is not BuildingClientView:
+            weights.load(module, task.weights)
+        for snapshot in held:
+            snapshot.seed(seed_of)
+        seed_all(seed_of(""))
+        yield data
+
+
+def _without_gradients(module: LightningModule, kind: type[BaseException] | None, *_: Any) -> None:
+    """Takes off what a run that failed has left; of one that did not its trainer has let go."""
+    if kind is not None:
+        module.zero_grad(set_to_none=True)
+
+
+def put_back_optimizers(module: LightningModule) -> None:
+    """Makes optimizers and schedulers that the module may keep what they were before its run."""
+    if isinstance(module._trainer, LocalTrainer):
+        module._trainer.as_configured.put_back()
+
+
+class MissingMetric(ClientError):
+    """A scheduler follows a metric that its client does not log."""
+
+
+def explain_monitor(error: MisconfigurationException, trainer: LocalTrainer) -> MissingMetric | None:
+    """A better error where a scheduler monitors what clients do not log."""
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and str(config.monitor) in str(error):
+            return missing_metric(config, trainer)
+    return None
+
+
+def missing_metric(config: LRSchedulerConfig, trainer: Trainer) -> MissingMetric:
+    """Says of a scheduler that its metric is not there, and what to write."""
+    way_out = (
+        "monitor what it logs"
+        if trainer.limit_val_batches
+        else "clients do not validate while they train. Write FederatedTrainer(local_validation=True) with"
+        " Partition(..., val_fraction=...), or monitor what training_step logs"
+    )
+    return MissingMetric(
+        f"has a {type(config.scheduler).__name__} that monitors {config.monitor!r}, which its local fit does not log:"
+        f" {way_out}: {sorted(trainer.callback_metrics)}."
+    )

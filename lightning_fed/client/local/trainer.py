@@ -1,0 +1,265 @@
+"""A client's task, and its trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.trainer import setup
+from lightning.pytorch.trainer import trainer as lightning_trainer
+from lightning.pytorch.trainer.connectors import callback_connector
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.seed import isolate_rng
+from torchmetrics import Metric
+
+from lightning_fed.client.local.as_configured import AsConfigured, held_by
+from lightning_fed.client.local.elapsed import Plan, TrainerInARun
+from lightning_fed.client.local.fast_loop import make_lean
+from lightning_fed.client.local.isolation import LocalData, making_data
+from lightning_fed.client.local.logged import LoggedValues
+from lightning_fed.client.local.shown import shown
+from lightning_fed.seeding import seed_for
+from lightning_fed.state.snapshot import DataSnapshot
+from lightning_fed.values.data import ClientLoaders, gathering
+from lightning_fed.values.metrics import MetricState, catch
+from lightning_fed.values.weights import Weights
+from lightning_fed.views import wrote
+
+
+@dataclass
+class LocalTask:
+    """What one client does in one round.
+
+    Attributes:
+        client: The client's index.
+        round: The round, from 1.
+        seed: The run's seed.
+        weights: The round's weights.
+        state: What the client kept of its last fit, by ``FitState.dump``.
+        callback_states: What its callbacks kept, by ``fit_state.dump_callbacks``.
+        set_up: Whether the module has to be set up.
+    """
+
+    client: int
+    round: int
+    seed: int
+    weights: Weights
+    state: bytes | None = None
+    callback_states: bytes | None = None
+    set_up: bool = False
+
+    def seed_of(self, purpose: str) -> Callable[[str], int]:
+        """Gives the seed of what draws for a purpose: of the generator at a path, of everybody's for an empty path."""
+        seed, round, client = self.seed, self.round, self.client  # and not the task, which has weights
+        return lambda path: seed_for(seed, f"{purpose}/{path}" if path else purpose, round=round, client=client)
+
+    @contextmanager
+    def making_data(self, maker: object) -> Iterator[None]:
+        """In the block the user's code makes the client's data: a random split is the same in each round and stage.
+
+        Args:
+            maker: What holds that code, and maybe generators of its own.
+        """
+        with making_data(DataSnapshot({"data": maker}), self.seed, self.client):
+            yield
+
+
+class _NoProfiler(PassThroughProfiler):
+    """Lightning's own makes a context for each of the twenty-odd calls of a step."""
+
+    _nothing = nullcontext()
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
+        return self._nothing
+
+
+# How many arguments of ``log`` may stand without a name: those before ``enable_graph``.
+_IN_ORDER = 5
+
+
+def how_logged(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All that ``self.log`` was told besides the value."""
+    return args, {name: value for name, value in kwargs.items() if name not in ("name", "value", "batch_size")}
+
+
+@contextmanager
+def _nothing_looked_for() -> Iterator[None]:
+    """A server's trainer looks for callbacks of other packages and for devices to tell of: a quarter of a small fit."""
+    look_for, tell = callback_connector._load_external_callbacks, setup._log_device_info
+    callback_connector._load_external_callbacks = lambda group: []
+    setup._log_device_info = lambda trainer: None
+    try:
+        yield
+    finally:
+        callback_connector._load_external_callbacks, setup._log_device_info = look_for, tell
+
+
+def _leave_signals() -> None:
+    """In place of Lightning's function that installs a trainer's own signal handlers."""
+
+
+def _stay() -> None:
+    """In place of the strategy's teardown, which moves module and optimizers to the CPU after every client."""
+
+
+def _is_set_up(trainer: Trainer) -> None:
+    """In place of the accelerator's setup, which frees the device's cached memory before every client."""
+
+
+def _nothing_resumed() -> None:
+    """In place of the end of Lightning's resuming, which does so, too: a client's fit has no checkpoint."""
+
+
+def _no_checkpoint(*args: Any, **kwargs: Any) -> None:
+    """In place of Lightning's choice, which on SLURM is the checkpoint that a requeued server finds."""
+
+
+def _on_its_own(plugins: Any) -> list[Any]:
+    """Plugins, and an environment of one process, for which Lightning looks for a cluster each time."""
+    given = [] if plugins is None else list(plugins) if isinstance(plugins, Iterable) else [plugins]
+    return given if any(isinstance(one, ClusterEnvironment) for one in given) else [*given, LightningEnvironment()]
+
+
+class LocalTrainer(TrainerInARun):
+    """A client's trainer. On a client ``self.trainer.current_round`` and ``self.trainer.client_id`` exist.
+
+    Args:
+        task: What the client does.
+        loaders: Its data.
+        module: The module that it trains.
+        plan: How the run divides a client's training into rounds.
+        log_dir: The server's; ``None`` for ``default_root_dir``.
+        fast_dev_run: Whether the run is one, which the user's code may ask. That alone: Lightning's would end the fit.
+        **kwargs: As ``Trainer``.
+
+    Attributes:
+        as_configured: Optimizers and schedulers as ``configure_optimizers`` gave them.
+    """
+
+    def __init__(
+        self,
+        task: LocalTask,
+        loaders: ClientLoaders,
+        module: LightningModule,
+        plan: Plan,
+        log_dir: str | None = None,
+        fast_dev_run: int | bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.task, self.loaders = task, loaders
+        self.as_configured = AsConfigured()
+        self.caught: list[MetricState] = []
+        self.computed: set[str] = set()
+        self.module_metrics = [child for child in module.modules() if isinstance(child, Metric)]
+        self.logs_its_way = wrote(module, LightningModule, "log")
+        kwargs["plugins"] = _on_its_own(kwargs.get("plugins"))
+        with _nothing_looked_for():
+            super().__init__(plan, task.round - 1, log_dir, profiler=_NoProfiler(), **kwargs)
+        self.fast_dev_run = fast_dev_run
+        make_lean(self)
+        self.strategy.teardown = _stay  # type: ignore[method-assign]
+        self.accelerator.setup = _is_set_up  # type: ignore[method-assign]
+        self._checkpoint_connector.resume_end = _nothing_resumed  # type: ignore[method-assign]
+        self._checkpoint_connector._select_ckpt_path = _no_checkpoint  # type: ignore[method-assign]
+        self.data: LocalData | None = None
+        self.strategy.setup_optimizers = partial(self._set_up_optimizers, self.strategy.setup_optimizers)  # type: ignore[method-assign]
+        self.strategy.process_dataloader = self._take  # type: ignore[assignment, method-assign]
+        for loop in (self.fit_loop.epoch_loop, self.fit_loop.epoch_loop.val_loop, self.validate_loop):
+            loop._results = LoggedValues(training=loop is self.fit_loop.epoch_loop)
+        # Signals are the server's: a client that heard SIGTERM, too, would break the round off.
+        self._signal_connector.register_signal_handlers = _leave_signals  # type: ignore[method-assign]
+
+    @property
+    def training(self) -> bool:
+        """Whether it trains. Lightning asks a dozen times a step, and its own compares strings."""
+        return self.state.stage is RunningStage.TRAINING
+
+    @training.setter
+    def training(self, value: bool) -> None:
+        assert Trainer.training.fset is not None  # type: ignore[attr-defined]
+        Trainer.training.fset(self, value)  # type: ignore[attr-defined]
+
+    def _run_stage(self) -> Any:
+        if not self.training:
+            return super()._run_stage()
+        # For a sanity check that a client never makes, Lightning keeps and puts back all random states of all devices.
+        lightning_trainer.isolate_rng = nullcontext  # type: ignore[assignment]
+        try:
+            return super()._run_stage()
+        finally:
+            lightning_trainer.isolate_rng = isolate_rng
+
+    def _run_sanity_check(self) -> None:
+        lightning_trainer.isolate_rng = isolate_rng  # what comes next may be the user's
+
+    def _take(self, loader: Any) -> Any:
+        """What becomes of a loader that Lightning has asked for."""
+        if self.data is not None:
+            self.data.take(loader)
+        return gathering(loader)
+
+    def _set_up_optimizers(self, set_up: Any, trainer: Trainer) -> None:
+        module = self.lightning_module
+        self.as_configured.keep(module, held_by(module))
+        set_up(trainer)
+        self.as_configured.keep(module, [*self.optimizers, *(config.scheduler for config in self.lr_scheduler_configs)])
+
+    def let_go(self, module: LightningModule) -> None:
+        """Lets go at once what is large: a trainer's reference cycles would keep it until a garbage collection."""
+        self.task = replace(self.task, weights={}, state=None)
+        module.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+
+    def keep_logged(self, module: LightningModule) -> None:
+        """Keeps what was logged in the epoch that is just ending, before Lightning resets it."""
+        unlogged, on_bar = shown((self._results or {}).values())
+        states = catch(self, module, self.computed)
+        self.caught = [replace(s, logged=s.name not in unlogged, on_bar=s.name in on_bar) for s in states]
+
+    @contextmanager
+    def naming(self, is_computed: bool) -> Iterator[None]:
+        """In the block a log of the user's own logs a value, which the module may have computed from a metric."""
+        known = {*(self._results or ())} if is_computed else set()
+        yield
+        if is_computed:
+            self.computed.update(result.meta.name for key, result in (self._results or {}).items() if key not in known)
+
+    def log_again(self, module: Any, name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Logs in a training step what Lightning has checked before; ``False`` where it has not."""
+        hook, connector = module._current_fx_name, self._logger_connector
+        # In the first step of an epoch a hook's old values are Lightning's to reset.
+        if not self.training or (connector._current_fx != hook and connector._first_loop_iter is not False):
+            return False
+        values, batch_size = self.fit_loop.epoch_loop._results, kwargs.get("batch_size")
+        if not values.log_again(hook, name, value, how_logged(args, kwargs), batch_size):  # type: ignore[attr-defined]
+            return False
+        connector._current_fx = hook
+        return True
+
+    def remember_log(self, module: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
+        """Takes note of what Lightning has checked."""
+        special = any(kwargs.get(name) for name in ("enable_graph", "metric_attribute"))
+        if self.training and len(args) <= _IN_ORDER and not special:
+            self.fit_loop.epoch_loop._results.remember(module._current_fx_name, name, how_logged(args, kwargs))  # type: ignore[attr-defined]
+
+    @property
+    def current_round(self) -> int:
+        """The round, from 1."""
+        return self.task.round
+
+    @property
+    def client_id(self) -> int:
+        """The client's index, from 0."""
+        return self.task.client
+
+    @property
+    def sets_up(self) -> bool:
+        """Whether this fit is the first to see the module, and sets it up."""
+        return self.task.set_up

@@ -1,0 +1,122 @@
+"""The views under which a client's trainer sees the module and the datamodule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_fed.values import weights
+from lightning_fed.views import View, users_own
+
+if TYPE_CHECKING:
+    from lightning_fed.client.local.trainer import LocalTrainer
+
+
+class ClientView(View):
+    """A module as a client sees it: all training hooks are the user's, set-up and checkpoints are not the client's."""
+
+    trainer: LocalTrainer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":  # Lightning sets it around every hook; torch would search the module for it
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def prepare_data(self) -> None:
+        if self.trainer.sets_up:
+            users_own(self, "prepare_data")()
+
+    def setup(self, stage: str) -> None:
+        # The server has set the same module up; doing it again would build new layers and read the data anew.
+        if self.trainer.sets_up:
+            users_own(self, "setup")(stage)
+
+    def teardown(self, stage: str) -> None:
+        pass
+
+    def train_dataloader(self) -> Any:
+        # Lightning is given the client's loader; who asks the module itself must not get everybody's data.
+        own = self.trainer.loaders.train
+        return users_own(self, "train_dataloader")() if own is None else own
+
+    def configure_callbacks(self) -> list[Callback]:
+        # They act at the server: a ModelCheckpoint from here would write checkpoints for every client.
+        return []
+
+    def on_train_epoch_end(self) -> None:
+        users_own(self, "on_train_epoch_end")()
+        # The last moment: the module has logged, and Lightning has not reset yet.
+        self.trainer.keep_logged(self)  # type: ignore[arg-type]
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        is_computed = isinstance(value, Tensor) and any(value is metric._computed for metric in trainer.module_metrics)
+        if is_computed:
+            trainer.computed.add(name)
+        if trainer.logs_its_way:  # what a log of the user's own makes of name and value only it knows
+            with trainer.naming(is_computed):
+                users_own(self, "log")(name, value, *args, **kwargs)
+        elif torch.compiler.is_compiling() or not trainer.log_again(self, name, value, args, kwargs):
+            super().log(name, value, *args, **kwargs)  # type: ignore[misc]
+            trainer.remember_log(self, name, args, kwargs)
+
+
+class BuildingClientView(ClientView):
+    """That of a module that builds layers in ``configure_model``: the weights can be loaded only then."""
+
+    def configure_model(self) -> None:
+        users_own(self, "configure_model")()
+        weights.load(self, self.trainer.task.weights)  # type: ignore[arg-type]
+
+
+def client_view(module: LightningModule) -> type[ClientView]:
+    """The view for a module: Lightning prepares a good deal for any ``configure_model``."""
+    return BuildingClientView if is_overridden("configure_model", module, LightningModule) else ClientView
+
+
+class ClientDataView(View):
+    """The server's datamodule as a client sees it: set up already, and with the client's loaders."""
+
+    trainer: LocalTrainer
+
+    def prepare_data(self) -> None:
+        pass
+
+    def setup(self, stage: str) -> None:
+        pass
+
+    def teardown(self, stage: str) -> None:
+        pass
+
+    def train_dataloader(self) -> Any:
+        return self.trainer.loaders.train
+
+    def val_dataloader(self) -> Any:
+        return [] if self.trainer.loaders.val is None else self.trainer.loaders.val
+
+
+class OwnDataView(View):
+    """A datamodule of the client's own. What it draws when it makes data is the same in each round and stage."""
+
+    trainer: LocalTrainer
+
+    def prepare_data(self) -> None:
+        with self.trainer.task.making_data(self):
+            users_own(self, "prepare_data")()
+
+    def setup(self, stage: str) -> None:
+        with self.trainer.task.making_data(self):
+            users_own(self, "setup")(stage)
+
+    def train_dataloader(self) -> Any:
+        with self.trainer.task.making_data(self):
+            return users_own(self, "train_dataloader")()
+
+    def val_dataloader(self) -> Any:
+        with self.trainer.task.making_data(self):
+            return users_own(self, "val_dataloader")()

@@ -1,0 +1,156 @@
+"""Several clients as one where that can be done, else one after the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_fed.client.local.run import LocalOptions, LocalResult
+from lightning_fed.client.local.trainer import LocalTask
+from lightning_fed.client.vectorized.compiled_step import CompiledStep
+from lightning_fed.client.vectorized.fit import AsOne, vectorized_evaluate, vectorized_fit
+from lightning_fed.client.vectorized.malloc_trim import Heap
+from lightning_fed.client.vectorized.probe import Case, Verdict, count_batches, decide, explain
+from lightning_fed.errors import ConfigurationError
+from lightning_fed.seeding import random_states_kept
+from lightning_fed.values.data import ClientLoaders
+from lightning_fed.values.weights import Weights
+
+Data = Callable[[int, int], ClientLoaders]
+
+
+class Together:
+    """Decides once a run whether clients can be trained (and evaluated) as one, and does it.
+
+    Args:
+        wanted: How many at once; ``True`` for as many as fit memory, where that is expected to be faster; ``"require"``
+            for that many in any case, or an error.
+        compiled: The module's compiled step, or ``None``.
+        workers: How many processes train at a time.
+    """
+
+    def __init__(self, wanted: int | str, compiled: CompiledStep | None = None, workers: int = 1) -> None:
+        self.wanted, self._compiled, self._workers = wanted, compiled, workers
+        self._verdicts: dict[str, Verdict] = {}
+        self._most: dict[str, int] = {}
+        self._said: set[str] = set()
+        self._heap = Heap()
+
+    def decide(self, case: Case, data: Data, clients: int, weights: Weights, seed: int) -> None:
+        """Finds out, before the first round.
+
+        Raises:
+            ConfigurationError: If clients cannot be trained as one, and that is required.
+        """
+        with random_states_kept():
+            self._decide(case, data, clients, weights, seed)
+
+    def _decide(self, case: Case, data: Data, clients: int, weights: Weights, seed: int) -> None:
+        try:
+            loaders = [data(client, 1) for client in range(min(clients, 2))]
+        except Exception as error:  # that is the client's own, when its turn comes
+            self._give_up(case.stage, Verdict(explain(error)))
+            return
+        if case.stage == "evaluate" and all(one.val is None and one.datamodule is None for one in loaders):
+            return
+        case = replace(case, must_pay=self.wanted is True)
+        verdict = self._verdicts[case.stage] = decide(case, loaders, weights, seed)
+        if verdict.reason is None:
+            memory = _memory(case.device) // self._workers
+            self._most[case.stage] = verdict.cost.at_once(case.device, memory, case.must_pay)
+            if verdict.draws and self._compiled is not None and case.stage == "train":
+                self._say(
+                    "compile_clients: clients train uncompiled, for their steps draw random numbers (Dropout, ...)."
+                )
+            return
+        if self.wanted == "require" and case.stage == "train":
+            raise ConfigurationError(
+                f"vectorize_clients='require': clients cannot be trained as one: {verdict.reason}. Write"
+                " vectorize_clients=True to train them one after the other where that is so."
+            )
+        self._give_up(case.stage, verdict)
+
+    def _give_up(self, stage: str, verdict: Verdict) -> None:
+        self._verdicts[stage] = verdict
+        self._say(f"vectorize_clients: clients {stage} one after the other: {verdict.reason}.")
+
+    def size(self, stage: str) -> int:
+        """How many clients to serve at once."""
+        verdict = self._verdicts.get(stage)
+        if verdict is None or verdict.reason is not None:
+            return 1
+        if self.wanted is not True and isinstance(self.wanted, int):
+            return self.wanted
+        return self._most[stage]
+
+    def run(
+        self,
+        stage: str,
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        data: Data,
+        tasks: Sequence[LocalTask],
+        options: LocalOptions,
+    ) -> list[LocalResult | None]:
+        """Each client's result; ``None`` for one that has to be served alone, where also its errors are its own."""
+        with random_states_kept():
+            return self._run(stage, module, datamodule, data, tasks, options)
+
+    def _run(
+        self,
+        stage: str,
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        data: Data,
+        tasks: Sequence[LocalTask],
+        options: LocalOptions,
+    ) -> list[LocalResult | None]:
+        results: list[LocalResult | None] = [None] * len(tasks)
+        loaders: dict[int, ClientLoaders] = {}
+        groups: dict[int, list[int]] = {}
+        for i, task in enumerate(tasks):
+            try:
+                loaders[i] = data(task.client, task.round)
+                groups.setdefault(count_batches(loaders[i], stage), []).append(i)
+            except Exception:
+                continue
+        together = vectorized_fit if stage == "train" else vectorized_evaluate
+        draws = self._verdicts[stage].draws
+        how = AsOne(draws, None if draws else self._compiled)
+        if len(loaders) > 1 and all(len(members) == 1 for members in groups.values()):
+            alone = f"vectorize_clients: clients {stage} one after the other"
+            self._say(f"{alone}: no two of them have equally many batches an epoch.", f"{stage} uneven")
+        for members in groups.values():
+            if len(members) == 1:
+                continue
+            own = [loaders[i] for i in members], [tasks[i] for i in members]
+            try:
+                found = together(module, datamodule, *own, options, how)
+            except Exception as error:
+                here, reason = f"in round {tasks[0].round} clients", explain(error)
+                self._say(f"vectorize_clients: {here} {stage} one after the other: {reason}.", f"{stage} {reason}")
+                continue
+            for i, result in zip(members, found, strict=True):
+                results[i] = result
+        self._heap.tidy()
+        return results
+
+    def _say(self, what: str, once: str = "") -> None:
+        """Says something, unless it has been said; ``once`` is what it comes to, where that is not the text itself."""
+        if (once or what) not in self._said:
+            self._said.add(once or what)
+            rank_zero_warn(what)
+
+
+def _memory(device: torch.device) -> int:
+    """The bytes that stacks may take: a part of what there is, not of what is free, which changes from run to run."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) // 2
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    return 1 << 30

@@ -1,0 +1,275 @@
+"""Whether a module's clients can be trained as one: a look at what is written, and a trial on a few batches.
+
+The trial trains two clients as one and each alone, and compares: also code that mixes clients without an error, such as
+a norm over all gradients in a callback, is found out.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import BaseFinetuning
+from torch import nn
+
+from lightning_fed.client.local.examples import examples_in
+from lightning_fed.client.local.fit import local_evaluate, local_fit
+from lightning_fed.client.local.own_callbacks import keeps_state
+from lightning_fed.client.local.run import LocalOptions, LocalResult
+from lightning_fed.client.local.trainer import LocalTask
+from lightning_fed.client.vectorized.cost import Kept, StackCost, Written, weight_bytes
+from lightning_fed.client.vectorized.data import batches_of
+from lightning_fed.client.vectorized.fit import AsOne, vectorized_evaluate, vectorized_fit
+from lightning_fed.client.vectorized.likeness import apart, compare
+from lightning_fed.client.vectorized.rng import NotStackable
+from lightning_fed.values.data import ClientLoaders
+from lightning_fed.values.weights import Weights, parameter_names
+from lightning_fed.views import wrote
+
+# Hooks that see a stacked batch, a summed loss or all clients' numbers at once.
+_HOOKS = {
+    "train": (
+        *("on_train_batch_start", "on_train_batch_end", "on_train_epoch_end", "on_before_backward", "backward"),
+        *("optimizer_step", "optimizer_zero_grad", "lr_scheduler_step", "configure_gradient_clipping"),
+    ),
+    "evaluate": (
+        *("on_validation_start", "on_validation_epoch_start", "on_validation_batch_start", "on_validation_batch_end"),
+        *("on_validation_epoch_end", "on_validation_end"),
+    ),
+}
+# Hooks that see stacked parameters and gradients, which is right where they act element by element: who writes them
+# says so by ``acts_elementwise = True``. A norm over all clients may be harmless in a trial and wrong later.
+_ELEMENTWISE_HOOKS = (
+    *("on_fit_start", "on_fit_end", "on_train_start", "on_train_end", "on_train_epoch_start"),
+    *("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"),
+)
+_OF_BOTH = ("configure_model", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "log")
+# Trainer arguments that clients trained as one cannot share.
+_ARGUMENTS = ("overfit_batches", "reload_dataloaders_every_n_epochs", "plugins", "detect_anomaly")
+_BATCHES = 2
+
+
+@dataclass
+class Verdict:
+    """What was found.
+
+    Attributes:
+        reason: Why clients cannot be trained as one, a clause; ``None`` if they can.
+        draws: Whether their steps draw random numbers.
+        cost: What each client adds to a stack.
+    """
+
+    reason: str | None = None
+    draws: bool = False
+    cost: StackCost = field(default_factory=StackCost)
+
+
+@dataclass
+class Case:
+    """What is tried: everything that a client's work has in common with the others'.
+
+    Attributes:
+        module: The module.
+        datamodule: The server's, or ``None``.
+        options: Those of local runs.
+        stage: ``"train"`` or ``"evaluate"``.
+        has_mods: Whether there are client mods in this stage.
+        must_pay: Refuse also what can be done but is expected to be slower.
+    """
+
+    module: LightningModule
+    datamodule: LightningDataModule | None
+    options: LocalOptions
+    stage: str
+    has_mods: bool = False
+    must_pay: bool = False
+
+    def refuse(self) -> None:
+        """Looks at what is written.
+
+        Raises:
+            NotStackable: If it cannot be done.
+        """
+        for reason in self._reasons():
+            raise NotStackable(reason)
+
+    def _reasons(self) -> Iterator[str]:
+        module, arguments = self.module, self.options.trainer
+        if self.has_mods:
+            yield "client mods work on one client's message"
+        name = type(module).__name__
+        names = (*_HOOKS[self.stage], *_OF_BOTH)
+        yield from (f"{name} writes {hook}" for hook in names if wrote(module, LightningModule, hook))
+        if self.stage == "train":
+            yield from _undeclared(module, LightningModule, name)
+        if self.datamodule is not None:
+            hooks = (hook for hook in _OF_BOTH if hasattr(LightningDataModule, hook))
+            kind = type(self.datamodule).__name__
+            yield from (f"{kind} writes {hook}" for hook in hooks if wrote(self.datamodule, LightningDataModule, hook))
+        for child in module.modules():
+            if isinstance(child, nn.RNNBase):
+                yield f"nn.{type(child).__name__} keeps its weights where they cannot be stacked"
+        yield from (f"{argument}={arguments[argument]!r}" for argument in _ARGUMENTS if arguments.get(argument))
+        if str(arguments.get("precision")) in ("16", "16-mixed"):
+            yield f"precision={arguments['precision']!r} scales the loss of all clients by one number"
+        for callback in (*self.options.callbacks, *self.options.method_callbacks()):
+            kind = f"the client callback {type(callback).__name__}"
+            if self.stage == "train" and isinstance(callback, BaseFinetuning):
+                yield f"{kind} freezes and unfreezes layers by epoch"
+            if keeps_state(callback):
+                yield f"{kind} keeps a state with each client"
+            for hook in _HOOKS[self.stage]:
+                if hasattr(Callback, hook) and wrote(callback, Callback, hook):
+                    yield f"{kind} writes {hook}"
+            if self.stage == "train":
+                yield from _undeclared(callback, Callback, kind)
+        if self.stage == "evaluate":
+            return
+        if not module._automatic_optimization:  # the server's view has none
+            yield f"{name} optimizes manually"
+        if self.options.client_state == "carry":
+            yield "client_state='carry' keeps optimizers apart"
+        if self.options.local_validation:
+            yield "local_validation=True"
+
+    def check_cost(self, kept: int = 0) -> StackCost:
+        """What a client costs, of whom a pass keeps so many bytes.
+
+        Raises:
+            NotStackable: If training so is expected to be slower, and it must pay.
+        """
+        cost = StackCost(weight_bytes(self.module), kept)
+        reason = cost.why_slower(self.device) if self.must_pay and self.stage == "train" else None
+        if reason is not None:
+            raise NotStackable(reason)
+        return cost
+
+    @property
+    def device(self) -> torch.device:
+        """Where clients train."""
+        trainer: Any = self.module.trainer
+        return trainer.strategy.root_device  # type: ignore[no-any-return]
+
+
+def _undeclared(instance: object, base: type, name: str) -> Iterator[str]:
+    if not getattr(instance, "acts_elementwise", False):
+        for hook in _ELEMENTWISE_HOOKS:
+            if wrote(instance, base, hook):
+                yield f"{name} writes {hook}, and does not say acts_elementwise = True"
+
+
+def decide(case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed: int) -> Verdict:
+    """Tries two clients as one against each alone, on their first batches.
+
+    Args:
+        case: What is tried.
+        loaders: The data of two clients, or of one.
+        weights: The global weights.
+        seed: The run's seed.
+    """
+    try:
+        case.refuse()
+        case.check_cost()
+        loaders = _two(loaders, case.stage)
+        draws, together, kept = _measure(case, loaders, weights, seed)
+        cost = case.check_cost(kept // 2)
+        alone = _run(case, loaders, weights, seed, draws=None)
+        try:
+            trained = parameter_names(case.module)
+            compare(together, alone, weights, trained)
+        except NotStackable:
+            if not draws:
+                raise
+            # The same numbers may be drawn in another order (of a transposed tensor). Nobody else may matter, though.
+            among_others = _run(case, [loaders[0]] * 2, weights, seed, draws=True, clients=(0, 2))
+            compare(together[:1], among_others[:1], weights, trained)
+    except Exception as error:
+        return Verdict(reason=explain(error))
+    return Verdict(draws=draws, cost=cost)
+
+
+def _measure(
+    case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed: int, draws: bool = False
+) -> tuple[bool, list[LocalResult], int]:
+    """Whether steps draw random numbers, two clients' results, trained as one, and the bytes a pass keeps of both."""
+    passes = Kept() if case.stage == "train" else Written()
+    try:
+        with passes:
+            return draws, _run(case, loaders, weights, seed, draws), passes.bytes
+    except RuntimeError as error:
+        if draws or "randomness" not in str(error):
+            raise
+    return _measure(case, loaders, weights, seed, draws=True)
+
+
+def _two(loaders: Sequence[ClientLoaders], stage: str) -> list[ClientLoaders]:
+    counts = [count_batches(one, stage) for one in loaders]
+    return list(loaders) if len(counts) == 2 and counts[0] == counts[1] else [loaders[0], loaders[0]]
+
+
+def count_batches(loaders: ClientLoaders, stage: str) -> int:
+    """The batches of an epoch of a client.
+
+    Raises:
+        NotStackable: If nothing tells, or there are none.
+    """
+    if loaders.datamodule is not None:
+        raise NotStackable("each client has a datamodule of its own")
+    own = loaders.train if stage == "train" else loaders.val
+    count = batches_of(own)
+    if examples_in(own) is None:
+        raise NotStackable("nothing tells how many examples a client has")
+    if not count:
+        raise NotStackable("a client has no batches")
+    return count
+
+
+def _run(
+    case: Case,
+    loaders: Sequence[ClientLoaders],
+    weights: Weights,
+    seed: int,
+    draws: bool | None,
+    clients: tuple[int, int] = (0, 1),
+) -> list[LocalResult]:
+    """Two clients' results, trained as one, or each alone where ``draws`` is ``None``."""
+    stage = case.stage
+    tasks = [LocalTask(client, 1, seed, own) for client, own in zip(clients, apart(weights, stage), strict=True)]
+    limit = "limit_train_batches" if stage == "train" else "limit_val_batches"
+    given = case.options.trainer.get(limit)
+    few = {limit: min(given, _BATCHES) if type(given) is int else _BATCHES}
+    steps = case.options.steps and min(case.options.steps, _BATCHES)
+    options = replace(case.options, trainer={**case.options.trainer, **few}, steps=steps)
+    common = case.module, case.datamodule
+    if draws is None:
+        alone: Callable[..., LocalResult] = local_fit if stage == "train" else local_evaluate
+        return [alone(*common, one, task, options) for one, task in zip(loaders, tasks, strict=True)]
+    together = vectorized_fit if stage == "train" else vectorized_evaluate
+    return together(*common, loaders, tasks, options, AsOne(draws, is_trial=True))
+
+
+def explain(error: Exception) -> str:
+    """Why it cannot be done, with the line of the user's code where that was found out."""
+    text = " ".join(str(error).split())
+    if "data-dependent control flow" in text:
+        text = "what it does depends on the data"
+    elif "combined_loader" in text:
+        text = "it asks the trainer for a loader, which clients that are trained as one do not share"
+    elif ".item()" in text:
+        text = "it takes a number out of a tensor, which has one for each client"
+    elif not isinstance(error, NotStackable):
+        text = f"{type(error).__name__}: {text.split('. ')[0][:200]}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
+    if not frames:
+        return text
+    return f"{text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: `{frames[-1].line}`)"
+
+
+def _is_library(filename: str) -> bool:
+    own = str(Path(__file__).parents[1])
+    return "site-packages" in filename or filename.startswith((own, "<"))

@@ -1,0 +1,226 @@
+"""The messages and replies of one stage of one round; what clients send is checked here, before a strategy sees it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_fed.callbacks.base import ClientReport, FailureOwner, Stage
+from lightning_fed.errors import ClientError, FederationError, RoundError
+from lightning_fed.server.roster import CohortGrid, Roster
+from lightning_fed.tracebacks import let_go, words
+from lightning_fed.values import metrics
+from lightning_fed.values.running_mean import RunningMean
+from lightning_fed.values.weights import Weights, check_reply, split
+from lightning_fed.wire import messages
+from lightning_fed.wire.messages import Reply
+
+
+@dataclass
+class Terms:
+    """What all exchanges of a run have in common.
+
+    Attributes:
+        strategy: Makes the messages.
+        roster: Who is behind Flower's addresses.
+        failures: Decides what becomes of failed clients.
+        tell: ``tell(hook, *arguments)`` calls a hook of all callbacks.
+        seed: The run's seed.
+        timeout: Seconds to wait for the replies of one stage.
+    """
+
+    strategy: Strategy
+    roster: Roster
+    failures: FailureOwner
+    tell: Callable[..., None]
+    seed: int
+    timeout: float
+
+
+@dataclass
+class About:
+    """What is known of the names that clients logged.
+
+    Attributes:
+        rates: Those of learning rates.
+        unlogged: Those that no client wants to have logged.
+        on_bar: Those that a client wants on the progress bar.
+    """
+
+    rates: frozenset[str] = frozenset()
+    unlogged: frozenset[str] = frozenset()
+    on_bar: frozenset[str] = frozenset()
+
+    def __or__(self, other: About) -> About:
+        return About(self.rates | other.rates, self.unlogged | other.unlogged, self.on_bar | other.on_bar)
+
+    def under(self, prefix: str) -> About:
+        """The same of names with a prefix."""
+        each = (self.rates, self.unlogged, self.on_bar)
+        return About(*(frozenset(prefix + name for name in names) for names in each))
+
+
+class Exchange:
+    """The messages and replies of one stage of one round."""
+
+    def __init__(self, terms: Terms, stage: Stage, round: int, cohort: Sequence[int], weights: Weights) -> None:
+        self.terms, self.stage, self.round, self.cohort = terms, stage, round, cohort
+        self.weights = weights
+        self.integers = RunningMean()
+        self.states: list[tuple[float, list[metrics.MetricState]]] = []
+        self.reported: list[tuple[float, dict[str, float]]] = []
+        self.notes: dict[str, None] = {}
+        self.good = self.failed = 0
+        self.raised: Exception | None = None  # by a callback or the engine while the strategy read the replies
+
+    def messages(self, grid: Grid) -> list[Message]:
+        """What the strategy sends, in client order. (Flower shuffles, with the global random state.)
+
+        Raises:
+            RoundError: If the strategy raises.
+        """
+        strategy, roster = self.terms.strategy, self.terms.roster
+        averaged, integers = split(self.weights)
+        configure = strategy.configure_train if self.stage == "train" else strategy.configure_evaluate
+        cohort_grid = CohortGrid(grid, [roster.node_of(client) for client in self.cohort])
+        config = messages.round_config(self.round, self.terms.seed)
+        try:
+            sent = list(configure(self.round, messages.pack(averaged), config, cohort_grid))
+        except FederationError:
+            raise
+        except Exception as error:
+            raise RoundError(
+                f"Round {self.round}: {name_of(strategy)} could not make the {self.stage} messages: {words(error)}",
+                round=self.round,
+                stage=self.stage,
+            ) from error
+        messages.attach_integers(sent, integers)
+        sent.sort(key=lambda message: roster.client_of(message.metadata.dst_node_id))
+        self.cohort = [roster.client_of(message.metadata.dst_node_id) for message in sent]
+        return sent
+
+    def replies(self, replies: Iterable[Message]) -> Iterator[Message]:
+        """The good replies in client order, as a strategy sees them; failures go to their owner."""
+        try:
+            yield from self._replies(replies)
+        except Exception as error:
+            self.raised = error
+            raise
+
+    def _replies(self, replies: Iterable[Message]) -> Iterator[Message]:
+        waiting = {self.terms.roster.node_of(client): client for client in self.cohort}
+        if isinstance(replies, Sequence):
+            replies = sorted(replies, key=lambda reply: waiting.get(reply.metadata.src_node_id, -1))
+        for reply in replies:
+            client = waiting.pop(reply.metadata.src_node_id, None)
+            if client is None:
+                self._leave_out(reply)
+                continue
+            try:
+                coefficient = self._accept(client, reply)
+            except ClientError as error:
+                self._failed(error)
+                continue
+            self.good += 1
+            if coefficient:
+                yield reply
+            # Let it go before the iterator trains the next client.
+            del reply
+        for client in sorted(waiting.values()):
+            self._failed(self._error(client, f"did not reply within {self.terms.timeout:g} s."))
+
+    def names(self, which: Callable[[metrics.MetricState], bool]) -> frozenset[str]:
+        """The names of those of the clients' states of which something holds."""
+        return frozenset(state.name for _, states in self.states for state in states if which(state))
+
+    def about(self) -> About:
+        """What clients tell of the names that they logged."""
+        logged = self.names(lambda state: state.logged)
+        return About(
+            rates=self.names(lambda state: state.attribute == metrics.RATE),
+            unlogged=self.names(lambda state: not state.logged) - logged,
+            on_bar=self.names(lambda state: state.on_bar),
+        )
+
+    def require_enough(self) -> None:
+        """Raises:
+        RoundError: If there are fewer good replies than the owner of failures asks for.
+        """
+        needed = self.terms.failures.min_results(len(self.cohort))
+        if self.good < needed:
+            raise RoundError(
+                f"Round {self.round}: {self.good} of {len(self.cohort)} clients gave a good {self.stage} reply, and"
+                f" {needed} are needed. The weights of the round before are kept in the last checkpoint.",
+                round=self.round,
+                stage=self.stage,
+            )
+
+    def _accept(self, client: int, reply: Message) -> float:
+        if reply.has_error():
+            said, exception = messages.raised(reply)
+            raise self._error(client, _explain(said, exception)) from exception
+        try:
+            read = messages.read_reply(reply)
+            self._check(read)
+        except ClientError as error:
+            raise self._error(client, str(error), type(error), error.tensor) from error.__cause__
+        self.notes.update(dict.fromkeys(read.extras.notes))
+        if self.stage == "train" and read.extras.integers:
+            # A strategy that weighs all clients alike (ours say so) gets it for these, too.
+            alike = getattr(self.terms.strategy, "uniform", False)
+            self.integers.add(read.extras.integers, 1.0 if alike else read.num_examples)
+        if read.num_examples:
+            self.states.append((read.num_examples, metrics.with_own(read.extras.states, read.scalars)))
+            self.reported.append((read.num_examples, read.scalars))
+            report = ClientReport(client, read.num_examples, read.scalars)
+            self.terms.tell("on_client_end", self.round, self.stage, report)
+        return read.num_examples
+
+    def _check(self, read: Reply) -> None:
+        """Raises:
+        ClientError: If a reply cannot be used.
+        """
+        count, trains = read.num_examples, self.stage == "train"
+        if not math.isfinite(count) or count < 0 or (trains and not count):
+            least = "greater than 0" if trains else "at least 0 (nothing to evaluate on)"
+            raise ClientError(
+                f"reports {count:g} examples; it cannot be averaged: their number must be finite and {least}."
+            )
+        if not trains:
+            return
+        if read.arrays is None:
+            raise ClientError("sent no weights.")
+        check_reply(read.arrays, read.extras.integers, self.weights)
+
+    def _leave_out(self, reply: Message) -> None:
+        rank_zero_warn(
+            f"Round {self.round}, {self.stage}: a reply of node {reply.metadata.src_node_id} is left out: it has"
+            " replied already, or nobody asked it."
+        )
+
+    def _error(
+        self, client: int, what: str, kind: type[ClientError] = ClientError, tensor: str | None = None
+    ) -> ClientError:
+        message = f"Round {self.round}, {self.stage}: client {client} {what}"
+        return kind(message, round=self.round, client=client, stage=self.stage, tensor=tensor)
+
+    def _failed(self, error: ClientError) -> None:
+        self.failed += 1
+        self.terms.failures.on_failure(error, self.failed, len(self.cohort))
+        self.terms.tell("on_client_error", self.round, self.stage, error)
+        let_go(error)  # somebody may keep it, and its frames have the client's weights and batches
+
+
+def name_of(strategy: Strategy) -> str:
+    """A strategy's own name, or its class's."""
+    return str(getattr(strategy, "name", type(strategy).__name__))
+
+
+def _explain(said: str, exception: BaseException | None) -> str:
+    return str(exception) if isinstance(exception, FederationError) else f"raised {said}"

@@ -1,0 +1,120 @@
+"""Who is behind Flower's addresses, and what of the grid a strategy sees."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, cast
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from lightning_fed.errors import ConfigurationError
+from lightning_fed.wire import messages
+
+
+class Roster(Protocol):
+    """Which client is behind which of Flower's addresses. Our own grids are rosters themselves."""
+
+    @property
+    def num_clients(self) -> int: ...
+    def node_of(self, client: int) -> int: ...
+    def client_of(self, node_id: int) -> int: ...
+
+
+class CohortGrid(Grid):
+    """What a strategy sees of the grid: the cohort, in client order."""
+
+    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
+        self._grid, self._node_ids = grid, node_ids
+        self._asked, self._since = 0, 0.0
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The cohort's addresses.
+
+        Raises:
+            ConfigurationError: If a strategy waits for more clients than the cohort has; it would wait for ever.
+        """
+        # Flower's way to wait is to ask again and again, with a second's sleep between.
+        self._asked += 1
+        self._since = self._since or time.monotonic()
+        if self._asked > 3 and time.monotonic() - self._since > 1.9:
+            raise ConfigurationError(
+                f"The strategy waits for more clients than take part in the round: {len(self._node_ids)}. Lower its"
+                " min_train_nodes, min_evaluate_nodes and min_available_nodes (Flower's default is 2 each), or raise"
+                " the number of clients."
+            )
+        return list(self._node_ids)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """As the grid below."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As the grid below."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """As the grid below."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """As the grid below."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+    def set_run(self, run: Any) -> None:
+        """As the grid below."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """As the grid below."""
+        return self._grid.run
+
+
+class RollCall:
+    """A roster for a grid that is not ours: every node is asked once which client it is.
+
+    Raises:
+        ConfigurationError: If too few nodes connect in time, or two of them say they are the same client.
+    """
+
+    def __init__(self, grid: Grid, timeout: float, least: int) -> None:
+        nodes = self._wait(grid, timeout, least)
+        asked = [Message(RecordDict(), node_id, MessageType.QUERY) for node_id in nodes]
+        self._client_of: dict[int, int] = {}
+        for reply in grid.send_and_receive(asked, timeout=timeout):
+            if reply.has_error():
+                raise ConfigurationError(f"A client did not say who it is: {reply.error.reason}")
+            config = messages.first(reply.content, ConfigRecord) or ConfigRecord()
+            self._client_of[reply.metadata.src_node_id] = int(cast(int, config[messages.CLIENT]))
+        self._node_of = {client: node_id for node_id, client in self._client_of.items()}
+        if sorted(self._node_of) != list(range(len(nodes))):
+            raise ConfigurationError(
+                f"{len(nodes)} nodes say they are clients {sorted(self._client_of.values())}: give them the"
+                f" {messages.CLIENT} 0 to {len(nodes) - 1} in their node config, each once."
+            )
+
+    @staticmethod
+    def _wait(grid: Grid, timeout: float, least: int) -> list[int]:
+        until = time.monotonic() + timeout
+        while len(nodes := list(grid.get_node_ids())) < least:
+            if time.monotonic() > until:
+                raise ConfigurationError(f"{len(nodes)} clients connected within {timeout:g} s; {least} are needed.")
+            time.sleep(0.2)
+        return nodes
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients there are."""
+        return len(self._client_of)
+
+    def node_of(self, client: int) -> int:
+        """Flower's address of a client."""
+        return self._node_of[client]
+
+    def client_of(self, node_id: int) -> int:
+        """The client at one of Flower's addresses."""
+        return self._client_of[node_id]

@@ -1,0 +1,56 @@
+"""What is said of a federation when a fit begins: who takes part, and by which method."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_fed.callbacks.base import FederatedCallback
+from lightning_fed.callbacks.flower_strategy import FlowerStrategy
+from lightning_fed.server.owners import Owners
+
+# Beyond so many clients each one's data is not looked at.
+_MOST_CLIENTS = 1000
+
+
+def summary(
+    owners: Owners, clients: int, max_rounds: int | None, engine: str, evaluates: bool, deals: bool = True
+) -> str:
+    """A few lines.
+
+    Args:
+        owners: Who decides what.
+        clients: How many there are.
+        max_rounds: How many rounds there will be; -1 for no limit.
+        engine: The engine, and where it trains.
+        evaluates: Whether clients evaluate.
+        deals: Whether clients' data is dealt out here, so that its sizes are known.
+    """
+    train, evaluate = (owners.cohorts.size(stage, clients) for stage in ("train", "evaluate"))
+    evaluating = f", {evaluate} evaluate" if evaluates else ""
+    limit = "no limit of rounds" if max_rounds == -1 else f"rounds: {max_rounds}"
+    sizes = owners.partition.sizes() if deals and clients <= _MOST_CLIENTS else None
+    rows = {
+        "clients": f"{clients}{_examples(sizes)}",
+        "each round": f"{train} train{evaluating}; {limit}",
+        "method": " + ".join(_label(callback) for callback in owners.callbacks if _is_method(callback)),
+        "engine": engine,
+    }
+    return "\n".join(["Federation", *(f"  {name:<10}  {text}" for name, text in rows.items())])
+
+
+def _examples(sizes: list[int] | None) -> str:
+    if not sizes:
+        return ""
+    return f" with {min(sizes)} / {median(sizes):g} / {max(sizes)} training examples (min / median / max)"
+
+
+def _is_method(callback: FederatedCallback) -> bool:
+    parts = ("server_strategy", "client_mods", "local_callbacks")
+    return any(is_overridden(part, callback, FederatedCallback) for part in parts)
+
+
+def _label(callback: FederatedCallback) -> str:
+    name = type(callback).__name__
+    return f"{name}({type(callback.strategy).__name__})" if isinstance(callback, FlowerStrategy) else name

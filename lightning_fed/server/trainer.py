@@ -1,0 +1,144 @@
+"""A Trainer as the server's views, its federation and its callbacks need it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_fed.callbacks.base import CLIENT_METRICS
+from lightning_fed.server.exchange import About
+from lightning_fed.server.federation import Federation
+from lightning_fed.server.owners import Owners
+from lightning_fed.server.roles import Roles
+from lightning_fed.values.metrics import logged_names
+from lightning_fed.wire.checkpoint_file import is_there
+
+
+class ServerTrainer(Trainer):
+    """What the server's fit asks its trainer for, beyond Lightning.
+
+    Attributes:
+        federation: What one fit holds together.
+        seems_automatic: Whether the server seems to optimize automatically. It steps by hand; while a callback must not
+            know, this is true.
+    """
+
+    callbacks: list[Callback]
+    log_every_n_steps: int
+    federation: Federation
+    seems_automatic = False
+    _roles: Roles
+    _names_of_clients: frozenset[str] = frozenset()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._shown: dict[str, dict[str, bool]] = {}
+        super().__init__(*args, **kwargs)
+
+    @property
+    def owners(self) -> Owners:
+        """Who decides what in the run."""
+        return self._roles.owners
+
+    @property
+    def current_round(self) -> int:
+        """The round that runs, or that would run next, from 1."""
+        return self.current_epoch + 1
+
+    @property
+    def global_step(self) -> int:
+        """How many times the server has taken new weights over. Also after ``fit``, when the view is off."""
+        return self.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed
+
+    @property
+    def clients_validate(self) -> bool:
+        """Whether the round's validation is the clients': they evaluated, and the server has nothing to validate on."""
+        batches = self.num_val_batches
+        at_server = sum(batches) if isinstance(batches, list) else batches
+        return not at_server and any(name.startswith(CLIENT_METRICS) for name in self.round_metrics)
+
+    @property
+    def round_about(self) -> About:
+        """What is known of the names of the last round's metrics."""
+        return self.federation.about
+
+    @property
+    def round_metrics(self) -> dict[str, float]:
+        """What the clients of the last round gave, by the names that it is logged under."""
+        return self.federation.metrics
+
+    @contextmanager
+    def logging_every_round(self) -> Iterator[None]:
+        """In the block, a fit, every round is logged, unless the user wants nothing logged of training.
+
+        Outside of fits ``log_every_n_steps`` counts batches of ``validate``, ``test`` and ``predict``, as in Lightning.
+        """
+        every = self.log_every_n_steps
+        self.log_every_n_steps = min(1, every)
+        try:
+            yield
+        finally:
+            self.log_every_n_steps = every
+
+    def where_shown(self, name: str) -> dict[str, bool]:
+        """Whether a name goes to the progress bar and to loggers, as arguments of ``log``.
+
+        As in the first round that has it, for Lightning does not allow that one name is logged in two ways.
+        """
+        about = self.round_about
+        # Where nobody chose for the bar, it shows all: a round is long.
+        bar = name in about.on_bar or not about.on_bar
+        return self._shown.setdefault(name, {"prog_bar": bar, "logger": name not in about.unlogged})
+
+    def forget_earlier(self, names: Iterable[str], evaluated: bool) -> None:
+        """Forgets what clients logged in earlier rounds under names that this round has not.
+
+        Lightning keeps each value until the next of its name. Clients' evaluation stays for rounds without one, as the
+        server's validation does.
+
+        Args:
+            names: The round's.
+            evaluated: Whether clients have evaluated in it.
+        """
+        now, connector = frozenset(names), self._logger_connector
+        earlier = self._names_of_clients - now
+        gone = {name for name in earlier if evaluated or not name.startswith(CLIENT_METRICS)}
+        self._names_of_clients = now | (earlier - gone)
+        for kept in (connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics):
+            for name in gone & kept.keys():
+                del kept[name]
+
+    def take_over_names(self) -> None:
+        """What the server's validation has just logged is the server's; called by the server view of the module."""
+        self._names_of_clients -= logged_names(self._results)
+
+    def run_round(self) -> None:
+        """One round; called by the server view of the module."""
+        self.federation.run_round(self)
+
+    def take_over_weights(self) -> None:
+        """The server optimizer's step; called by the server view of the module."""
+        self.federation.take_over()
+
+    def save_checkpoint(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """As ``Trainer.save_checkpoint``; in the middle of a round it saves what the round began with.
+
+        A run that fails before it began, or went on, leaves a file that is there as it is.
+        """
+        if not self.federation.has_begun and is_there(filepath):
+            rank_zero_warn(f"{filepath} stays as it is: the run has not begun, and there is nothing to save of it.")
+            return
+        with self.federation.saving():
+            super().save_checkpoint(filepath, *args, **kwargs)
+
+    def place_callbacks(self, given: Sequence[Callback]) -> list[Callback]:
+        """Which of the module's own callbacks are for the server; called by the server view of the module."""
+        return self._roles.place(given)
+
+    def take_up_callbacks(self) -> None:
+        """Called by the federation when the module's own callbacks have joined the list."""
+        self._roles.begin(self.callbacks)
+        self.federation.owners = self.owners
