@@ -1,4 +1,4 @@
-"""When training clients as one pays on this machine, module by module.
+"""When vectorizing clients pays on this machine, module by module.
 
 ``python benchmarks/pays.py [name ...] --threads 1`` prints a round's milliseconds one after the other and as one, their
 ratio (below 1 as one is faster) and what ``vectorize_clients=True`` chooses. Both ways run in turn, in one process.
@@ -158,7 +158,7 @@ def main() -> None:
             continue
         pairs = [(seconds(case, False)[0], seconds(case, "require")[0]) for _ in range(args.repeats)]
         ratios = [as_one / alone for alone, as_one in pairs]
-        choice = "alone" if seconds(case, True)[1] else "as one"
+        choice = "alone" if seconds(case, True)[1] else "vectorized"
         alone, as_one = (median(column) * 1e3 for column in zip(*pairs, strict=True))
         print(
             f"| {case} | {alone:.1f} ms | {as_one:.1f} ms | {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"

@@ -175,22 +175,22 @@ def ours_processes(w: Workload, clock: Clock) -> float:
 
 
 def ours_vectorized(w: Workload, clock: Clock) -> float:
-    """lightning_fed, clients trained as one, in one process."""
+    """lightning_fed, vectorized clients, in one process."""
     return ours(w, clock, vectorize_clients="require")
 
 
 def ours_processes_vectorized(w: Workload, clock: Clock) -> float:
-    """lightning_fed, clients trained as one, in a process for each core."""
+    """lightning_fed, vectorized clients, in a process for each core."""
     return ours(w, clock, "processes", vectorize_clients="require")
 
 
 def ours_compiled(w: Workload, clock: Clock) -> float:
-    """lightning_fed, clients trained as one, compiled, in one process."""
+    """lightning_fed, vectorized clients, compiled, in one process."""
     return ours(w, clock, vectorize_clients="require", compile_clients=True)
 
 
 def ours_processes_compiled(w: Workload, clock: Clock) -> float:
-    """lightning_fed, clients trained as one, compiled, in a process for each core."""
+    """lightning_fed, vectorized clients, compiled, in a process for each core."""
     return ours(w, clock, "processes", vectorize_clients="require", compile_clients=True)
 
 

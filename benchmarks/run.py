@@ -35,7 +35,7 @@ sys.path.insert(0, str(HERE))
 
 from peers import version  # noqa: E402
 
-# Clients trained as one, in one process and in one for each core.
+# Vectorized clients, in one process and in one for each core.
 AS_ONE = ["ours_vectorized:2", "ours_processes_vectorized:2", "ours_compiled:2", "ours_processes_compiled:2"]
 # What a user would pick, with its threads; ours first.
 CHOICE = {

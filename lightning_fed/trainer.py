@@ -21,7 +21,7 @@ from lightning_fed.callbacks.progress import is_terminal
 from lightning_fed.client.app import ClientSide, build_client_app
 from lightning_fed.client.local.run import ClientState, LocalOptions
 from lightning_fed.client.vectorized.compiled_step import CompiledStep
-from lightning_fed.client.vectorized.dispatch import Together
+from lightning_fed.client.vectorized.dispatch import Dispatcher
 from lightning_fed.engines import ENGINES, Engine, InProcess, Processes, made
 from lightning_fed.errors import FederationError
 from lightning_fed.seeding import run_seed, seed_for, seeded
@@ -68,10 +68,10 @@ class FederatedTrainer(ServerTrainer):
         num_workers: How many processes or actors these start; by default one for each core, on CUDA
             ``clients_per_device`` for each device.
         clients_per_device: How many clients they train at a time on one CUDA device; 1 by default.
-        vectorize_clients: Train clients as one, their weights stacked, where module and callbacks allow for it: at most
-            so many at once, or ``True`` for a number that fits memory, and only where that is expected to be faster.
+        vectorize_clients: Vectorize clients, their weights stacked, where module and callbacks allow for it: at most so
+            many at once, or ``True`` for a number that fits memory, and only where that is expected to be faster.
             Else clients train one after the other, and one line says why; with ``"require"`` that is an error.
-        compile_clients: Compile the step of clients that are trained as one; takes some seconds at the run's start.
+        compile_clients: Compile the step of vectorized clients; takes some seconds at the run's start.
         client_callbacks: Lightning callbacks for the clients' trainers; each local fit gets copies.
         client_state: ``"global"`` begins each round with new optimizers and with schedules where one long local fit
             would be, ``"carry"`` keeps optimizers and schedules with the client, ``"reset"`` begins both anew.
@@ -231,7 +231,7 @@ class FederatedTrainer(ServerTrainer):
         self._roles.take_up([*self.callbacks, *given])
         side = task.side
         side.mods, task.deal.owner = self.owners.mods(), self.owners.partition
-        side.is_set_up, side.together = False, None
+        side.is_set_up, side.dispatcher = False, None
         return build_client_app(side)
 
     def _task(self, model: Any, train: Any, val: Any, datamodule: LightningDataModule | None) -> _Task:
@@ -246,7 +246,7 @@ class FederatedTrainer(ServerTrainer):
         side = ClientSide(module, self.local_options, deal, datamodule, is_set_up=True)
         if self._vectorize:
             workers = self.engine.num_workers if isinstance(self.engine, Processes) else 1
-            side.together = Together(self._vectorize, CompiledStep() if self._compile else None, workers)
+            side.dispatcher = Dispatcher(self._vectorize, CompiledStep() if self._compile else None, workers)
         return _Task(module, datamodule, val, deal, side)
 
     def _look_at_callbacks(self) -> None:

@@ -40,7 +40,7 @@ class ProximalTerm(Callback):
         mu: The strength of the term.
     """
 
-    acts_elementwise = True  # so clients that are trained as one may have it
+    acts_elementwise = True  # so vectorized clients may have it
 
     def __init__(self, mu: float) -> None:
         self.mu = mu

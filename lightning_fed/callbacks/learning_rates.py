@@ -37,7 +37,7 @@ class ReportLearningRates(Callback):
         weight_decay: Whether to report their weight decay.
     """
 
-    acts_elementwise = True  # it reads options of optimizers, which clients that are trained as one share
+    acts_elementwise = True  # it reads options of optimizers, which vectorized clients share
 
     def __init__(self, momentum: bool, weight_decay: bool) -> None:
         self._monitor = LearningRateMonitor("epoch", momentum, weight_decay)

@@ -18,8 +18,8 @@ from lightning_fed.client.local.isolation import weights_of
 from lightning_fed.client.local.look_ahead import LookAhead
 from lightning_fed.client.local.run import LocalOptions, LocalResult
 from lightning_fed.client.local.trainer import LocalTask
-from lightning_fed.client.vectorized.dispatch import Together
-from lightning_fed.client.vectorized.probe import Case
+from lightning_fed.client.vectorized.dispatch import Dispatcher
+from lightning_fed.client.vectorized.probe import Candidate
 from lightning_fed.errors import ClientError
 from lightning_fed.seeding import random_states_kept
 from lightning_fed.state.snapshot import DataSnapshot, Snapshot
@@ -40,7 +40,7 @@ class ClientSide:
         datamodule: The server's datamodule, or ``None``.
         mods: Flower client mods by stage, outermost first.
         is_set_up: Whether the module has been set up in this process.
-        together: Trains several clients as one, or ``None``.
+        dispatcher: Trains several clients as one stacked model, or ``None``.
         is_stale: Why this process' copies are not as the server's are; empty if they are.
     """
 
@@ -50,7 +50,7 @@ class ClientSide:
     datamodule: LightningDataModule | None = None
     mods: dict[str, Sequence[Mod]] = field(default_factory=dict)
     is_set_up: bool = False
-    together: Together | None = None
+    dispatcher: Dispatcher | None = None
     is_stale: str = ""
 
     def roots(self) -> dict[str, Any]:
@@ -66,16 +66,16 @@ class ClientSide:
         with random_states_kept():
             LookAhead(self.module, self.datamodule, self.options, self.data, weights, seed).look()
 
-    def decide_together(self, stages: Sequence[str], clients: int, weights: Weights, seed: int) -> None:
-        """Finds out, before the first round, in which stages clients can be served as one.
+    def probe_vectorized(self, stages: Sequence[str], clients: int, weights: Weights, seed: int) -> None:
+        """Finds out, before the first round, in which stages clients can be vectorized.
 
         Raises:
             ConfigurationError: If that is required and cannot be done.
         """
-        if self.together is not None:
+        if self.dispatcher is not None:
             for stage in stages:
-                case = Case(self.module, self.datamodule, self.options, stage, bool(self.mods.get(stage)))
-                self.together.decide(case, self.data, clients, weights, seed)
+                candidate = Candidate(self.module, self.datamodule, self.options, stage, bool(self.mods.get(stage)))
+                self.dispatcher.probe(candidate, self.data, clients, weights, seed)
 
 
 @dataclass
@@ -88,7 +88,7 @@ class _Call:
 
 
 class LocalClientApp(ClientApp):
-    """A ClientApp that can serve several clients at once where they are trained as one."""
+    """A ClientApp that can serve several clients at once where they are vectorized."""
 
     def __init__(self, side: ClientSide) -> None:
         super().__init__()
@@ -126,17 +126,17 @@ class LocalClientApp(ClientApp):
 
     def at_once(self, stage: str) -> int:
         """How many messages of a type to give to ``serve``."""
-        together = self._side.together
-        return 1 if together is None else together.size(stage)
+        dispatcher = self._side.dispatcher
+        return 1 if dispatcher is None else dispatcher.size(stage)
 
     def serve(self, received: Sequence[tuple[Message, Context]]) -> list[Message]:
         """The replies to messages of one type, in their order."""
         side, stage = self._side, received[0][0].metadata.message_type
         calls = [_Call(message, context, messages.detach_integers(message)) for message, context in received]
         results: Sequence[LocalResult | None] = [None] * len(calls)
-        if len(calls) > 1 and side.together is not None and not side.is_stale:
+        if len(calls) > 1 and side.dispatcher is not None and not side.is_stale:
             tasks = [_task(stage, call.message, call.context, call.integers) for call in calls]
-            results = side.together.run(stage, side.module, side.datamodule, side.data, tasks, side.options)
+            results = side.dispatcher.run(stage, side.module, side.datamodule, side.data, tasks, side.options)
         return [
             _serve(side, stage, call) if result is None else _with_extras(_reply(stage, call.message, result), result)
             for call, result in zip(calls, results, strict=True)

@@ -101,10 +101,10 @@ class ProcessGrid(RemoteGrid):
     def _exchange(self, sent: list[Message], call: int, timeout: float | None) -> Iterator[Message]:
         # As late as this: by now Lightning has set module and data up.
         self.pool.grow(min(self._num_workers, len(sent)))
-        return Exchange(self, sent, call, timeout).replies()
+        return Delivery(self, sent, call, timeout).replies()
 
 
-class Exchange:
+class Delivery:
     """One ``send_and_receive``: hands messages out, and gives their replies in order.
 
     Args:

@@ -197,7 +197,7 @@ def choice_faults(name: str, value: object, known: Iterable[str]) -> list[str]:
 def vectorize_faults(vectorize: object, compiles: bool, engine: object) -> list[str]:
     """A sentence for each fault in ``vectorize_clients=`` and ``compile_clients=``, with this ``engine=``."""
     if vectorize is False:
-        alone = "compile_clients=True compiles clients that are trained as one: write vectorize_clients=True, too."
+        alone = "compile_clients=True compiles vectorized clients: write vectorize_clients=True, too."
         return [alone] if compiles else []
     counts = isinstance(vectorize, int) and vectorize > 1
     if not (vectorize is True or vectorize == "require" or counts):

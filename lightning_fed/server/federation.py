@@ -171,13 +171,13 @@ class Federation(Callback):
             weights.load(self._side.module, before)
 
     def _decide_together(self, trainer: Trainer, before: weights.Weights) -> None:
-        """Before the first round: can clients be trained as one?"""
+        """Before the first round: can clients be vectorized?"""
         assert self._side is not None
         assert self._module is not None
         self._undecided = False
         stages = ["train", "evaluate"] if self._evaluates(trainer, trainer.check_val_every_n_epoch or 1) else ["train"]
         try:
-            self._side.decide_together(stages, self.owners.partition.num_clients, before, self.seed)
+            self._side.probe_vectorized(stages, self.owners.partition.num_clients, before, self.seed)
         finally:
             weights.load(self._module, before)
 

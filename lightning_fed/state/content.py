@@ -39,7 +39,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class ContentAccess:
     """How the content of tensors, or of arrays, is read and written.
 
     Attributes:
@@ -64,7 +64,7 @@ class Content(Node):
 
     __slots__ = ("_limits", "_mark", "_reader", "copy")
 
-    def __init__(self, thing: Any, parent: Node | None, step: Step, reader: Reader, limits: Limits) -> None:
+    def __init__(self, thing: Any, parent: Node | None, step: Step, reader: ContentAccess, limits: Limits) -> None:
         super().__init__(thing, parent, step)
         self._reader, self._limits, self.copy = reader, limits, None
         self._mark: tuple[Any, ...] | None = None  # of what is small there is none
@@ -284,9 +284,9 @@ def memory_of(thing: Any) -> int:
     return memoryview(thing).nbytes if size is None else int(size)
 
 
-TENSOR = Reader(_copy_tensor, _put_tensor, _equal_tensor, _mark_tensor)
-ARRAY = Reader(_copy_array, _put_array, _equal_array, _mark_array)
-BYTES = Reader(lambda held: held[:], _put_bytes, lambda held, copy: bytes(held) == bytes(copy), _mark_bytes)
+TENSOR = ContentAccess(_copy_tensor, _put_tensor, _equal_tensor, _mark_tensor)
+ARRAY = ContentAccess(_copy_array, _put_array, _equal_array, _mark_array)
+BYTES = ContentAccess(lambda held: held[:], _put_bytes, lambda held, copy: bytes(held) == bytes(copy), _mark_bytes)
 
 
 def write(thing: Any, content: Any) -> None:

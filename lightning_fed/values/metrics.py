@@ -90,7 +90,7 @@ class Accumulated:
 
 
 def catch_each(results: Iterable[Accumulated], clients: int) -> list[list[MetricState]]:
-    """As ``catch``, for clients that are trained as one.
+    """As ``catch``, for vectorized clients.
 
     Args:
         results: Logged numbers, (clients,).

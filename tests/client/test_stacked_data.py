@@ -1,4 +1,4 @@
-"""Batches of clients that are trained as one: each client's own examples, however their tensors lie in memory."""
+"""Batches of vectorized clients: each client's own examples, however their tensors lie in memory."""
 
 from __future__ import annotations
 

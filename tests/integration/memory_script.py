@@ -1,6 +1,6 @@
 """Prints the peak memory of a round above the idle module, in module sizes, for each number of clients given.
 
-``--at-once K`` trains K clients as one.
+``--at-once K`` trains K clients vectorized.
 """
 
 from __future__ import annotations

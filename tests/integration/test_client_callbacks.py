@@ -558,7 +558,7 @@ def test_a_run_that_was_killed_goes_on_with_what_clients_callbacks_keep(
     assert found[1] == expected[1]
 
 
-# ------------------------------------------------------------------------------------------- clients trained as one
+# ------------------------------------------------------------------------------------------- vectorized clients
 
 
 class Elementwise(Unfreezes):

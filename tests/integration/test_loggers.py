@@ -84,7 +84,7 @@ def plain(module: L.LightningModule, folder: Path) -> tuple[set[str], set[str]]:
         (LogsMetrics, {"engine": Processes(2, start_method="fork")}),
         (Logs, {"vectorize_clients": "require"}),
     ],
-    ids=["numbers", "metrics", "processes", "as one"],
+    ids=["numbers", "metrics", "processes", "vectorized"],
 )
 def test_a_logger_gets_what_a_plain_trainer_s_gets(cls, options, tmp_path):
     expected, for_callbacks = plain(cls(), tmp_path)
@@ -102,7 +102,7 @@ def test_a_logger_gets_what_a_plain_trainer_s_gets(cls, options, tmp_path):
     assert {"silent", "both", "clients/v_silent", "clients/v_both"} <= set(history.names)
 
 
-@pytest.mark.parametrize("options", [{}, {"vectorize_clients": "require"}], ids=["alone", "as one"])
+@pytest.mark.parametrize("options", [{}, {"vectorize_clients": "require"}], ids=["alone", "vectorized"])
 def test_the_bar_shows_what_the_user_wants_there_and_all_where_nothing_is_wanted(options):
     def bar(cls: type[ToyModule]) -> set[str]:
         trainer = FederatedTrainer(max_rounds=1, callbacks=[Partition(2, val_fraction=0.25)], **{**QUIET, **options})

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_fed.client.local.fit import local_evaluate, local_fit
 from lightning_fed.client.local.run import LocalOptions
 from lightning_fed.client.local.trainer import LocalTask
-from lightning_fed.client.vectorized.fit import AsOne, vectorized_evaluate, vectorized_fit
+from lightning_fed.client.vectorized.fit import StackOptions, vectorized_evaluate, vectorized_fit
 from lightning_fed.testing import ToyModule, toy_data
 from lightning_fed.values.data import ClientLoaders
 from lightning_fed.values.weights import read
@@ -68,7 +68,7 @@ def alone(run: Any) -> Any:
 
 
 def as_one(run: Any) -> Any:
-    return lambda module, loaders, tasks, options: run(module, None, loaders, tasks, options, AsOne())
+    return lambda module, loaders, tasks, options: run(module, None, loaders, tasks, options, StackOptions())
 
 
 @pytest.mark.usefixtures("_no_collection")
@@ -80,7 +80,7 @@ def as_one(run: Any) -> Any:
         (as_one(vectorized_fit), True),
         (as_one(vectorized_evaluate), False),
     ],
-    ids=["train alone", "evaluate alone", "train as one", "evaluate as one"],
+    ids=["train alone", "evaluate alone", "train vectorized", "evaluate vectorized"],
 )
 def test_no_weights_are_left_to_the_garbage_collector(run: Any, apart: bool) -> None:
     module, own = ToyModule(), {"accelerator": "cpu", "devices": 1}

@@ -313,7 +313,7 @@ def test_where_nothing_is_scheduled_nothing_is_stepped(monkeypatch: pytest.Monke
     def no(*args: Any) -> None:
         raise AssertionError("a schedule is looked for")
 
-    monkeypatch.setattr("lightning_fed.client.local.schedules.Walk.__init__", no)
+    monkeypatch.setattr("lightning_fed.client.local.schedules.Replay.__init__", no)
     federated(ToyModule, 3)
 
 

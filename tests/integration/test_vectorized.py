@@ -1,4 +1,4 @@
-"""Clients that are trained as one get the weights and metrics of clients trained one after the other."""
+"""Vectorized clients get the weights and metrics of clients trained one after the other."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def data(dtype: torch.dtype = torch.float32, sizes: Any = SIZES, shape: tuple[in
 
 
 class Counter:
-    """How many clients were trained as one, or evaluated."""
+    """How many clients were vectorized, or evaluated."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.train = self.evaluate = 0
@@ -525,7 +525,7 @@ REFUSED: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], str]] 
         r"depends on the data \(test_vectorized.py, line \d+: `if loss > 0.5:`\)",
     ),
     "metric object": (Measured, {}, r"test_vectorized.py, line \d+: `self.(accuracy|log)\("),
-    "item": (lambda: Item(mlp()), {}, r"takes a number out of a tensor.*`self.last = loss.item\(\)`"),
+    "item": (lambda: Item(mlp()), {}, r"calls `.item\(\)` on a per-client value.*`self.last = loss.item\(\)`"),
     "LSTM": (lambda: Lit(Recurrent()), {}, "nn.LSTM keeps its weights where they cannot be stacked"),
     "hook": (lambda: Hooked(mlp()), {}, "Hooked writes on_train_epoch_end"),
     "own optimizer": (lambda: Lit(mlp(), partial(Own, lr=0.1)), {}, "Own is not known to act element by element"),
@@ -533,7 +533,7 @@ REFUSED: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], str]] 
     "callback that mixes clients": (
         CASES["MLP"],
         {"client_callbacks": [ByNorm()]},
-        "clients trained as one would get another 'net",
+        "vectorized clients would get another 'net",
     ),
     "callback that draws": (CASES["MLP"], {"client_callbacks": [Noise()]}, "drawn outside of its step"),
     "undeclared callback": (
@@ -601,7 +601,7 @@ SLOWER: dict[str, tuple[Callable[[], L.LightningModule], str]] = {
 @pytest.mark.parametrize("name", SLOWER)
 def test_what_would_be_slower_is_done_only_where_a_number_says_so(name: str, counter: Counter) -> None:
     build, reason = SLOWER[name]
-    slower = f"clients train one after the other: {reason} they would be slower as one on a CPU"
+    slower = f"clients train one after the other: {reason} they would be slower vectorized on a CPU"
     with pytest.warns(UserWarning, match=slower):
         run(build, vectorize_clients=True, max_rounds=1)
     assert (counter.train, counter.evaluate > 0) == (0, True)

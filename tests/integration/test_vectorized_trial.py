@@ -1,4 +1,4 @@
-"""The trial that tells whether clients can be trained as one: it leaves no trace, and looks at all that comes out."""
+"""The trial that tells whether clients can be vectorized: it leaves no trace, and looks at all that comes out."""
 
 from __future__ import annotations
 
@@ -177,5 +177,5 @@ class Draws:
 
 
 def test_a_buffer_that_changes_by_much_hides_no_difference() -> None:
-    with pytest.warns(UserWarning, match=r"clients trained as one would get another 'net"):
+    with pytest.warns(UserWarning, match=r"vectorized clients would get another 'net"):
         run(built(SeesMuch), True)

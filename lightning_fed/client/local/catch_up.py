@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_fed.client.local.elapsed import Elapsed, declared_paces, elapsed, start_at_epoch
 from lightning_fed.client.local.fit_state import FitState
 from lightning_fed.client.local.hand_steps import HandSteps
-from lightning_fed.client.local.schedules import Walk
+from lightning_fed.client.local.schedules import Replay
 from lightning_fed.errors import ClientError
 
 
@@ -40,7 +40,7 @@ def catch_up(trainer: Any, client_state: str, kept: FitState) -> HandSteps | Non
     finetuning = [callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)]
     begun = _take_up(trainer, kept, finetuning) if client_state == "carry" and kept.optimizers else 0
     if follows or finetuning:
-        Walk(trainer, paces if follows else (), finetuning).go(begun, end, before)
+        Replay(trainer, paces if follows else (), finetuning).go(begun, end, before)
     start_at_epoch(trainer, first_epoch)
     trainer.steps_before = end.steps if before else 0
     if end.epochs is not None:
@@ -86,7 +86,7 @@ def _take_up(trainer: Any, kept: FitState, finetuning: Sequence[BaseFinetuning])
 
     What finetuning did in these is done again first, for it made the optimizers' groups.
     """
-    Walk(trainer, (), finetuning).go(0, Elapsed(kept.begun, 0, None), 0)
+    Replay(trainer, (), finetuning).go(0, Elapsed(kept.begun, 0, None), 0)
     kept.load_into(trainer)
     for callback in finetuning:
         if callback.state_key in kept.callbacks:

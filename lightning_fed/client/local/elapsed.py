@@ -99,7 +99,7 @@ def elapsed(trainer: Any, plan: Plan, rounds: int, by_hand: ByHand | None = None
         rounds: The rounds before.
         by_hand: What is known of manual optimization; ``None`` where Lightning optimizes.
     """
-    batches, accumulated = trainer.num_training_batches, Accumulated(trainer)
+    batches, accumulated = trainer.num_training_batches, Accumulation(trainer)
     endless = batches == math.inf
     if by_hand is not None:
         steps = None if by_hand.steps is None else by_hand.steps * rounds
@@ -117,7 +117,7 @@ def elapsed(trainer: Any, plan: Plan, rounds: int, by_hand: ByHand | None = None
     return Elapsed(epochs, rest * accumulated(epochs), steps)
 
 
-class Accumulated:
+class Accumulation:
     """How many batches an optimizer step takes in an epoch."""
 
     def __init__(self, trainer: Any) -> None:

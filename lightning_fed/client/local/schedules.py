@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from lightning_fed.client.local.elapsed import Accumulated, Elapsed, Pace, elapsed, require_known, start_at_epoch
+from lightning_fed.client.local.elapsed import Accumulation, Elapsed, Pace, elapsed, require_known, start_at_epoch
 from lightning_fed.views import wrote
 
 # What these give depends on how often they were stepped, and not on what they gave before.
@@ -47,7 +47,7 @@ class _Way:
     def __init__(self, trainer: Any, begin: int, end: Elapsed, rounds: int) -> None:
         self._trainer, self.begin, self.end, self.rounds = trainer, begin, end, rounds
         self._by_hand = not trainer.lightning_module.automatic_optimization
-        self._accumulated = Accumulated(trainer)
+        self._accumulated = Accumulation(trainer)
         self._batches = trainer.num_training_batches
         self._length = 0 if self._batches == math.inf else self._batches
 
@@ -115,7 +115,7 @@ class _Way:
             self.tell_the_time(epoch, batch + 1)
 
 
-class Walk:
+class Replay:
     """Takes schedules and finetuning callbacks to where a long fit would have taken them.
 
     Args:

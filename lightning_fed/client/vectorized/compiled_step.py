@@ -1,4 +1,4 @@
-"""The steps of clients that are trained as one, compiled: losses, gradients and logged values in one graph, and SGD.
+"""The steps of vectorized clients, compiled: losses, gradients and logged values in one graph, and SGD.
 
 ``torch.compile`` guards on whatever the user's code reads (the epoch, an attribute of the module) and compiles another
 graph where that changes. Before a graph runs for the first time the step runs uncompiled once, which tells what is

@@ -40,7 +40,7 @@ class StackCost:
 
     def why_slower(self, device: torch.device) -> str | None:
         """Why training so is expected to be slower, a clause; ``None`` if it is not."""
-        own = "would be slower as one on a CPU (vectorize_clients=8, or another number, does it all the same)"
+        own = "would be slower vectorized on a CPU (vectorize_clients=8, or another number, does it all the same)"
         if device.type != "cpu":
             return None
         if self.weights > _WEIGHTS:

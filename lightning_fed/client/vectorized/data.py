@@ -1,4 +1,4 @@
-"""The batches of clients that are trained as one: each client's own, in its own order, stacked."""
+"""The batches of vectorized clients: each client's own, in its own order, stacked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_fed.values.data import Gathered, TensorBatches, gathering
 
 
 @dataclass
-class Part:
+class StackedBatch:
     """Clients whose batches have the same shapes.
 
     Attributes:
@@ -31,11 +31,11 @@ class Part:
         """Whether it is known to be on a device."""
         return type(self.batch) is list and all(type(p) is Tensor and p.device == device for p in self.batch)
 
-    def to(self, *args: Any, **kwargs: Any) -> Part:
+    def to(self, *args: Any, **kwargs: Any) -> StackedBatch:
         """The same on a device."""
         leaves, tree = tree_flatten(self.batch)
         moved = [leaf.to(*args, **kwargs) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return Part(None if self.rows is None else self.rows.to(*args, **kwargs), tree_unflatten(moved, tree))
+        return StackedBatch(None if self.rows is None else self.rows.to(*args, **kwargs), tree_unflatten(moved, tree))
 
 
 class StackedLoader(DataLoader[Any]):
@@ -50,7 +50,7 @@ class StackedLoader(DataLoader[Any]):
         # Lightning asks anything but a DataLoader for an iterator to see whether it can, and loaders would draw.
         super().__init__(range(len(loaders[0])), batch_size=1)  # type: ignore[arg-type]
         self._own, self._streams = [gathering(loader) for loader in loaders], streams
-        self._batches: Generator[list[Part], None, None] | None = None
+        self._batches: Generator[list[StackedBatch], None, None] | None = None
         self._are_tensors = all(
             type(loader) is DataLoader
             and type(loader.dataset) is Gathered
@@ -61,7 +61,7 @@ class StackedLoader(DataLoader[Any]):
     def __len__(self) -> int:
         return len(self._own[0])
 
-    def __iter__(self) -> Iterator[list[Part]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[StackedBatch]]:  # type: ignore[override]
         # Not a generator: what a loader draws when it is asked for an iterator, it draws now.
         iterators = []
         for client, loader in enumerate(self._own):
@@ -75,7 +75,7 @@ class StackedLoader(DataLoader[Any]):
         if self._batches is not None:
             self._batches.close()
 
-    def _of_tensors(self) -> Generator[list[Part], None, None]:
+    def _of_tensors(self) -> Generator[list[StackedBatch], None, None]:
         """Tensor data sets: an epoch's order is drawn at once, and a batch is one indexing call."""
         gather = _Gather([loader.dataset.whole for loader in self._own])
         orders = []
@@ -85,11 +85,11 @@ class StackedLoader(DataLoader[Any]):
             orders.append(order.to(loader.dataset.whole[0].device).split(loader.batch_sampler.batch_size))
         for step in range(len(self)):
             yield [
-                Part(rows, gather(clients, [orders[client][step] for client in clients]))
+                StackedBatch(rows, gather(clients, [orders[client][step] for client in clients]))
                 for rows, clients in _alike([len(order[step]) for order in orders])
             ]
 
-    def _of_anything(self, iterators: list[Iterator[Any]]) -> Generator[list[Part], None, None]:
+    def _of_anything(self, iterators: list[Iterator[Any]]) -> Generator[list[StackedBatch], None, None]:
         for _ in range(len(self)):
             batches = []
             for client, iterator in enumerate(iterators):
@@ -97,7 +97,9 @@ class StackedLoader(DataLoader[Any]):
                     batches.append(tree_flatten(next(iterator)))
             kinds = [repr((tree, [_kind(leaf) for leaf in leaves])) for leaves, tree in batches]
             yield [
-                Part(rows, tree_unflatten(_stack([batches[client][0] for client in clients]), batches[clients[0]][1]))
+                StackedBatch(
+                    rows, tree_unflatten(_stack([batches[client][0] for client in clients]), batches[clients[0]][1])
+                )
                 for rows, clients in _alike(kinds)
             ]
 

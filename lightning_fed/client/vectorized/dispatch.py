@@ -1,4 +1,4 @@
-"""Several clients as one where that can be done, else one after the other."""
+"""Several clients vectorized where that can be done, else one after the other."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_fed.client.local.run import LocalOptions, LocalResult
 from lightning_fed.client.local.trainer import LocalTask
 from lightning_fed.client.vectorized.compiled_step import CompiledStep
-from lightning_fed.client.vectorized.fit import AsOne, vectorized_evaluate, vectorized_fit
+from lightning_fed.client.vectorized.fit import StackOptions, vectorized_evaluate, vectorized_fit
 from lightning_fed.client.vectorized.malloc_trim import Heap
-from lightning_fed.client.vectorized.probe import Case, Verdict, count_batches, decide, explain
+from lightning_fed.client.vectorized.probe import Candidate, ProbeResult, count_batches, explain, run_probe
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import random_states_kept
 from lightning_fed.values.data import ClientLoaders
@@ -24,8 +24,8 @@ from lightning_fed.values.weights import Weights
 Data = Callable[[int, int], ClientLoaders]
 
 
-class Together:
-    """Decides once a run whether clients can be trained (and evaluated) as one, and does it.
+class Dispatcher:
+    """Decides once a run whether clients can be trained (and evaluated) vectorized, and does it.
 
     Args:
         wanted: How many at once; ``True`` for as many as fit memory, where that is expected to be faster; ``"require"``
@@ -36,53 +36,53 @@ class Together:
 
     def __init__(self, wanted: int | str, compiled: CompiledStep | None = None, workers: int = 1) -> None:
         self.wanted, self._compiled, self._workers = wanted, compiled, workers
-        self._verdicts: dict[str, Verdict] = {}
+        self._probed: dict[str, ProbeResult] = {}
         self._most: dict[str, int] = {}
         self._said: set[str] = set()
         self._heap = Heap()
 
-    def decide(self, case: Case, data: Data, clients: int, weights: Weights, seed: int) -> None:
+    def probe(self, candidate: Candidate, data: Data, clients: int, weights: Weights, seed: int) -> None:
         """Finds out, before the first round.
 
         Raises:
-            ConfigurationError: If clients cannot be trained as one, and that is required.
+            ConfigurationError: If clients cannot be vectorized, and that is required.
         """
         with random_states_kept():
-            self._decide(case, data, clients, weights, seed)
+            self._probe(candidate, data, clients, weights, seed)
 
-    def _decide(self, case: Case, data: Data, clients: int, weights: Weights, seed: int) -> None:
+    def _probe(self, candidate: Candidate, data: Data, clients: int, weights: Weights, seed: int) -> None:
         try:
             loaders = [data(client, 1) for client in range(min(clients, 2))]
         except Exception as error:  # that is the client's own, when its turn comes
-            self._give_up(case.stage, Verdict(explain(error)))
+            self._give_up(candidate.stage, ProbeResult(explain(error)))
             return
-        if case.stage == "evaluate" and all(one.val is None and one.datamodule is None for one in loaders):
+        if candidate.stage == "evaluate" and all(one.val is None and one.datamodule is None for one in loaders):
             return
-        case = replace(case, must_pay=self.wanted is True)
-        verdict = self._verdicts[case.stage] = decide(case, loaders, weights, seed)
-        if verdict.reason is None:
-            memory = _memory(case.device) // self._workers
-            self._most[case.stage] = verdict.cost.at_once(case.device, memory, case.must_pay)
-            if verdict.draws and self._compiled is not None and case.stage == "train":
+        candidate = replace(candidate, must_pay=self.wanted is True)
+        result = self._probed[candidate.stage] = run_probe(candidate, loaders, weights, seed)
+        if result.reason is None:
+            memory = _memory(candidate.device) // self._workers
+            self._most[candidate.stage] = result.cost.at_once(candidate.device, memory, candidate.must_pay)
+            if result.draws and self._compiled is not None and candidate.stage == "train":
                 self._say(
                     "compile_clients: clients train uncompiled, for their steps draw random numbers (Dropout, ...)."
                 )
             return
-        if self.wanted == "require" and case.stage == "train":
+        if self.wanted == "require" and candidate.stage == "train":
             raise ConfigurationError(
-                f"vectorize_clients='require': clients cannot be trained as one: {verdict.reason}. Write"
+                f"vectorize_clients='require': clients cannot be vectorized: {result.reason}. Write"
                 " vectorize_clients=True to train them one after the other where that is so."
             )
-        self._give_up(case.stage, verdict)
+        self._give_up(candidate.stage, result)
 
-    def _give_up(self, stage: str, verdict: Verdict) -> None:
-        self._verdicts[stage] = verdict
-        self._say(f"vectorize_clients: clients {stage} one after the other: {verdict.reason}.")
+    def _give_up(self, stage: str, result: ProbeResult) -> None:
+        self._probed[stage] = result
+        self._say(f"vectorize_clients: clients {stage} one after the other: {result.reason}.")
 
     def size(self, stage: str) -> int:
         """How many clients to serve at once."""
-        verdict = self._verdicts.get(stage)
-        if verdict is None or verdict.reason is not None:
+        result = self._probed.get(stage)
+        if result is None or result.reason is not None:
             return 1
         if self.wanted is not True and isinstance(self.wanted, int):
             return self.wanted
@@ -120,8 +120,8 @@ class Together:
             except Exception:
                 continue
         together = vectorized_fit if stage == "train" else vectorized_evaluate
-        draws = self._verdicts[stage].draws
-        how = AsOne(draws, None if draws else self._compiled)
+        draws = self._probed[stage].draws
+        how = StackOptions(draws, None if draws else self._compiled)
         if len(loaders) > 1 and all(len(members) == 1 for members in groups.values()):
             alone = f"vectorize_clients: clients {stage} one after the other"
             self._say(f"{alone}: no two of them have equally many batches an epoch.", f"{stage} uneven")

@@ -30,8 +30,8 @@ from lightning_fed.values.metrics import MetricState, scalar
 
 
 @dataclass
-class AsOne:
-    """How clients are run as one.
+class StackOptions:
+    """How clients are run vectorized.
 
     Attributes:
         draws: Whether their steps draw random numbers, as Dropout does.
@@ -50,9 +50,9 @@ def vectorized_fit(
     loaders: Sequence[ClientLoaders],
     tasks: Sequence[LocalTask],
     options: LocalOptions,
-    how: AsOne,
+    how: StackOptions,
 ) -> list[LocalResult]:
-    """Trains clients with equally many batches as one; else as ``local_fit``.
+    """Trains clients with equally many batches as one stacked model; else as ``local_fit``.
 
     Args:
         module: As in ``local_fit``.
@@ -91,9 +91,9 @@ def vectorized_evaluate(
     loaders: Sequence[ClientLoaders],
     tasks: Sequence[LocalTask],
     options: LocalOptions,
-    how: AsOne,
+    how: StackOptions,
 ) -> list[LocalResult]:
-    """Validates clients with equally many batches as one; takes the arguments of ``vectorized_fit``.
+    """Validates clients with equally many batches as one stacked model; takes the arguments of ``vectorized_fit``.
 
     Raises:
         NotStackable: If it cannot be done, or the clients have not been sent the same weights.
@@ -119,7 +119,7 @@ def _cohort_trainer(
     options: LocalOptions,
     callbacks: Sequence[Callback],
     stage: str,
-    how: AsOne,
+    how: StackOptions,
     data: LocalData,
 ) -> CohortTrainer:
     trainer = build_trainer(tasks[0], ClientLoaders(), module, options, callbacks, stage != "train", CohortTrainer)

@@ -1,4 +1,4 @@
-"""Whether clients that were trained as one came out as each does alone."""
+"""Whether vectorized clients came out as each does alone."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def apart(weights: Weights, stage: str) -> tuple[Weights, Weights]:
 def compare(
     together: Sequence[LocalResult], alone: Sequence[LocalResult], weights: Weights, trained: frozenset[str]
 ) -> None:
-    """Compares weights and logged values of clients trained as one with those of each alone.
+    """Compares weights and logged values of vectorized clients with those of each alone.
 
     Args:
-        together: Trained as one.
+        together: Vectorized.
         alone: Each alone.
         weights: The global weights, of which they had what ``apart`` gives.
         trained: The names of the parameters.
@@ -75,4 +75,4 @@ def _compare_weights(one: Weights, other: Weights, before: Weights, trained: fro
     apart = [name for name in buffers if differ([name], _TOLERANCE, float(other[name].norm()))]
     if differ(names, _TOLERANCE) or differ([name for name in names if name in trained], _COARSE) or apart:
         worst = max(apart or names, key=lambda name: difference[name])
-        raise NotStackable(f"clients trained as one would get another {worst!r} than each alone")
+        raise NotStackable(f"vectorized clients would get another {worst!r} than each alone")

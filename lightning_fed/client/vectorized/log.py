@@ -1,4 +1,4 @@
-"""What clients that are trained as one log: each client's own values, accumulated as Lightning does."""
+"""What vectorized clients log: each client's own values, accumulated as Lightning does."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class StackedLog:
     """An epoch's logged values.
 
     Args:
-        clients: How many are trained as one.
+        clients: How many are vectorized.
         check: Logs one client's value in Lightning's own way, which checks the arguments, and gives the result metric.
     """
 

@@ -1,4 +1,4 @@
-"""Lightning's automatic optimization for clients that are trained as one by compiled steps."""
+"""Lightning's automatic optimization for vectorized clients with compiled steps."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whether a module's clients can be trained as one: a look at what is written, and a trial on a few batches.
+"""Whether a module's clients can be vectorized: a look at what is written, and a trial on a few batches.
 
-The trial trains two clients as one and each alone, and compares: also code that mixes clients without an error, such as
-a norm over all gradients in a callback, is found out.
+The trial trains two clients vectorized and each alone, and compares: also code that mixes clients without an error,
+such as a norm over all gradients in a callback, is found out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_fed.client.local.run import LocalOptions, LocalResult
 from lightning_fed.client.local.trainer import LocalTask
 from lightning_fed.client.vectorized.cost import Kept, StackCost, Written, weight_bytes
 from lightning_fed.client.vectorized.data import batches_of
-from lightning_fed.client.vectorized.fit import AsOne, vectorized_evaluate, vectorized_fit
+from lightning_fed.client.vectorized.fit import StackOptions, vectorized_evaluate, vectorized_fit
 from lightning_fed.client.vectorized.likeness import apart, compare
 from lightning_fed.client.vectorized.rng import NotStackable
 from lightning_fed.values.data import ClientLoaders
@@ -49,17 +49,17 @@ _ELEMENTWISE_HOOKS = (
     *("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"),
 )
 _OF_BOTH = ("configure_model", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "log")
-# Trainer arguments that clients trained as one cannot share.
+# Trainer arguments that vectorized clients cannot share.
 _ARGUMENTS = ("overfit_batches", "reload_dataloaders_every_n_epochs", "plugins", "detect_anomaly")
 _BATCHES = 2
 
 
 @dataclass
-class Verdict:
+class ProbeResult:
     """What was found.
 
     Attributes:
-        reason: Why clients cannot be trained as one, a clause; ``None`` if they can.
+        reason: Why clients cannot be vectorized, a clause; ``None`` if they can.
         draws: Whether their steps draw random numbers.
         cost: What each client adds to a stack.
     """
@@ -70,7 +70,7 @@ class Verdict:
 
 
 @dataclass
-class Case:
+class Candidate:
     """What is tried: everything that a client's work has in common with the others'.
 
     Attributes:
@@ -163,48 +163,48 @@ def _undeclared(instance: object, base: type, name: str) -> Iterator[str]:
                 yield f"{name} writes {hook}, and does not say acts_elementwise = True"
 
 
-def decide(case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed: int) -> Verdict:
-    """Tries two clients as one against each alone, on their first batches.
+def run_probe(candidate: Candidate, loaders: Sequence[ClientLoaders], weights: Weights, seed: int) -> ProbeResult:
+    """Tries two clients vectorized against each alone, on their first batches.
 
     Args:
-        case: What is tried.
+        candidate: What is tried.
         loaders: The data of two clients, or of one.
         weights: The global weights.
         seed: The run's seed.
     """
     try:
-        case.refuse()
-        case.check_cost()
-        loaders = _two(loaders, case.stage)
-        draws, together, kept = _measure(case, loaders, weights, seed)
-        cost = case.check_cost(kept // 2)
-        alone = _run(case, loaders, weights, seed, draws=None)
+        candidate.refuse()
+        candidate.check_cost()
+        loaders = _two(loaders, candidate.stage)
+        draws, together, kept = _measure(candidate, loaders, weights, seed)
+        cost = candidate.check_cost(kept // 2)
+        alone = _run(candidate, loaders, weights, seed, draws=None)
         try:
-            trained = parameter_names(case.module)
+            trained = parameter_names(candidate.module)
             compare(together, alone, weights, trained)
         except NotStackable:
             if not draws:
                 raise
             # The same numbers may be drawn in another order (of a transposed tensor). Nobody else may matter, though.
-            among_others = _run(case, [loaders[0]] * 2, weights, seed, draws=True, clients=(0, 2))
+            among_others = _run(candidate, [loaders[0]] * 2, weights, seed, draws=True, clients=(0, 2))
             compare(together[:1], among_others[:1], weights, trained)
     except Exception as error:
-        return Verdict(reason=explain(error))
-    return Verdict(draws=draws, cost=cost)
+        return ProbeResult(reason=explain(error))
+    return ProbeResult(draws=draws, cost=cost)
 
 
 def _measure(
-    case: Case, loaders: Sequence[ClientLoaders], weights: Weights, seed: int, draws: bool = False
+    candidate: Candidate, loaders: Sequence[ClientLoaders], weights: Weights, seed: int, draws: bool = False
 ) -> tuple[bool, list[LocalResult], int]:
-    """Whether steps draw random numbers, two clients' results, trained as one, and the bytes a pass keeps of both."""
-    passes = Kept() if case.stage == "train" else Written()
+    """Whether steps draw random numbers, two clients' results, vectorized, and the bytes a pass keeps of both."""
+    passes = Kept() if candidate.stage == "train" else Written()
     try:
         with passes:
-            return draws, _run(case, loaders, weights, seed, draws), passes.bytes
+            return draws, _run(candidate, loaders, weights, seed, draws), passes.bytes
     except RuntimeError as error:
         if draws or "randomness" not in str(error):
             raise
-    return _measure(case, loaders, weights, seed, draws=True)
+    return _measure(candidate, loaders, weights, seed, draws=True)
 
 
 def _two(loaders: Sequence[ClientLoaders], stage: str) -> list[ClientLoaders]:
@@ -230,27 +230,27 @@ def count_batches(loaders: ClientLoaders, stage: str) -> int:
 
 
 def _run(
-    case: Case,
+    candidate: Candidate,
     loaders: Sequence[ClientLoaders],
     weights: Weights,
     seed: int,
     draws: bool | None,
     clients: tuple[int, int] = (0, 1),
 ) -> list[LocalResult]:
-    """Two clients' results, trained as one, or each alone where ``draws`` is ``None``."""
-    stage = case.stage
+    """Two clients' results, vectorized, or each alone where ``draws`` is ``None``."""
+    stage = candidate.stage
     tasks = [LocalTask(client, 1, seed, own) for client, own in zip(clients, apart(weights, stage), strict=True)]
     limit = "limit_train_batches" if stage == "train" else "limit_val_batches"
-    given = case.options.trainer.get(limit)
+    given = candidate.options.trainer.get(limit)
     few = {limit: min(given, _BATCHES) if type(given) is int else _BATCHES}
-    steps = case.options.steps and min(case.options.steps, _BATCHES)
-    options = replace(case.options, trainer={**case.options.trainer, **few}, steps=steps)
-    common = case.module, case.datamodule
+    steps = candidate.options.steps and min(candidate.options.steps, _BATCHES)
+    options = replace(candidate.options, trainer={**candidate.options.trainer, **few}, steps=steps)
+    common = candidate.module, candidate.datamodule
     if draws is None:
         alone: Callable[..., LocalResult] = local_fit if stage == "train" else local_evaluate
         return [alone(*common, one, task, options) for one, task in zip(loaders, tasks, strict=True)]
     together = vectorized_fit if stage == "train" else vectorized_evaluate
-    return together(*common, loaders, tasks, options, AsOne(draws, is_trial=True))
+    return together(*common, loaders, tasks, options, StackOptions(draws, is_trial=True))
 
 
 def explain(error: Exception) -> str:
@@ -259,9 +259,9 @@ def explain(error: Exception) -> str:
     if "data-dependent control flow" in text:
         text = "what it does depends on the data"
     elif "combined_loader" in text:
-        text = "it asks the trainer for a loader, which clients that are trained as one do not share"
+        text = "it asks the trainer for a loader, which vectorized clients do not share"
     elif ".item()" in text:
-        text = "it takes a number out of a tensor, which has one for each client"
+        text = "it calls `.item()` on a per-client value"
     elif not isinstance(error, NotStackable):
         text = f"{type(error).__name__}: {text.split('. ')[0][:200]}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
@@ -271,5 +271,5 @@ def explain(error: Exception) -> str:
 
 
 def _is_library(filename: str) -> bool:
-    own = str(Path(__file__).parents[1])
+    own = str(Path(__file__).parents[2])
     return "site-packages" in filename or filename.startswith((own, "<"))

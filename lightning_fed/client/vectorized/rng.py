@@ -1,4 +1,4 @@
-"""The random streams of clients that are trained as one: each draws what it would draw alone."""
+"""The random streams of vectorized clients: each draws what it would draw alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _State = tuple[Any, ...]
 
 
 class NotStackable(Exception):
-    """Clients cannot be trained as one; the message is a clause that says why."""
+    """Clients cannot be vectorized; the message is a clause that says why."""
 
 
 class Streams:

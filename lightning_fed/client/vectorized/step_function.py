@@ -1,4 +1,4 @@
-"""A step of clients that are trained as one, as a function of tensors: what ``torch.compile`` makes one graph of."""
+"""A step of vectorized clients, as a function of tensors: what ``torch.compile`` makes one graph of."""
 
 from __future__ import annotations
 

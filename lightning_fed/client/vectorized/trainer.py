@@ -1,4 +1,4 @@
-"""The trainer of many clients that are trained as one, and the view under which it sees the module.
+"""The trainer of many vectorized clients, and the view under which it sees the module.
 
 Hooks, loops, optimizers and schedulers are those of one local fit; the user's step runs under vmap, over the clients of
 a ``Stack``. What cannot be done for all clients at once raises ``NotStackable``.
@@ -21,7 +21,7 @@ from lightning_fed.client.local.run import LocalHooks
 from lightning_fed.client.local.trainer import LocalTrainer
 from lightning_fed.client.local.views import ClientView
 from lightning_fed.client.vectorized.compiled_step import CompiledStep
-from lightning_fed.client.vectorized.data import Part
+from lightning_fed.client.vectorized.data import StackedBatch
 from lightning_fed.client.vectorized.log import Entry, Logged, StackedLog
 from lightning_fed.client.vectorized.optimization import StackedOptimization
 from lightning_fed.client.vectorized.rng import NotStackable
@@ -40,12 +40,12 @@ class CohortView(ClientView):
     trainer: CohortTrainer
     _here: Here  # while a step is compiled
 
-    def training_step(self, batch: list[Part], batch_idx: int) -> Tensor:
+    def training_step(self, batch: list[StackedBatch], batch_idx: int) -> Tensor:
         # Each client's gradient is in its row of the gradient of the sum.
         totals = self.trainer.run_step("training_step", batch, batch_idx)
         return torch.stack(totals).sum() if len(totals) > 1 else totals[0]
 
-    def validation_step(self, batch: list[Part], batch_idx: int) -> None:
+    def validation_step(self, batch: list[StackedBatch], batch_idx: int) -> None:
         self.trainer.run_step("validation_step", batch, batch_idx)
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -127,7 +127,7 @@ class CohortTrainer(LocalTrainer):
             self._watch.begin()
             self._watches = True
 
-    def run_step(self, name: str, batch: list[Part], batch_idx: int) -> list[Tensor]:
+    def run_step(self, name: str, batch: list[StackedBatch], batch_idx: int) -> list[Tensor]:
         """Runs the user's step for all clients, and logs what it logs; gives sums of their losses."""
         step = self._step(name)
         self._begin_watch()
@@ -141,7 +141,7 @@ class CohortTrainer(LocalTrainer):
         self.stacked_log.add(logged)
         return totals
 
-    def run_update(self, batch: list[Part], batch_idx: int) -> bool:
+    def run_update(self, batch: list[StackedBatch], batch_idx: int) -> bool:
         """Runs the user's training step and SGD's as one compiled one, where that can be done."""
         part, update, module = batch[0], self._optimization.update, self.lightning_module
         if self.compiled is None or part.rows is not None or not self.compiled.can_update(update):
@@ -170,7 +170,7 @@ class CohortTrainer(LocalTrainer):
             self._steps[name] = function if takes_index(function) else partial(_without_index, function)
         return self._steps[name]
 
-    def _mapped(self, step: Any, part: Part, batch_idx: int) -> _Outcome:
+    def _mapped(self, step: Any, part: StackedBatch, batch_idx: int) -> _Outcome:
         module = self.lightning_module
         entries: list[Entry] = []
 
@@ -192,7 +192,7 @@ class CohortTrainer(LocalTrainer):
             self.compiled.learn(self.stack, part.batch, entries, total)
         return [total], entries, values
 
-    def _compiled(self, step: Any, part: Part, batch_idx: int) -> _Outcome | None:
+    def _compiled(self, step: Any, part: StackedBatch, batch_idx: int) -> _Outcome | None:
         if self.compiled is None or part.rows is not None or not self.training:
             return None
         if self.compiled.can_update(self._optimization.update):  # but this one has to run as written
