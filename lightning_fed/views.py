@@ -13,14 +13,15 @@ from functools import lru_cache
 from typing import Any
 
 _HIDDEN = "_lightning_fed_hidden"
+_CLASS = "_lightning_fed_class"
 _COMPILED = {"forward", "training_step", "validation_step", "test_step", "predict_step"}
 
 
 class View:
     """The base of all views; instances pickle as the user's own class."""
 
-    _user_class: type
-    _names: frozenset[str]
+    _lightning_fed_class: type
+    _lightning_fed_names: frozenset[str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # The user's own __init_subclass__ (a registry, required arguments) is not meant for views.
@@ -28,7 +29,7 @@ class View:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced = list(object.__reduce_ex__(self, protocol))
-        reduced[1] = tuple(self._user_class if arg is type(self) else arg for arg in reduced[1])
+        reduced[1] = tuple(self._lightning_fed_class if arg is type(self) else arg for arg in reduced[1])
         if reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
             reduced[0] = _new
         if len(reduced) > 2 and isinstance(reduced[2], dict):  # what the view hides is the instance's own
@@ -49,7 +50,7 @@ def _new(cls: Any, *args: Any) -> Any:
 
 def user_class(instance: object) -> type:
     """The class that the user wrote, whichever view lies over the instance."""
-    return getattr(type(instance), "_user_class", type(instance))
+    return getattr(type(instance), _CLASS, type(instance))
 
 
 def wrote(instance: object, base: type, name: str) -> bool:
@@ -70,9 +71,9 @@ def users_own(instance: Any, name: str) -> Any:
 # Kept, because torch.compile guards on the class: a new one each round would compile anew each round.
 @lru_cache(maxsize=256)
 def _view_class(view: type, cls: type) -> type:
-    names = {"_user_class": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    names = {_CLASS: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     made: type = type(cls)(cls.__name__, (view, cls), names)
-    made._names = frozenset(vars(made))  # type: ignore[attr-defined]
+    made._lightning_fed_names = frozenset(vars(made))  # type: ignore[attr-defined]
     return made
 
 
@@ -87,8 +88,8 @@ def hand_over(instance: Any) -> None:
     cls = type(instance)
     if not issubclass(cls, View):
         return
-    for name in vars(cls).keys() - cls._names - {"_names"}:
-        setattr(cls._user_class, name, vars(cls)[name])
+    for name in vars(cls).keys() - cls._lightning_fed_names - {"_lightning_fed_names"}:
+        setattr(cls._lightning_fed_class, name, vars(cls)[name])
         delattr(cls, name)
 
 

@@ -194,6 +194,43 @@ class Code:
         return 1 + 0.05 * longer(calls)
 
 
+class Patched:
+    """What it does is set on its class, in the class within it, and on its methods."""
+
+    class Settings:
+        factor = 1.0
+
+    def counts_itself(self) -> float:
+        own: Any = type(self).counts_itself
+        own.calls = getattr(own, "calls", 0) + 1
+        return 1 + 0.05 * own.calls
+
+    def scale(self) -> float:
+        return 1.0
+
+    def wraps_itself(self) -> float:
+        before = type(self).scale
+        type(self).scale = lambda own: before(own) * 1.05  # type: ignore[method-assign]
+        return self.scale()
+
+
+def _sensed(module: Any, x: Tensor, batch_idx: int) -> Tensor:
+    gradient = module.probe.grad
+    return x * module.probe * (1 if gradient is None else 1 + 0.05 * float(gradient.abs()))
+
+
+def _turned(module: Any, x: Tensor, batch_idx: int) -> Tensor:
+    if not hasattr(module, "turned"):
+        module.square.weight.data, module.turned = module.square.weight.data.t(), True
+    return x + module.square(x)
+
+
+def _signed(module: Any, x: Tensor, batch_idx: int) -> Tensor:
+    factor = 1.1 if torch.signbit(module.zero) else 0.9
+    module.zero.fill_(-0.0)
+    return x * factor
+
+
 def _traced(module: Any) -> None:
     module.traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)))
     module.leaves_out = "traced."
@@ -332,6 +369,27 @@ MODULE_HABITS: dict[str, tuple[Prepare, Act]] = {
         set_attributes(kept=lambda: torch.eye(2).to_sparse().coalesce()),
         scaled(lambda m: m.kept.values().mul_(1.2).sum()),
     ),
+    "a sparse tensor": (
+        set_attributes(kept=lambda: torch.eye(2).to_sparse()),
+        scaled(lambda m: m.kept.mul_(1.2).coalesce().values().sum()),
+    ),
+    "a large tensor that is not contiguous": (
+        set_attributes(kept=lambda: torch.ones(600, 600).t()),
+        scaled(lambda m: m.kept.data.add_(0.1).mean()),
+    ),
+    "an expanded NaN": (set_attributes(wide=lambda: torch.full((1,), torch.nan).expand(5)), lambda m, x, i: x),
+    "the sign of zero": (set_attributes(zero=lambda: torch.zeros(())), _signed),
+    "gradients of what is no parameter": (
+        set_attributes(probe=lambda: torch.ones((), requires_grad=True)),
+        _sensed,
+    ),
+    "turns a square weight": (set_attributes(square=lambda: nn.Linear(8, 8)), _turned),
+    "a class within a class": (
+        set_attributes(code=Patched),
+        scaled(lambda m: _set(m.code.Settings, factor=m.code.Settings.factor * 1.2)),
+    ),
+    "a new attribute of a method": (set_attributes(code=Patched), lambda m, x, i: x * m.code.counts_itself()),
+    "a method set on its class": (set_attributes(code=Patched), lambda m, x, i: x * m.code.wraps_itself()),
     "a list of many lists": (
         set_attributes(kept=lambda: [[] for _ in range(2000)]),
         scaled(lambda m: longer(m.kept[1500])),

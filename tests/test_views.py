@@ -172,3 +172,15 @@ def test_what_the_instance_alone_answers_to_is_the_users_own_as_well():
     double = Mock(spec=User)
     assert users_own(double, "speak") is double.speak
     assert wrote(double, User, "speak")
+
+
+def test_attributes_of_the_user_s_class_keep_their_names():
+    class Named(User):
+        _names = ("a", "b")
+        _user_class = "theirs"
+
+    user = Named()
+    with laid_over(user, Loud):
+        assert (user._names, user._user_class) == (("a", "b"), "theirs")
+        type(user)._names = ("c",)
+    assert Named._names == ("c",)

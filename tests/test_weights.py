@@ -6,9 +6,12 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection, SumMetric
 
+from lightning_fed import FederatedTrainer
 from lightning_fed.errors import ConfigurationError, InvalidUpdateError
+from lightning_fed.testing import ToyModule, toy_data
 from lightning_fed.values import running_mean, weights
 from lightning_fed.values.running_mean import RunningMean
 from lightning_fed.values.weights import check_update
@@ -267,11 +270,11 @@ def test_lazy_layer_is_refused_by_name():
             self.head = nn.LazyLinear(2)
 
     with pytest.raises(ConfigurationError, match=r"Lazy\.head\.weight is lazy.*Run one batch") as caught:
-        weights.refuse_lazy(Lazy())
+        weights.refuse_unfit(Lazy())
     assert caught.value.tensor == "head.weight"
     module = Lazy()
     module.head(torch.zeros(1, 3))
-    weights.refuse_lazy(module)
+    weights.refuse_unfit(module)
 
 
 # ------------------------------------------------------------------------------------------------- checking an update
@@ -502,3 +505,38 @@ def test_mean_is_the_same_however_clients_tensors_lie_in_memory():
 
     assert other.value()["w"].is_contiguous()
     torch.testing.assert_close(other.value()["w"], plain.value()["w"], rtol=0, atol=0)
+
+
+def test_sparse_tensors_of_the_state_dict_are_refused():
+    module = nn.Module()
+    module.register_buffer("adjacency", torch.eye(3).to_sparse(), persistent=False)
+    weights.refuse_unfit(module)
+    module.register_buffer("saved", torch.eye(3).to_sparse())
+    with pytest.raises(ConfigurationError, match=r"Module.saved is a sparse tensor .* persistent=False"):
+        weights.refuse_unfit(module)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_mean_of_numbers_and_infinities_is_that_of_their_sum(order):
+    sent = [torch.tensor([1.0, -math.inf, math.inf, 2.0]), torch.tensor([-math.inf] * 3 + [4.0]), torch.full((4,), 3.0)]
+    mean = RunningMean(infinite={"peak"})
+    for i in order:
+        mean.add({"peak": sent[i]}, i + 1)
+    expected = weighted_mean([{"peak": one} for one in sent], [1, 2, 3])
+    torch.testing.assert_close(mean.value(), expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_a_buffer_that_begins_infinite_averages_what_clients_made_of_it():
+    class Peak(ToyModule):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("peak", torch.full((2,), -math.inf))
+
+        def on_train_epoch_end(self):
+            if self.trainer.client_id == 1:
+                self.peak[0] = 5.0
+
+    module = Peak()
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    FederatedTrainer(max_rounds=1, num_clients=3, **options).fit(module, DataLoader(toy_data(24), 8))
+    assert module.peak.tolist() == [-math.inf, -math.inf]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.state import nodes
-from lightning_fed.state.content import Content, Generator, TensorFlags, set_flags, write
+from lightning_fed.state.access import write
+from lightning_fed.state.content import Content, Generator, TensorFlags, set_flags
 from lightning_fed.state.nodes import Container, Node, Step
 from lightning_fed.state.snapshot import DataSnapshot, Snapshot
 from lightning_fed.views import user_class

@@ -11,6 +11,7 @@ import torch
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch import Callback
 from lightning.pytorch.accelerators import Accelerator, CUDAAccelerator
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_fed import checks
@@ -120,6 +121,9 @@ def split(arguments: dict[str, Any], cuda: list[int], local_epochs: int) -> dict
     arguments["devices"] = cuda[:1] or (arguments.get("devices", "auto") if custom else 1)
     clients = {name: arguments.pop(name) for name in CLIENTS if name in arguments}
     clients.update({name: arguments[name] for name in BOTH if name in arguments})
+    if clients.get("plugins") is not None:  # clients save no checkpoints
+        plugins = clients["plugins"] if isinstance(clients["plugins"], Iterable) else [clients["plugins"]]
+        clients["plugins"] = [plugin for plugin in plugins if not isinstance(plugin, CheckpointIO)]
     if every := clients.get("reload_dataloaders_every_n_epochs"):  # the server's are validation loaders
         arguments["reload_dataloaders_every_n_epochs"] = max(1, every // local_epochs)
     return clients

@@ -106,7 +106,7 @@ class Federation(Callback):
         self._side.options.log_dir = trainer.log_dir
         # To Lightning alone: who asks the datamodule for its train loader in a hook gets the user's own.
         trainer.fit_loop._data_source.instance = RoundLoader()
-        weights.refuse_lazy(pl_module)
+        weights.refuse_unfit(pl_module)
         if self._is_ours:
             self._deal.open()
         strategy = self._build_strategy(pl_module)

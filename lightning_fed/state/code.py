@@ -24,9 +24,14 @@ def of_function(function: types.FunctionType) -> list[Child]:
 
 
 def of_class(cls: type) -> list[Child]:
-    """What a class's functions lead to, but for the variables around them, which are the code's that made the class."""
+    """The classes within a class, and what its functions lead to, but for the variables around them.
+
+    These are the code's that made the class.
+    """
     found: list[Child] = []
     for name, value in vars(cls).items():
+        if isinstance(value, type) and not is_library(value.__module__):
+            found.append((("attribute", name), value))
         for function in _functions(value):
             if function.__module__ == cls.__module__ or not is_library(function.__module__):
                 found += [((f"function {name}", step), one) for (_, step), one in _drawn_by(function)]
@@ -53,7 +58,9 @@ def _defaults(function: types.FunctionType, method: str | None = None) -> list[C
     if method is None:
         return [(("attribute", name), value) for name, value in held if value]
     owned = [*held, ("__dict__", function.__dict__)]
-    return [((f"function {method}", name), value) for name, value in owned if value and not _is_fixed(value)]
+    # An attribute may be the first that a method gets.
+    changing = [(name, value) for name, value in owned if name == "__dict__" or (value and not _is_fixed(value))]
+    return [((f"function {method}", name), value) for name, value in changing]
 
 
 def _is_fixed(value: Any) -> bool:

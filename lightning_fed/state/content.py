@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_fed.state.access import ContentAccess, memory_of
 from lightning_fed.state.generators import GeneratorKind, generator_kind
 from lightning_fed.state.nodes import Node, Step, same
-
-_SAMPLE = 1024
 
 
 @dataclass
@@ -36,23 +35,6 @@ class Limits:
     samples: bool = True
     flags: bool = True
     elements: int = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class ContentAccess:
-    """How the content of tensors, or of arrays, is read and written.
-
-    Attributes:
-        copy: A copy of the content.
-        put: Writes a copy back.
-        equal: Whether the content is that of a copy, bit for bit.
-        mark: What tells most changes without reading all; with a sample of the elements if the second argument is true.
-    """
-
-    copy: Callable[[Any], Any]
-    put: Callable[[Any, Any], None]
-    equal: Callable[[Any, Any], bool]
-    mark: Callable[[Any, bool], tuple[Any, ...]]
 
 
 class Content(Node):
@@ -103,9 +85,17 @@ class Content(Node):
 
 
 class TensorFlags(Node):
-    """All of a tensor but its content: its memory, whether it is trained, hooks and attributes."""
+    """All of a tensor but its content: its memory, whether it is trained, hooks and attributes.
 
-    __slots__ = ("_data", "_hooks", "_pointer")
+    Args:
+        is_weight: Whether it is a weight, whose gradient comes and goes.
+    """
+
+    __slots__ = ("_data", "_gradient", "_has_gradient", "_hooks", "_pointer")
+
+    def __init__(self, thing: Any, parent: Node | None, step: Step, is_weight: bool) -> None:
+        super().__init__(thing, parent, step)
+        self._has_gradient = thing.is_leaf and not is_weight
 
     def save(self) -> None:
         if self.saved is not None and not self.differs():
@@ -113,6 +103,7 @@ class TensorFlags(Node):
         tensor: Tensor = self.thing
         self._pointer = _pointer(tensor)
         self._data = tensor.detach()
+        self._gradient = tensor.grad if self._has_gradient else None
         self._hooks = [dict(hooks or ()) for hooks in _hooks(tensor)]
         self.saved = self.flags()
 
@@ -124,6 +115,7 @@ class TensorFlags(Node):
             or _pointer(tensor) != self._pointer
             or bool((tensor.__dict__ or attributes) and not same(_attributes(tensor), attributes))
             or self.has_other_hooks()
+            or (self._has_gradient and tensor.grad is not self._gradient)
         )
 
     def has_other_hooks(self) -> bool:
@@ -144,6 +136,8 @@ class TensorFlags(Node):
         if _pointer(tensor) != self._pointer:
             tensor.data = self._data
         set_flags(tensor, *self.saved)
+        if self._has_gradient:
+            tensor.grad = self._gradient
         for hooks, saved in zip(_hooks(tensor), self._hooks, strict=True):
             if hooks is not None:  # in place: autograd holds this very dict
                 hooks.clear()
@@ -169,7 +163,7 @@ def _hooks(tensor: Tensor) -> tuple[Any, Any]:
 
 
 def _pointer(tensor: Tensor) -> Any:
-    return (tensor.data_ptr(), tensor.shape) if tensor.layout is torch.strided else None
+    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.layout is torch.strided else None
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -210,85 +204,3 @@ def alike(one: Any, other: Any) -> bool:
     if isinstance(one, tuple):
         return len(one) == len(other) and all(map(alike, one, other))
     return bool(one == other)
-
-
-def _without_repeats(tensor: Tensor) -> Tensor:
-    """A view of a tensor in which no element of an expanded one comes twice."""
-    if tensor.is_contiguous():
-        return tensor
-    for dim, stride in enumerate(tensor.stride()):
-        if stride == 0 and tensor.shape[dim] > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
-
-
-def _copy_tensor(tensor: Tensor) -> Tensor:
-    return _without_repeats(tensor.detach()).clone()
-
-
-def _put_tensor(tensor: Tensor, copy: Tensor) -> None:
-    with torch.inference_mode(tensor.is_inference()):
-        _without_repeats(tensor.detach()).copy_(copy)
-
-
-def _equal_tensor(tensor: Tensor, copy: Tensor) -> bool:
-    now = _without_repeats(tensor.detach())
-    return torch.equal(now, copy) or (now.shape == copy.shape and torch.equal(_bits(now), _bits(copy)))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The bytes, of which NaN's are equal, too."""
-    return tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
-
-
-def _mark_tensor(tensor: Tensor, samples: bool) -> tuple[Any, ...]:
-    version = None if tensor.is_inference() else tensor._version
-    if not (samples and tensor.is_contiguous()):
-        return version, None
-    flat = tensor.detach().view(-1)
-    return version, _bits(flat[:: max(1, flat.numel() // _SAMPLE)].clone())
-
-
-def _copy_array(array: Any) -> Any:
-    return array.view(np.ndarray).copy()
-
-
-def _put_array(array: Any, copy: Any) -> None:
-    array.view(np.ndarray)[...] = copy
-
-
-def _equal_array(array: Any, copy: Any) -> bool:
-    if array.shape != copy.shape:
-        return False
-    if array.dtype.hasobject:
-        return all(one is other for one, other in zip(array.flat, copy.flat, strict=True))
-    return bool(array.view(np.ndarray).tobytes() == copy.tobytes())
-
-
-def _mark_array(array: Any, samples: bool) -> tuple[Any, ...]:
-    flat = array.view(np.ndarray).reshape(-1)
-    return (flat[:: max(1, flat.size // _SAMPLE)].tobytes(),)
-
-
-def _put_bytes(held: Any, copy: Any) -> None:
-    held[:] = copy
-
-
-def _mark_bytes(held: Any, samples: bool) -> tuple[Any, ...]:
-    return len(held), bytes(held[:: max(1, len(held) // _SAMPLE)])
-
-
-def memory_of(thing: Any) -> int:
-    """The bytes that a tensor, an array or a piece of memory contains."""
-    size = getattr(thing, "nbytes", None)
-    return memoryview(thing).nbytes if size is None else int(size)
-
-
-TENSOR = ContentAccess(_copy_tensor, _put_tensor, _equal_tensor, _mark_tensor)
-ARRAY = ContentAccess(_copy_array, _put_array, _equal_array, _mark_array)
-BYTES = ContentAccess(lambda held: held[:], _put_bytes, lambda held, copy: bytes(held) == bytes(copy), _mark_bytes)
-
-
-def write(thing: Any, content: Any) -> None:
-    """Gives a tensor or an array the content that ``Content.read`` read."""
-    (TENSOR if isinstance(thing, Tensor) else ARRAY if isinstance(thing, np.ndarray) else BYTES).put(thing, content)

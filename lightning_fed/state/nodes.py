@@ -88,7 +88,10 @@ class Container(Node):
 
     def children(self) -> Iterable[Child]:
         held, step = self.kind.look(self.thing), self.kind.step
-        return [((step, key), value) for key, value in (held.items() if isinstance(held, dict) else enumerate(held))]
+        found = [((step, key), value) for key, value in (held.items() if isinstance(held, dict) else enumerate(held))]
+        if self.kind is CLASS:  # what its functions lead to is another matter
+            return [child for child in found if not isinstance(child[1], types.FunctionType)]
+        return found
 
     def is_empty(self) -> bool:
         """Whether it is a container in which nothing is."""
@@ -189,11 +192,13 @@ def _write_cell(thing: types.CellType, saved: tuple[Any, ...]) -> None:
 
 
 def _class_data(thing: type) -> dict[str, Any]:
-    """What a class holds for all its instances, without its code."""
+    """What a class holds for all its instances, and its methods as they are."""
     return {
         name: value
         for name, value in vars(thing).items()
-        if not name.startswith(("__", "_abc_")) and not isinstance(value, type) and not hasattr(type(value), "__get__")
+        if not name.startswith(("__", "_abc_"))
+        and (isinstance(value, types.FunctionType) or not hasattr(type(value), "__get__"))
+        and not isinstance(value, type)
     }
 
 

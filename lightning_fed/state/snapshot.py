@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_fed.state import nodes
+from lightning_fed.state.access import memory_of
 from lightning_fed.state.content import Content, Generator, Limits
 from lightning_fed.state.generators import seeding_method
 from lightning_fed.state.nodes import Container, Node, same
@@ -167,7 +168,7 @@ def _is_read(value: Any) -> bool:
     if callable(getattr(value, "close", None)):
         return True
     if isinstance(value, (Tensor, np.ndarray)):
-        return value.nbytes > Limits.always
+        return memory_of(value) > Limits.always
     try:
         return len(value) > DataLimits.elements
     except Exception:

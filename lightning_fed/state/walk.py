@@ -29,8 +29,9 @@ from torch.utils.data import (
 )
 
 from lightning_fed.state import nodes
+from lightning_fed.state.access import ARRAY, BYTES, SPARSE, TENSOR
 from lightning_fed.state.code import of_class, of_function
-from lightning_fed.state.content import ARRAY, BYTES, TENSOR, Content, Generator, Limits, TensorFlags, is_plain
+from lightning_fed.state.content import Content, Generator, Limits, TensorFlags, is_plain
 from lightning_fed.state.generators import generator_kind, is_global
 from lightning_fed.state.nodes import Child, Container, Kind, Node, Step
 from lightning_fed.state.packages import is_library, is_machinery
@@ -164,7 +165,9 @@ class Walk:
     def _of_function(self, function: types.FunctionType, parent: Node | None, step: Step) -> list[Node]:
         if is_library(function.__module__):
             return []
-        own = [Container(function, parent, step, nodes.ATTRIBUTES)] if function.__dict__ else []
+        own = [Container(function, parent, step, nodes.ATTRIBUTES)]
+        if not function.__dict__:  # an attribute may be the first that it gets
+            own = [Container(function.__dict__, Node(function, parent, step), ("attribute", "__dict__"), nodes.DICT)]
         return [*own, Passage(function, parent, step, of_function(function))]
 
     def _of_array(self, values: Any, parent: Node | None, step: Step, kinds: list[Kind]) -> list[Node]:
@@ -176,17 +179,20 @@ class Walk:
         return found
 
     def _of_tensor(self, tensor: Tensor, parent: Node | None, step: Step) -> list[Node]:
-        found: list[Node] = [TensorFlags(tensor, parent, step)] if self._limits.flags else []
-        if id(tensor) not in self._weights:
+        is_weight = id(tensor) in self._weights
+        found: list[Node] = [TensorFlags(tensor, parent, step, is_weight)] if self._limits.flags else []
+        if not is_weight:
             if is_plain(tensor):
                 found.append(Content(tensor, parent, step, TENSOR, self._limits))
+            elif tensor.layout is torch.sparse_coo:
+                found.append(Content(tensor, parent, step, SPARSE, self._limits))
             elif values := _VALUES.get(tensor.layout):
                 found.append(Passage(tensor, parent, step, [(("component", values), getattr(tensor, values)())]))
         return found
 
 
-# Sparse tensors -> what gives the tensor of their values.
-_VALUES = {torch.sparse_coo: "_values", torch.sparse_csr: "values", torch.sparse_csc: "values"}
+# Other sparse tensors -> what gives the tensor of their values.
+_VALUES = {torch.sparse_csr: "values", torch.sparse_csc: "values"}
 _BUILTIN: dict[type, Kind] = {
     dict: nodes.DICT,
     OrderedDict: nodes.DICT,
@@ -239,7 +245,7 @@ def _containers(cls: type) -> list[Kind]:
 
 def _own_classes(cls: type) -> list[Child]:
     """The classes of an object that are no library's."""
-    mro = getattr(cls, "_user_class", cls).__mro__
+    mro = getattr(cls, "_lightning_fed_class", cls).__mro__
     return [(("class", i), one) for i, one in enumerate(mro) if not is_library(one.__module__)]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from lightning_fed.values.running_mean import RunningMean
-from lightning_fed.values.weights import Weights
+from lightning_fed.values.weights import Weights, is_finite
 from lightning_fed.wire import messages
 
 
@@ -28,13 +29,21 @@ class WeightedMean(FedAvg):
         minimums = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
         super().__init__(**{**minimums, **kwargs})
         self.uniform = uniform
+        self._infinite: set[str] = set()
         self._own = {stage: kwargs.get(f"{stage}_metrics_aggr_fn") for stage in ("train", "evaluate")}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As Flower's ``FedAvg``; takes note of what may be infinite, as the global weights are there."""
+        self._infinite = {name for name, tensor in messages.unpack(arrays).items() if not is_finite(tensor)}
+        return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The weighted mean of the replies' arrays, and of their metrics; ``(None, None)`` without a good reply."""
-        mean, metrics = RunningMean(), RunningMetrics(self.weighted_by_key, self._own["train"])
+        mean, metrics = RunningMean(self._infinite), RunningMetrics(self.weighted_by_key, self._own["train"])
         for reply in replies:
             if reply.has_error():
                 continue

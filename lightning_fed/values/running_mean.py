@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ class RunningMean:
     ``m += (w - m) * n / N`` in float64 (complex128 for complex tensors), ``N`` the sum of the ``n`` so far: memory does
     not grow with the number of clients, and the mean of one client is that client, bit for bit.
 
+    Args:
+        infinite: Names of tensors that may hold infinities; else those are known of which the first client's does.
+
     >>> mean = RunningMean()
     >>> mean.add({"w": torch.tensor([0.0])}, 1)
     >>> mean.add({"w": torch.tensor([3.0])}, 2)
@@ -27,13 +30,13 @@ class RunningMean:
     {'w': tensor([2.])}
     """
 
-    def __init__(self) -> None:
+    def __init__(self, infinite: Iterable[str] = ()) -> None:
         self.total = 0.0
         self._mean: Weights = {}
         self._order: dict[str, tuple[int, ...]] = {}
         self._dtype: dict[str, torch.dtype] = {}
         self._origin: Weights = {}
-        self._infinite: set[str] = set()
+        self._infinite = set(infinite)
 
     def add(self, weights: Mapping[str, Tensor], coefficient: float) -> None:
         """Takes one client's ``weights`` in with the averaging ``coefficient`` (> 0), such as its ``num_examples``."""
@@ -49,16 +52,13 @@ class RunningMean:
             if name not in self._order:
                 self._order[name] = _order(tensor)
             # Each mean lies in memory as the first client's tensor: to read across rows would take longer than to add.
-            tensor = tensor.detach().permute(self._order[name])
+            tensor = tensor.detach().resolve_conj().resolve_neg().permute(self._order[name])
             if name in self._infinite:
-                mean = self._mean[name]  # of equal infinities the mean is that infinity, and not NaN
-                tensor = tensor.to(mean.dtype)
-                mean.copy_(torch.where(tensor == mean, mean, mean + (tensor - mean) * (coefficient / self.total)))
+                self._mean[name] = _moved(self._mean.get(name), tensor, coefficient / self.total)
             elif name in self._mean:
                 _move(self._mean[name], tensor, coefficient / self.total)
             else:
-                wide = torch.complex128 if tensor.is_complex() else torch.float64
-                self._mean[name] = tensor.to(wide, copy=True, memory_format=torch.contiguous_format)
+                self._mean[name] = _wide(tensor)
                 if not is_finite(tensor):
                     self._infinite.add(name)
 
@@ -78,6 +78,19 @@ def _order(tensor: Tensor) -> tuple[int, ...]:
 
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    return tensor.to(wide, copy=True, memory_format=torch.contiguous_format)
+
+
+def _moved(mean: Tensor | None, tensor: Tensor, share: float) -> Tensor:
+    """As ``_move``; the mean of an infinity and a number is that infinity, and of two that differ it is NaN."""
+    wide = _wide(tensor)
+    if mean is None:
+        return wide
+    return torch.where(torch.isinf(mean) | torch.isinf(wide), mean + wide, mean + (wide - mean) * share)
 
 
 def _move(mean: Tensor, tensor: Tensor, share: float) -> None:

@@ -99,9 +99,9 @@ def _moving(module: nn.Module, entries: Weights) -> set[str]:
             parameter.copy_(value)
 
 
-def refuse_lazy(module: nn.Module) -> None:
+def refuse_unfit(module: nn.Module) -> None:
     """Raises:
-    ConfigurationError: If a parameter or buffer has no shape yet.
+    ConfigurationError: If a parameter or buffer has no shape yet, or a tensor of the state dict is sparse.
     """
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
@@ -111,6 +111,13 @@ def refuse_lazy(module: nn.Module) -> None:
             " to the clients. Run one batch through the module before `fit`, or write the layer with its input size.",
             tensor=lazy[0],
         )
+    for name, tensor in read(module, copy=False).items():
+        if tensor.layout is not torch.strided:
+            raise ConfigurationError(
+                f"{type(module).__name__}.{name} is a sparse tensor in the state dict, of which there is no mean over"
+                " clients. Register it with persistent=False if no client changes it, or make it dense.",
+                tensor=name,
+            )
 
 
 def is_averaged(tensor: Tensor) -> bool:

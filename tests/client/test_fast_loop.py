@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -282,3 +284,14 @@ def test_a_value_with_many_elements_is_still_refused() -> None:
 
     with pytest.raises(Exception, match="must have a single element"):
         fit(Wide, True)
+
+
+def test_what_is_known_of_a_step_does_not_keep_what_it_leads_to() -> None:
+    def known() -> weakref.ref[ToyModule]:
+        module = ToyModule()
+        assert fast_loop.takes_index(lambda batch, batch_idx: module.net(batch))
+        return weakref.ref(module)
+
+    gone = known()
+    gc.collect()
+    assert gone() is None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
@@ -152,3 +153,11 @@ def test_a_client_on_slurm_does_not_resume_from_the_checkpoint_that_a_requeued_s
 
     assert trainer.current_epoch == 3
     torch.testing.assert_close(weight, expected, rtol=0, atol=0)
+
+
+def test_who_saves_checkpoints_is_the_server_s_plugin_alone(tmp_path: Path) -> None:
+    trainer = FederatedTrainer(
+        num_clients=2, max_rounds=3, default_root_dir=tmp_path, logger=False, plugins=[AsyncCheckpointIO()]
+    )
+    trainer.fit(ToyModule(), DataLoader(toy_data(16), 8))
+    assert list(tmp_path.rglob("*.ckpt"))

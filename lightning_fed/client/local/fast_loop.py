@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import lru_cache, partial
+from collections.abc import Callable, MutableMapping
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -133,10 +134,18 @@ class LeanOptimization(_AutomaticOptimization):
         return result.closure_loss
 
 
-@lru_cache(maxsize=256)
+# To read a signature takes as long as a small step. Held weakly, for a step may lead to its module.
+_takes_index: MutableMapping[Callable[..., Any], bool] = WeakKeyDictionary()
+
+
 def takes_index(step: Callable[..., Any]) -> bool:
     """Whether a step, as a function of the module and more, takes the batch's index."""
-    return is_param_in_hook_signature(step, "batch_idx", min_args=2)
+    try:
+        if step not in _takes_index:
+            _takes_index[step] = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+        return _takes_index[step]
+    except TypeError:  # what cannot be a key, or has no weak references
+        return is_param_in_hook_signature(step, "batch_idx", min_args=2)
 
 
 class LeanEpochLoop(_TrainingEpochLoop):

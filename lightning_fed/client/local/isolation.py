@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_fed.errors import ClientError
 from lightning_fed.seeding import random_states_kept, seed_all, seed_for
+from lightning_fed.state.access import memory_of
 from lightning_fed.state.snapshot import DataSnapshot, Snapshot
 from lightning_fed.views import hand_over
 
@@ -139,7 +140,7 @@ def put_back(snapshots: Sequence[Snapshot]) -> Iterator[None]:
     for snapshot in reversed(snapshots):  # a later one may have found what an earlier one had seeded
         snapshot.restore()
     if lost := [node for snapshot in snapshots for node in snapshot.lost]:
-        sizes = ", ".join(f"{node.path} ({node.thing.nbytes / 2**20:.1f} MiB)" for node in lost)
+        sizes = ", ".join(f"{node.path} ({memory_of(node.thing) / 2**20:.1f} MiB)" for node in lost)
         raise ContentLost(
             f"wrote into {sizes}. What is so large is not copied for each client, so it cannot be put back, and the"
             " clients after it would find what was written. Write into a copy (`x = x.clone()`), or make it a buffer of"

@@ -11,6 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_fed.state.access import memory_of
+
 # Measured on CPUs by ``benchmarks/pays.py``: no stack is faster if each client has more bytes than these.
 _WEIGHTS, _KEPT = 3 << 20, 6 << 20
 # Nor one that keeps more than this in all.
@@ -52,7 +54,7 @@ class StackCost:
 
 def weight_bytes(module: nn.Module) -> int:
     """The bytes of all parameters and buffers."""
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return sum(memory_of(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
 class Kept(saved_tensors_hooks):
