@@ -22,7 +22,7 @@ from lightning_fed.client.app import ClientSide, build_client_app
 from lightning_fed.client.local.run import ClientState, LocalOptions
 from lightning_fed.client.vectorized.compiled_step import CompiledStep
 from lightning_fed.client.vectorized.dispatch import Dispatcher
-from lightning_fed.engines import ENGINES, Engine, InProcess, Processes, made
+from lightning_fed.engines import ENGINES, Engine, made
 from lightning_fed.errors import FederationError
 from lightning_fed.seeding import run_seed, seed_for, seeded
 from lightning_fed.server import arguments, placement
@@ -141,7 +141,7 @@ class FederatedTrainer(ServerTrainer):
         self.engine = made(engine, cuda, num_workers, clients_per_device or 1)
         if cuda and self.engine.shows_one_device:
             client_kwargs["devices"] = [0]
-        elif isinstance(self.engine, InProcess) and len(cuda) > 1 and devices != "auto":
+        elif self.engine.uses_first_device and len(cuda) > 1 and devices != "auto":
             rank_zero_warn(
                 f"devices={devices!r}: clients train in this process one after the other, on cuda:{cuda[0]}. Write"
                 " engine='processes' to use all."
@@ -245,8 +245,8 @@ class FederatedTrainer(ServerTrainer):
         self.local_options.rounds = -1 if self.max_epochs is None else self.max_epochs
         side = ClientSide(module, self.local_options, deal, datamodule, is_set_up=True)
         if self._vectorize:
-            workers = self.engine.num_workers if isinstance(self.engine, Processes) else 1
-            side.dispatcher = Dispatcher(self._vectorize, CompiledStep() if self._compile else None, workers)
+            compiled = CompiledStep() if self._compile else None
+            side.dispatcher = Dispatcher(self._vectorize, compiled, self.engine.processes)
         return _Task(module, datamodule, val, deal, side)
 
     def _look_at_callbacks(self) -> None:

@@ -57,5 +57,4 @@ class ReportLearningRates(Callback):
             MetricState(name, LAST, {"value": torch.tensor(float(rate), dtype=torch.float64)}, RATE)
             for name, rate in self._found.items()
         ]
-        for caught in getattr(trainer, "each_caught", [trainer.caught]):
-            caught += states
+        trainer.report(states)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -29,6 +29,16 @@ from lightning_fed.views import hand_over
 from lightning_fed.wire import messages
 
 
+class DataSource(Protocol):
+    """Where clients' data comes from."""
+
+    def __call__(self, client: int, round: int) -> ClientLoaders:
+        """A client's loaders in a round."""
+
+    def roots(self) -> dict[str, Any]:
+        """What clients' data depends on, by name."""
+
+
 @dataclass
 class ClientSide:
     """All that a client app needs to serve any client.
@@ -46,7 +56,7 @@ class ClientSide:
 
     module: LightningModule
     options: LocalOptions
-    data: Callable[[int, int], ClientLoaders]
+    data: DataSource
     datamodule: LightningDataModule | None = None
     mods: dict[str, Sequence[Mod]] = field(default_factory=dict)
     is_set_up: bool = False
@@ -59,7 +69,7 @@ class ClientSide:
 
     def data_roots(self) -> dict[str, Any]:
         """What a client's data depends on, likewise."""
-        return {"datamodule": self.datamodule, **getattr(self.data, "roots", dict)()}
+        return {"datamodule": self.datamodule, **self.data.roots()}
 
     def look_ahead(self, weights: Weights, seed: int) -> None:
         """Looks, before the first round, at what ``configure_optimizers`` gives; raises as ``LookAhead.look``."""

@@ -6,10 +6,48 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeVar
 
+from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 T = TypeVar("T")
+
+
+class LocalGrid(Grid):
+    """A Grid that knows its clients by number, and keeps what they keep.
+
+    What the server uses beyond Flower's ``Grid``. On another it asks the nodes who they are, and its checkpoints have
+    no client states.
+    """
+
+    @property
+    @abstractmethod
+    def num_clients(self) -> int:
+        """How many clients there are."""
+
+    @abstractmethod
+    def node_of(self, client: int) -> int:
+        """Flower's address of a client."""
+
+    @abstractmethod
+    def client_of(self, node_id: int) -> int:
+        """The client at one of Flower's addresses."""
+
+    @abstractmethod
+    def begin_round(self) -> None:
+        """From here on what clients keep is remembered as it is now."""
+
+    @abstractmethod
+    def client_states(self, *, before_round: bool = False) -> dict[int, RecordDict]:
+        """What clients keep from round to round, by client; those that keep nothing are left out.
+
+        Args:
+            before_round: What they kept when ``begin_round`` was called last.
+        """
+
+    @abstractmethod
+    def load_client_states(self, states: dict[int, RecordDict]) -> None:
+        """Takes back what ``client_states`` gave."""
 
 
 class Engine(ABC):
@@ -21,6 +59,15 @@ class Engine(ABC):
     """
 
     name: str
+    #: Whether it gives the client app several messages at once, so that clients can be vectorized.
+    can_vectorize = True
+    #: Whether all clients train on the first CUDA device.
+    uses_first_device = False
+
+    @property
+    def processes(self) -> int:
+        """How many processes share this machine's memory; 1 where that is not known."""
+        return 1
 
     @property
     def shows_one_device(self) -> bool:

@@ -19,7 +19,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from lightning_fed.engines.base import Engine
+from lightning_fed.client.app import LocalClientApp
+from lightning_fed.engines.base import Engine, LocalGrid
 from lightning_fed.wire import messages
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ class InProcess(Engine):
     """Runs every client in this process and thread. The cost of a round does not depend on the population."""
 
     name = "in_process"
+    uses_first_device = True
 
     def run(self, main: Callable[[Grid], T], client_app: ClientApp, num_clients: Callable[[], int]) -> T:
         """See ``Engine``."""
@@ -52,14 +54,13 @@ def server_identity(run_id: int) -> Iterator[None]:
 
 def at_once(app: ClientApp, message: Message) -> int:
     """How many messages like this one to give to ``answer``: several where the app serves clients together."""
-    asked: Callable[[str], int] = getattr(app, "at_once", lambda message_type: 1)
-    return asked(message.metadata.message_type)
+    return app.at_once(message.metadata.message_type) if isinstance(app, LocalClientApp) else 1
 
 
 def answer(app: ClientApp, received: Sequence[tuple[Message, Context]]) -> list[Message]:
     """The replies to messages of one type, in their order; an exception is a reply."""
-    if len(received) > 1:
-        return app.serve(received)  # type: ignore[attr-defined, no-any-return]
+    if len(received) > 1 and isinstance(app, LocalClientApp):
+        return app.serve(received)
     message, context = received[0]
     try:
         return [app(message, context)]
@@ -72,7 +73,7 @@ def deliver(metadata: Metadata, content: RecordDict) -> Message:
     return make_message(metadata=metadata, content=messages.copy_for_delivery(content))
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(LocalGrid):
     """A Grid over clients ``0..n-1`` whose node ids are ``1..n``; a client's ``Context`` lives as long as the grid."""
 
     def __init__(self, client_app: ClientApp, num_clients: Callable[[], int]) -> None:
@@ -85,34 +86,30 @@ class InProcessGrid(Grid):
 
     @property
     def num_clients(self) -> int:
-        """How many clients there are."""
+        """See ``LocalGrid``."""
         return self._count()
 
     def node_of(self, client: int) -> int:
-        """Flower's address of a client."""
+        """See ``LocalGrid``."""
         return client + 1
 
     def client_of(self, node_id: int) -> int:
-        """The client at one of Flower's addresses."""
+        """See ``LocalGrid``."""
         return node_id - 1
 
     def begin_round(self) -> None:
-        """From here on what clients keep is remembered as it is now."""
+        """See ``LocalGrid``."""
         self._kept = {}
 
     def client_states(self, *, before_round: bool = False) -> dict[int, RecordDict]:
-        """What clients keep from round to round, by client; those that keep nothing are left out.
-
-        Args:
-            before_round: What they kept when ``begin_round`` was called last.
-        """
+        """See ``LocalGrid``."""
         states = {client: context.state for client, context in sorted(self._contexts.items())}
         if before_round:
             states |= self._kept
         return {client: state for client, state in states.items() if state}
 
     def load_client_states(self, states: dict[int, RecordDict]) -> None:
-        """Takes back what ``client_states`` gave."""
+        """See ``LocalGrid``."""
         for client, state in states.items():
             self._context(client).state = state
 

@@ -73,6 +73,11 @@ class Processes(Engine):
         self.devices, self.start_method = devices or [], start_method
 
     @property
+    def processes(self) -> int:
+        """See ``Engine``."""
+        return self.num_workers
+
+    @property
     def shows_one_device(self) -> bool:
         """See ``Engine``."""
         return bool(self.devices)

@@ -54,6 +54,7 @@ class Ray(Engine):
     """
 
     name = "ray"
+    can_vectorize = False
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_fed import checks
 from lightning_fed.callbacks.base import FederatedCallback
 from lightning_fed.checks import number_faults
-from lightning_fed.engines import Engine, Ray
+from lightning_fed.engines import ENGINES, Engine
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.server import owners, placement
 
@@ -206,9 +206,11 @@ def vectorize_faults(vectorize: object, compiles: bool, engine: object) -> list[
     counts = isinstance(vectorize, int) and vectorize > 1
     if not (vectorize is True or vectorize == "require" or counts):
         return [f"vectorize_clients={vectorize!r}: write True, 'require', or how many at once, at least 2."]
-    if engine == "ray" or isinstance(engine, Ray):
+    kind = ENGINES.get(engine) if isinstance(engine, str) else type(engine)
+    if kind is not None and issubclass(kind, Engine) and not kind.can_vectorize:
         return [
-            "vectorize_clients= is for engine='in_process' and engine='processes'; Ray's actors train one at a time."
+            "vectorize_clients= is for engine='in_process' and engine='processes'; with this engine each worker trains"
+            " one client at a time."
         ]
     return []
 

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_fed.engines.base import LocalGrid
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.server.script import Script
 from lightning_fed.wire.checkpoint_file import FEDERATION
@@ -48,7 +49,7 @@ class RunState:
 
     def __init__(self, seed: int, num_clients: int, grid: Grid, strategy: Strategy, script: Script) -> None:
         self.seed, self.num_clients, self.script = seed, num_clients, script
-        self._clients: Any = grid if hasattr(grid, "client_states") else None
+        self._clients = grid if isinstance(grid, LocalGrid) else None
         self._strategy = state_of(strategy)
         self._snapshot: dict[str, Any] | None = None
         self._said: list[str] = []

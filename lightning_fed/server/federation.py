@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed.callbacks.base import CLIENT_METRICS
 from lightning_fed.client.app import ClientSide
+from lightning_fed.engines.base import LocalGrid
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_all, seed_for
 from lightning_fed.server import placement
@@ -231,7 +232,7 @@ class Federation(Callback):
     @property
     def _is_ours(self) -> bool:
         """Whether the clients are in this process, with their data and their state."""
-        return hasattr(self._grid, "client_states")
+        return isinstance(self._grid, LocalGrid)
 
     def _build_strategy(self, module: LightningModule) -> Strategy:
         strategy: Strategy | None = None

@@ -23,7 +23,7 @@ import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
@@ -33,6 +33,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_fed.callbacks.base import CLIENT_METRICS, CohortOwner, FailureOwner, FederatedCallback, Stage
+from lightning_fed.engines.base import LocalGrid
 from lightning_fed.errors import ClientError, FederationError, RoundError
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.server.exchange import About, Exchange, Terms, name_of
@@ -92,9 +93,11 @@ class Rounds:
         self.grid, self.strategy, self.callbacks, self.cohorts = grid, strategy, callbacks, cohorts
         self.trainer, self.module = trainer, module
         self.seed, self.timeout, self.max_clients = seed, timeout, max_clients
-        self.roster: Roster = (
-            cast(Roster, grid) if hasattr(grid, "client_of") else RollCall(grid, timeout, cohorts.min_available_clients)
-        )
+        self.roster: Roster
+        if isinstance(grid, LocalGrid):
+            self.roster = grid
+        else:
+            self.roster = RollCall(grid, timeout, cohorts.min_available_clients)
         self._terms = Terms(strategy, self.roster, failures, self._tell, seed, timeout)
         self._said: set[str] = set()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -222,6 +222,10 @@ class LocalTrainer(TrainerInARun):
         unlogged, on_bar = shown((self._results or {}).values())
         states = catch(self, module, self.computed)
         self.caught = [replace(s, logged=s.name not in unlogged, on_bar=s.name in on_bar) for s in states]
+
+    def report(self, states: Sequence[MetricState]) -> None:
+        """Reports something of the fit's own beside what the module has logged."""
+        self.caught += states
 
     @contextmanager
     def naming(self, is_computed: bool) -> Iterator[None]:

@@ -6,6 +6,7 @@ a ``Stack``. What cannot be done for all clients at once raises ``NotStackable``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -246,6 +247,11 @@ class CohortTrainer(LocalTrainer):
         self._watch.check()
         self._watches = False
         self.each_caught = self.stacked_log.end_epoch()
+
+    def report(self, states: Sequence[MetricState]) -> None:
+        """As of each client."""
+        for caught in self.each_caught:
+            caught += states
 
 
 def _without_index(step: Any, module: LightningModule, batch: Any, batch_idx: int) -> Any:
