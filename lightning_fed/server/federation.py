@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_fed._compat.lightning import is_known, why_slower
 from lightning_fed.callbacks.base import CLIENT_METRICS
 from lightning_fed.client.app import ClientSide
 from lightning_fed.engines.base import LocalGrid
@@ -108,6 +109,8 @@ class Federation(Callback):
         # To Lightning alone: who asks the datamodule for its train loader in a hook gets the user's own.
         trainer.fit_loop._data_source.instance = RoundLoader()
         weights.refuse_unfit(pl_module)
+        if not is_known():
+            rank_zero_warn(why_slower())
         if self._is_ours:
             self._deal.open()
         strategy = self._build_strategy(pl_module)

@@ -1,4 +1,4 @@
-"""The lean loops of clients' trainers are Lightning's: the same hooks, arguments, values and weights, bit for bit."""
+"""The fast loops of clients' trainers are Lightning's: the same hooks, arguments, values and weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -73,18 +73,18 @@ for _hook in HOOKS:
 
 def as_lightning_does(patch: pytest.MonkeyPatch) -> None:
     """Clients' trainers keep Lightning's own loops."""
-    patch.setattr(local_trainer, "make_lean", lambda trainer: None)
+    patch.setattr(local_trainer, "use_fast_loops", lambda trainer: None)
     patch.setattr(local_trainer.LocalTrainer, "log_again", lambda *args: False)
 
 
-def fit(build: Callable[[], ToyModule], lean: bool, *callbacks: Callback, **options: Any) -> Any:
+def fit(build: Callable[[], ToyModule], fast: bool, *callbacks: Callback, **options: Any) -> Any:
     """Weights, history and all that was noted."""
     SEEN.clear()
     torch.manual_seed(0)
     module, history = build(), History(per_client=True)
     loops = []
     with pytest.MonkeyPatch.context() as patch:
-        if not lean:
+        if not fast:
             as_lightning_does(patch)
 
         class Which(Callback):
@@ -98,7 +98,7 @@ def fit(build: Callable[[], ToyModule], lean: bool, *callbacks: Callback, **opti
         trainer = FederatedTrainer(callbacks=[history], client_callbacks=client_callbacks, **arguments)
         trainer.fit(module, DataLoader(toy_data(27), batch_size=4, shuffle=True))
     expected = (
-        (fast_loop.LeanEpochLoop, fast_loop.LeanOptimization) if lean else (_TrainingEpochLoop, _AutomaticOptimization)
+        (fast_loop.FastEpochLoop, fast_loop.FastOptimization) if fast else (_TrainingEpochLoop, _AutomaticOptimization)
     )
     assert set(loops) == {expected}
     weights = {name: value.clone() for name, value in module.state_dict().items()}
@@ -106,13 +106,13 @@ def fit(build: Callable[[], ToyModule], lean: bool, *callbacks: Callback, **opti
 
 
 def assert_same(build: Callable[[], Any], *callbacks: Callback, **options: Any) -> Any:
-    usual, lean = (fit(build, lean, *callbacks, **options) for lean in (False, True))
-    torch.testing.assert_close(lean[0], usual[0], rtol=0, atol=0)
-    assert lean[1] == usual[1]
-    assert len(lean[2]) == len(usual[2])
-    for one, other in zip(lean[2], usual[2], strict=True):
+    usual, fast = (fit(build, fast, *callbacks, **options) for fast in (False, True))
+    torch.testing.assert_close(fast[0], usual[0], rtol=0, atol=0)
+    assert fast[1] == usual[1]
+    assert len(fast[2]) == len(usual[2])
+    for one, other in zip(fast[2], usual[2], strict=True):
         assert one == other
-    return lean[2]
+    return fast[2]
 
 
 def test_every_hook_sees_what_it_sees_in_lightning_s_own_loop() -> None:
@@ -255,12 +255,12 @@ def test_every_kind_of_module_trains_as_in_lightning_s_own_loop(name: str) -> No
         weights, history = trained(MODULES[name])
         return weights, repr(history)
 
-    lean = result()
+    fast = result()
     with pytest.MonkeyPatch.context() as patch:
         as_lightning_does(patch)
         usual = result()
-    torch.testing.assert_close(lean[0], usual[0], rtol=0, atol=0)
-    assert lean[1] == usual[1]
+    torch.testing.assert_close(fast[0], usual[0], rtol=0, atol=0)
+    assert fast[1] == usual[1]
 
 
 def test_a_name_logged_in_two_ways_is_still_refused() -> None:

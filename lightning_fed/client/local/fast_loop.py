@@ -31,6 +31,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_fed._compat.lightning import is_known
 from lightning_fed.views import wrote
 
 _OF_A_STEP = (
@@ -67,7 +68,7 @@ class StepHooks:
         return call._call_lightning_module_hook(self._trainer, name, *args) if name in self._own else None
 
 
-class LeanOptimization(_AutomaticOptimization):
+class FastOptimization(_AutomaticOptimization):
     """Lightning's automatic optimization in one closure."""
 
     hooks: StepHooks | None = None
@@ -148,27 +149,8 @@ def takes_index(step: Callable[..., Any]) -> bool:
         return is_param_in_hook_signature(step, "batch_idx", min_args=2)
 
 
-class LeanEpochLoop(_TrainingEpochLoop):
-    """Lightning's epoch loop for the usual case: batches from loaders, one device, no accumulation."""
-
-    def on_run_start(self, data_fetcher: _DataFetcher) -> None:
-        """Looks whether this epoch is the usual case."""
-        super().on_run_start(data_fetcher)
-        trainer, module = self.trainer, self.trainer.lightning_module
-        plain_loaders = type(data_fetcher) is _PrefetchDataFetcher and not self.restarting
-        one_device = type(trainer.strategy) is SingleDeviceStrategy
-        self._is_lean = plain_loaders and one_device and trainer.accumulate_grad_batches == 1
-        self._hooks, is_plain = StepHooks(trainer), type(trainer.precision_plugin) is Precision
-        assert isinstance(self.automatic_optimization, LeanOptimization)
-        self.automatic_optimization.prepare(self._hooks, self._is_lean and is_plain)
-        if not self._is_lean:
-            return
-        self._takes_index = takes_index(getattr(module.training_step, "__func__", module.training_step))
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        transfers = any(wrote(module, LightningModule, name) for name in _OF_TRANSFER) or (
-            data is not None and any(wrote(data, LightningDataModule, name) for name in _OF_TRANSFER)
-        )
-        self._transfers = transfers or not is_plain
+class EpochLoop(_TrainingEpochLoop):
+    """Lightning's, in which the user's ``StopIteration`` does not end the epoch."""
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
         """One step.
@@ -181,8 +163,34 @@ class LeanEpochLoop(_TrainingEpochLoop):
             self._advance(data_fetcher)
 
     def _advance(self, data_fetcher: _DataFetcher) -> None:
-        if not self._is_lean:
-            super().advance(data_fetcher)
+        super().advance(data_fetcher)
+
+
+class FastEpochLoop(EpochLoop):
+    """Lightning's epoch loop for the usual case: batches from loaders, one device, no accumulation."""
+
+    def on_run_start(self, data_fetcher: _DataFetcher) -> None:
+        """Looks whether this epoch is the usual case."""
+        super().on_run_start(data_fetcher)
+        trainer, module = self.trainer, self.trainer.lightning_module
+        plain_loaders = type(data_fetcher) is _PrefetchDataFetcher and not self.restarting
+        one_device = type(trainer.strategy) is SingleDeviceStrategy
+        self._is_usual = plain_loaders and one_device and trainer.accumulate_grad_batches == 1
+        self._hooks, is_plain = StepHooks(trainer), type(trainer.precision_plugin) is Precision
+        assert isinstance(self.automatic_optimization, FastOptimization)
+        self.automatic_optimization.prepare(self._hooks, self._is_usual and is_plain)
+        if not self._is_usual:
+            return
+        self._takes_index = takes_index(getattr(module.training_step, "__func__", module.training_step))
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        transfers = any(wrote(module, LightningModule, name) for name in _OF_TRANSFER) or (
+            data is not None and any(wrote(data, LightningDataModule, name) for name in _OF_TRANSFER)
+        )
+        self._transfers = transfers or not is_plain
+
+    def _advance(self, data_fetcher: _DataFetcher) -> None:
+        if not self._is_usual:
+            super()._advance(data_fetcher)
             return
         trainer, progress, hooks = self.trainer, self.batch_progress, self._hooks
         batch, _, _ = next(data_fetcher)
@@ -229,7 +237,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
 
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
         """What comes after a step; without validation that is little."""
-        if not self._is_lean or self.trainer.limit_val_batches:
+        if not self._is_usual or self.trainer.limit_val_batches:
             super().on_advance_end(data_fetcher)
             return
         if self.trainer.lr_scheduler_configs:
@@ -243,7 +251,7 @@ class ManualOptimization(_ManualOptimization):
     """Lightning's, in which the user's ``StopIteration`` does not end the step."""
 
     def advance(self, kwargs: OrderedDict[str, Any]) -> None:
-        """As Lightning's; raises as ``LeanEpochLoop.advance``."""
+        """As Lightning's; raises as ``FastEpochLoop.advance``."""
         with _StopsOnlyWithTheData():
             super().advance(kwargs)
 
@@ -282,13 +290,21 @@ def _as_an_error(error: StopIteration) -> RuntimeError:
     return RuntimeError(words).with_traceback(error.__traceback__)
 
 
-def make_lean(trainer: Trainer) -> None:
-    """Gives a trainer that has not begun the lean loops."""
-    trainer.fit_loop.epoch_loop.__class__ = LeanEpochLoop
-    trainer.fit_loop.epoch_loop.manual_optimization.__class__ = ManualOptimization
-    for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop):
+def use_fast_loops(trainer: Trainer) -> bool:
+    """Gives a trainer that has not begun the loops of this file, the fast ones where they are known to be Lightning's.
+
+    Returns:
+        Whether they are.
+    """
+    is_fast = is_known()
+    epoch_loop = trainer.fit_loop.epoch_loop
+    epoch_loop.__class__ = FastEpochLoop if is_fast else EpochLoop
+    epoch_loop.manual_optimization.__class__ = ManualOptimization
+    for loop in (epoch_loop.val_loop, trainer.validate_loop):
         loop.__class__ = EvaluationLoop
-    trainer.fit_loop.epoch_loop.automatic_optimization.__class__ = LeanOptimization
+    if is_fast:
+        epoch_loop.automatic_optimization.__class__ = FastOptimization
+    return is_fast
 
 
 def _zero_grad(optimizer: Optimizer) -> None:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer import setup
 from lightning.pytorch.trainer import trainer as lightning_trainer
+from lightning.pytorch.trainer.configuration_validator import _verify_loop_configurations
 from lightning.pytorch.trainer.connectors import callback_connector
-from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
 from lightning_fed.client.local.as_configured import AsConfigured, held_by
 from lightning_fed.client.local.elapsed import Plan, TrainerInARun
-from lightning_fed.client.local.fast_loop import make_lean
+from lightning_fed.client.local.fast_loop import use_fast_loops
 from lightning_fed.client.local.isolation import LocalData, making_data
 from lightning_fed.client.local.logged import LoggedValues
 from lightning_fed.client.local.shown import shown
@@ -100,6 +102,15 @@ def _nothing_looked_for() -> Iterator[None]:
         callback_connector._load_external_callbacks, setup._log_device_info = look_for, tell
 
 
+# The modules that Lightning has verified for a fit, each with what it depends on.
+_verified: MutableMapping[LightningModule, bool] = WeakKeyDictionary()
+
+
+def _is_verified(trainer: Trainer) -> None:
+    """In place of Lightning's look at the module, for a client's fit that is not the first; any other gets its own."""
+    lightning_trainer._verify_loop_configurations = _verify_loop_configurations
+
+
 def _leave_signals() -> None:
     """In place of Lightning's function that installs a trainer's own signal handlers."""
 
@@ -162,7 +173,7 @@ class LocalTrainer(TrainerInARun):
         with _nothing_looked_for():
             super().__init__(plan, task.round - 1, log_dir, profiler=_NoProfiler(), **kwargs)
         self.fast_dev_run = fast_dev_run
-        make_lean(self)
+        self._logs_fast = use_fast_loops(self)
         self.strategy.teardown = _stay  # type: ignore[method-assign]
         self.accelerator.setup = _is_set_up  # type: ignore[method-assign]
         self._checkpoint_connector.resume_end = _nothing_resumed  # type: ignore[method-assign]
@@ -185,7 +196,19 @@ class LocalTrainer(TrainerInARun):
         assert Trainer.training.fset is not None  # type: ignore[attr-defined]
         Trainer.training.fset(self, value)  # type: ignore[attr-defined]
 
+    def _run(self, model: LightningModule, *args: Any, **kwargs: Any) -> Any:
+        if self.state.fn is not TrainerFn.FITTING or _verified.get(model) is not model.automatic_optimization:
+            return super()._run(model, *args, **kwargs)
+        # To read the signatures of a module's steps takes as long as a small step.
+        lightning_trainer._verify_loop_configurations = _is_verified  # type: ignore[assignment]
+        try:
+            return super()._run(model, *args, **kwargs)
+        finally:
+            lightning_trainer._verify_loop_configurations = _verify_loop_configurations
+
     def _run_stage(self) -> Any:
+        if self.training:
+            _verified[self.lightning_module] = self.lightning_module.automatic_optimization
         if not self.training:
             return super()._run_stage()
         # For a sanity check that a client never makes, Lightning keeps and puts back all random states of all devices.
@@ -237,6 +260,8 @@ class LocalTrainer(TrainerInARun):
 
     def log_again(self, module: Any, name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Logs in a training step what Lightning has checked before; ``False`` where it has not."""
+        if not self._logs_fast:
+            return False
         hook, connector = module._current_fx_name, self._logger_connector
         # In the first step of an epoch a hook's old values are Lightning's to reset.
         if not self.training or (connector._current_fx != hook and connector._first_loop_iter is not False):

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fed.client.local.fast_loop import LeanOptimization, StepHooks
+from lightning_fed.client.local.fast_loop import FastOptimization, StepHooks
 from lightning_fed.client.vectorized.step_function import SgdUpdate
 
 
-class StackedOptimization(LeanOptimization):
+class StackedOptimization(FastOptimization):
     """Automatic optimization that takes gradients which are there before the backward pass, and whole updates.
 
     Attributes:

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 
+from lightning_fed._compat.lightning import is_known, why_slower
 from lightning_fed.client.local.examples import examples_in
 from lightning_fed.client.local.fit import local_evaluate, local_fit
 from lightning_fed.client.local.own_callbacks import keeps_state
@@ -100,6 +101,8 @@ class Candidate:
 
     def _reasons(self) -> Iterator[str]:
         module, arguments = self.module, self.options.trainer
+        if not is_known():
+            yield why_slower().partition(":")[0]
         if self.has_mods:
             yield "client mods work on one client's message"
         name = type(module).__name__

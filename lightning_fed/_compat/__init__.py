@@ -1,0 +1,1 @@
+"""What of third parties is not public, and which of their releases it is known of."""
