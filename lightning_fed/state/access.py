@@ -51,7 +51,9 @@ def _put_tensor(tensor: Tensor, copy: Tensor) -> None:
 
 def _equal_tensor(tensor: Tensor, copy: Tensor) -> bool:
     now = _without_repeats(tensor.detach())
-    return now.shape == copy.shape and torch.equal(_bits(now), _bits(copy))
+    if now.shape != copy.shape or not (now.is_floating_point() or now.is_complex()):
+        return torch.equal(now, copy)
+    return torch.equal(_bits(now), _bits(copy))
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -101,7 +101,14 @@ class Container(Node):
         self.saved = self.kind.copy(self.kind.look(self.thing))
 
     def differs(self) -> bool:
-        return not same(self.kind.look(self.thing), self.saved)
+        if self.kind is not ATTRIBUTES:
+            return not same(self.kind.look(self.thing), self.saved)
+        held, saved = self.thing.__dict__, self.saved  # most of them, asked twice a client: no call more
+        return (
+            len(held) != len(saved)
+            or not all(map(is_, held.values(), saved.values()))
+            or not all(map(is_, held, saved))
+        )
 
     def restore(self) -> None:
         self.kind.write(self.thing, self.saved)

@@ -21,7 +21,7 @@ from lightning_fed.errors import ClientError
 from lightning_fed.tracebacks import frames, words
 from lightning_fed.values.metrics import MetricState
 from lightning_fed.values.weights import Weights
-from lightning_fed.wire.tensor_array import TensorArray, record_of
+from lightning_fed.wire.tensor_array import TensorArray, filled
 
 Kind = TypeVar("Kind", ArrayRecord, MetricRecord, ConfigRecord)
 
@@ -36,7 +36,7 @@ CLIENT_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 def pack(weights: Mapping[str, Tensor]) -> ArrayRecord:
     """An ArrayRecord that holds the tensors themselves; the caller must not write into them afterwards."""
-    return record_of({name: TensorArray(tensor) for name, tensor in weights.items()})
+    return filled(ArrayRecord(), {name: TensorArray(tensor) for name, tensor in weights.items()})
 
 
 def unpack(record: ArrayRecord) -> Weights:
@@ -61,14 +61,13 @@ def first(content: RecordDict, kind: type[Kind]) -> Kind | None:
 
 def copy_for_delivery(content: RecordDict) -> RecordDict:
     """The same records in containers of their own: a receiver that writes into its copy changes nobody else's."""
-    delivered = RecordDict()
-    for key, record in content.items():
-        if isinstance(record, ArrayRecord):
-            delivered[key] = record_of({name: _copy(array) for name, array in record.items()})
-        else:
-            plain: dict[str, Any] = {k: list(v) if isinstance(v, list) else v for k, v in record.items()}
-            delivered[key] = type(record)(plain)
-    return delivered
+    return filled(RecordDict(), {key: _copied(record) for key, record in content.items()})
+
+
+def _copied(record: Any) -> Any:
+    if isinstance(record, ArrayRecord):
+        return filled(ArrayRecord(), {name: _copy(array) for name, array in record.items()})
+    return filled(type(record)(), {key: list(v) if isinstance(v, list) else v for key, v in record.items()})
 
 
 def _copy(array: Array) -> Array:

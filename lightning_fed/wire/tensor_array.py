@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from io import BytesIO
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
+
+R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord, RecordDict)
 
 _NARROW = {torch.bfloat16} | {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
 
@@ -53,10 +55,9 @@ class TensorArray(Array):
         return Array, (self.dtype, self.shape, self.stype, self.data)
 
 
-def record_of(arrays: Mapping[str, Array]) -> ArrayRecord:
-    """A record of arrays, without Flower's check of each, which takes longer than to make the array."""
-    record = ArrayRecord()
-    record.__dict__["_data"].update(arrays)
+def filled(record: R, content: Mapping[str, Any]) -> R:
+    """A new record with a content of the right kind, without Flower's check of each part, which takes its time."""
+    record.__dict__["_data"].update(content)
     return record
 
 

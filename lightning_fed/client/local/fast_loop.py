@@ -8,7 +8,6 @@ which hooks somebody wrote. Where anything is unusual (another precision, accumu
 
 from __future__ import annotations
 
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping
 from functools import partial
@@ -17,12 +16,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.loops import fetchers, training_epoch_loop
-from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult, _AutomaticOptimization
-from lightning.pytorch.loops.optimization.manual import _ManualOptimization
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer import call
@@ -32,6 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fed._compat.lightning import is_known
+from lightning_fed.client.local.loops import EpochLoop, EvaluationLoop, ManualOptimization
 from lightning_fed.views import wrote
 
 _OF_A_STEP = (
@@ -43,7 +39,6 @@ _OF_A_STEP = (
     "on_train_batch_end",
 )
 _OF_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-_LOOPS = {__file__, training_epoch_loop.__file__}
 _OF_OPTIMIZATION = ("optimizer_step", "optimizer_zero_grad", "backward")
 
 
@@ -149,23 +144,6 @@ def takes_index(step: Callable[..., Any]) -> bool:
         return is_param_in_hook_signature(step, "batch_idx", min_args=2)
 
 
-class EpochLoop(_TrainingEpochLoop):
-    """Lightning's, in which the user's ``StopIteration`` does not end the epoch."""
-
-    def advance(self, data_fetcher: _DataFetcher) -> None:
-        """One step.
-
-        Raises:
-            StopIteration: If the data or a hook ends the epoch.
-            RuntimeError: If the user's code raised one, with which Lightning would end the epoch and say nothing.
-        """
-        with _StopsOnlyWithTheData():
-            self._advance(data_fetcher)
-
-    def _advance(self, data_fetcher: _DataFetcher) -> None:
-        super().advance(data_fetcher)
-
-
 class FastEpochLoop(EpochLoop):
     """Lightning's epoch loop for the usual case: batches from loaders, one device, no accumulation."""
 
@@ -245,49 +223,6 @@ class FastEpochLoop(EpochLoop):
         self._batches_that_stepped += 1
         if self.trainer.received_sigterm and not self._is_training_done:
             raise SIGTERMException
-
-
-class ManualOptimization(_ManualOptimization):
-    """Lightning's, in which the user's ``StopIteration`` does not end the step."""
-
-    def advance(self, kwargs: OrderedDict[str, Any]) -> None:
-        """As Lightning's; raises as ``FastEpochLoop.advance``."""
-        with _StopsOnlyWithTheData():
-            super().advance(kwargs)
-
-
-class EvaluationLoop(_EvaluationLoop):
-    """Lightning's, in which the user's ``StopIteration`` does not end the evaluation."""
-
-    def _evaluation_step(self, *args: Any) -> None:
-        with _StopsOnlyWithTheData():
-            super()._evaluation_step(*args)
-
-
-class _StopsOnlyWithTheData:
-    """In the block a ``StopIteration`` of the user's code becomes an error.
-
-    No function with ``contextmanager``, which would make an error of each.
-    """
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, StopIteration) and _is_of_the_user(error):
-            raise _as_an_error(error) from None
-
-
-def _is_of_the_user(error: StopIteration) -> bool:
-    """Whether it was neither the data that ended nor a hook that ended the epoch by returning -1."""
-    files = {frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)}
-    return not files <= _LOOPS and fetchers.__file__ not in files
-
-
-def _as_an_error(error: StopIteration) -> RuntimeError:
-    """What is not taken for the end of the data, with the frames of the user's code."""
-    words = "StopIteration: an iterator that its code calls next() on had nothing left"
-    return RuntimeError(words).with_traceback(error.__traceback__)
 
 
 def use_fast_loops(trainer: Trainer) -> bool:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment
-from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.trainer import setup
+from lightning.pytorch.loops import fit_loop
 from lightning.pytorch.trainer import trainer as lightning_trainer
 from lightning.pytorch.trainer.configuration_validator import _verify_loop_configurations
-from lightning.pytorch.trainer.connectors import callback_connector
+from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
@@ -24,6 +22,17 @@ from lightning_fed.client.local.as_configured import AsConfigured, held_by
 from lightning_fed.client.local.elapsed import Plan, TrainerInARun
 from lightning_fed.client.local.fast_loop import use_fast_loops
 from lightning_fed.client.local.isolation import LocalData, making_data
+from lightning_fed.client.local.left_out import (
+    NoProfiler,
+    is_set_up,
+    leave_signals,
+    no_checkpoint,
+    nothing_looked_for,
+    nothing_resumed,
+    on_its_own,
+    requested,
+    stay,
+)
 from lightning_fed.client.local.logged import LoggedValues
 from lightning_fed.client.local.shown import shown
 from lightning_fed.seeding import seed_for
@@ -72,15 +81,6 @@ class LocalTask:
             yield
 
 
-class _NoProfiler(PassThroughProfiler):
-    """Lightning's own makes a context for each of the twenty-odd calls of a step."""
-
-    _nothing = nullcontext()
-
-    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
-        return self._nothing
-
-
 # How many arguments of ``log`` may stand without a name: those before ``enable_graph``.
 _IN_ORDER = 5
 
@@ -90,18 +90,6 @@ def how_logged(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]
     return args, {name: value for name, value in kwargs.items() if name not in ("name", "value", "batch_size")}
 
 
-@contextmanager
-def _nothing_looked_for() -> Iterator[None]:
-    """A server's trainer looks for callbacks of other packages and for devices to tell of: a quarter of a small fit."""
-    look_for, tell = callback_connector._load_external_callbacks, setup._log_device_info
-    callback_connector._load_external_callbacks = lambda group: []
-    setup._log_device_info = lambda trainer: None
-    try:
-        yield
-    finally:
-        callback_connector._load_external_callbacks, setup._log_device_info = look_for, tell
-
-
 # The modules that Lightning has verified for a fit, each with what it depends on.
 _verified: MutableMapping[LightningModule, bool] = WeakKeyDictionary()
 
@@ -109,32 +97,6 @@ _verified: MutableMapping[LightningModule, bool] = WeakKeyDictionary()
 def _is_verified(trainer: Trainer) -> None:
     """In place of Lightning's look at the module, for a client's fit that is not the first; any other gets its own."""
     lightning_trainer._verify_loop_configurations = _verify_loop_configurations
-
-
-def _leave_signals() -> None:
-    """In place of Lightning's function that installs a trainer's own signal handlers."""
-
-
-def _stay() -> None:
-    """In place of the strategy's teardown, which moves module and optimizers to the CPU after every client."""
-
-
-def _is_set_up(trainer: Trainer) -> None:
-    """In place of the accelerator's setup, which frees the device's cached memory before every client."""
-
-
-def _nothing_resumed() -> None:
-    """In place of the end of Lightning's resuming, which does so, too: a client's fit has no checkpoint."""
-
-
-def _no_checkpoint(*args: Any, **kwargs: Any) -> None:
-    """In place of Lightning's choice, which on SLURM is the checkpoint that a requeued server finds."""
-
-
-def _on_its_own(plugins: Any) -> list[Any]:
-    """Plugins, and an environment of one process, for which Lightning looks for a cluster each time."""
-    given = [] if plugins is None else list(plugins) if isinstance(plugins, Iterable) else [plugins]
-    return given if any(isinstance(one, ClusterEnvironment) for one in given) else [*given, LightningEnvironment()]
 
 
 class LocalTrainer(TrainerInARun):
@@ -169,22 +131,22 @@ class LocalTrainer(TrainerInARun):
         self.computed: set[str] = set()
         self.module_metrics = [child for child in module.modules() if isinstance(child, Metric)]
         self.logs_its_way = wrote(module, LightningModule, "log")
-        kwargs["plugins"] = _on_its_own(kwargs.get("plugins"))
-        with _nothing_looked_for():
-            super().__init__(plan, task.round - 1, log_dir, profiler=_NoProfiler(), **kwargs)
+        kwargs["plugins"] = on_its_own(kwargs.get("plugins"))
+        with nothing_looked_for():
+            super().__init__(plan, task.round - 1, log_dir, profiler=NoProfiler(), **kwargs)
         self.fast_dev_run = fast_dev_run
         self._logs_fast = use_fast_loops(self)
-        self.strategy.teardown = _stay  # type: ignore[method-assign]
-        self.accelerator.setup = _is_set_up  # type: ignore[method-assign]
-        self._checkpoint_connector.resume_end = _nothing_resumed  # type: ignore[method-assign]
-        self._checkpoint_connector._select_ckpt_path = _no_checkpoint  # type: ignore[method-assign]
+        self.strategy.teardown = stay  # type: ignore[method-assign]
+        self.accelerator.setup = is_set_up  # type: ignore[method-assign]
+        self._checkpoint_connector.resume_end = nothing_resumed  # type: ignore[method-assign]
+        self._checkpoint_connector._select_ckpt_path = no_checkpoint  # type: ignore[method-assign]
         self.data: LocalData | None = None
         self.strategy.setup_optimizers = partial(self._set_up_optimizers, self.strategy.setup_optimizers)  # type: ignore[method-assign]
         self.strategy.process_dataloader = self._take  # type: ignore[assignment, method-assign]
         for loop in (self.fit_loop.epoch_loop, self.fit_loop.epoch_loop.val_loop, self.validate_loop):
             loop._results = LoggedValues(training=loop is self.fit_loop.epoch_loop)
         # Signals are the server's: a client that heard SIGTERM, too, would break the round off.
-        self._signal_connector.register_signal_handlers = _leave_signals  # type: ignore[method-assign]
+        self._signal_connector.register_signal_handlers = leave_signals  # type: ignore[method-assign]
 
     @property
     def training(self) -> bool:
@@ -213,10 +175,11 @@ class LocalTrainer(TrainerInARun):
             return super()._run_stage()
         # For a sanity check that a client never makes, Lightning keeps and puts back all random states of all devices.
         lightning_trainer.isolate_rng = nullcontext  # type: ignore[assignment]
+        fit_loop._request_dataloader = requested
         try:
             return super()._run_stage()
         finally:
-            lightning_trainer.isolate_rng = isolate_rng
+            lightning_trainer.isolate_rng, fit_loop._request_dataloader = isolate_rng, _request_dataloader
 
     def _run_sanity_check(self) -> None:
         lightning_trainer.isolate_rng = isolate_rng  # what comes next may be the user's

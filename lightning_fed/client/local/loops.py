@@ -1,0 +1,76 @@
+"""Lightning's loops, in which a ``StopIteration`` of the user's code is an error, and ends nothing without a word."""
+
+from __future__ import annotations
+
+import traceback
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loops import fetchers, training_epoch_loop
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.optimization.manual import _ManualOptimization
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+_LOOPS = {__file__, str(Path(__file__).with_name("fast_loop.py")), training_epoch_loop.__file__}
+
+
+class EpochLoop(_TrainingEpochLoop):
+    """Lightning's, in which the user's ``StopIteration`` does not end the epoch."""
+
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        """One step.
+
+        Raises:
+            StopIteration: If the data or a hook ends the epoch.
+            RuntimeError: If the user's code raised one, with which Lightning would end the epoch and say nothing.
+        """
+        with _StopsOnlyWithTheData():
+            self._advance(data_fetcher)
+
+    def _advance(self, data_fetcher: _DataFetcher) -> None:
+        super().advance(data_fetcher)
+
+
+class ManualOptimization(_ManualOptimization):
+    """Lightning's, in which the user's ``StopIteration`` does not end the step."""
+
+    def advance(self, kwargs: OrderedDict[str, Any]) -> None:
+        """As Lightning's; raises as ``FastEpochLoop.advance``."""
+        with _StopsOnlyWithTheData():
+            super().advance(kwargs)
+
+
+class EvaluationLoop(_EvaluationLoop):
+    """Lightning's, in which the user's ``StopIteration`` does not end the evaluation."""
+
+    def _evaluation_step(self, *args: Any) -> None:
+        with _StopsOnlyWithTheData():
+            super()._evaluation_step(*args)
+
+
+class _StopsOnlyWithTheData:
+    """In the block a ``StopIteration`` of the user's code becomes an error.
+
+    No function with ``contextmanager``, which would make an error of each.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, StopIteration) and _is_of_the_user(error):
+            raise _as_an_error(error) from None
+
+
+def _is_of_the_user(error: StopIteration) -> bool:
+    """Whether it was neither the data that ended nor a hook that ended the epoch by returning -1."""
+    files = {frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return not files <= _LOOPS and fetchers.__file__ not in files
+
+
+def _as_an_error(error: StopIteration) -> RuntimeError:
+    """What is not taken for the end of the data, with the frames of the user's code."""
+    words = "StopIteration: an iterator that its code calls next() on had nothing left"
+    return RuntimeError(words).with_traceback(error.__traceback__)
