@@ -108,6 +108,10 @@ class TensorFlags(Node):
         self.saved = self.flags()
 
     def differs(self) -> bool:
+        return self.is_changed() or (self._has_gradient and self.thing.grad is not self._gradient)
+
+    def is_changed(self) -> bool:
+        """Whether something else than its gradient differs."""
         tensor: Tensor = self.thing
         requires_grad, attributes = self.saved
         return (
@@ -115,7 +119,6 @@ class TensorFlags(Node):
             or _pointer(tensor) != self._pointer
             or bool((tensor.__dict__ or attributes) and not same(_attributes(tensor), attributes))
             or self.has_other_hooks()
-            or (self._has_gradient and tensor.grad is not self._gradient)
         )
 
     def has_other_hooks(self) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_fed.client.vectorized.rng import NotStackable
 from lightning_fed.client.vectorized.weights import Stack
+from lightning_fed.state.content import TensorFlags
 from lightning_fed.state.nodes import ATTRIBUTES, Container, Node
 from lightning_fed.state.snapshot import Snapshot
 
@@ -50,6 +52,8 @@ def _is_lightnings(node: Node) -> bool:
 
 def _changed(node: Node) -> str | None:
     """Where something was changed that is the user's."""
+    if isinstance(node, TensorFlags) and isinstance(node.thing, nn.Parameter) and not node.is_changed():
+        return None  # kept beside the stack, which is refused in its own words
     if not isinstance(node, Container) or node.kind is not ATTRIBUTES:
         return node.path
     new, gone = node.changes()
