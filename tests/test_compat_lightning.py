@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,21 @@ from tests.helpers import QUIET
 SOURCES = Path(lightning.pytorch.__file__).parent
 
 
+@contextmanager
+def no_lightning_known() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(known, "KNOWN", {})
+        known.is_known.cache_clear()
+        try:
+            yield
+        finally:
+            known.is_known.cache_clear()
+
+
 @pytest.fixture
-def unknown(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(known, "KNOWN", {})
-    known.is_known.cache_clear()
-    yield
-    known.is_known.cache_clear()
+def unknown() -> Iterator[None]:
+    with no_lightning_known():
+        yield
 
 
 class Loops(FederatedCallback):
@@ -59,17 +69,13 @@ def test_the_installed_lightning_is_known() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"engine": "processes", "num_workers": 2}], ids=["in process", "processes"])
-def test_clients_use_lightning_s_own_loop_to_the_same_bits(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clients_use_lightning_s_own_loop_to_the_same_bits(options: dict[str, Any]) -> None:
     expected = fit(**options)
-    monkeypatch.setattr(known, "KNOWN", {})
-    known.is_known.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="is not one that lightning_fed was compared with") as said:
-            found = fit(**options)
-    finally:
-        known.is_known.cache_clear()
+    with (
+        no_lightning_known(),
+        pytest.warns(UserWarning, match="is not one that lightning_fed was compared with") as said,
+    ):
+        found = fit(**options)
     assert len([one for one in said if "compared with" in str(one.message)]) == 1
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
     assert found[1] == expected[1]

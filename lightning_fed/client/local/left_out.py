@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -60,7 +60,7 @@ def no_checkpoint(*args: Any, **kwargs: Any) -> None:
     """In place of Lightning's choice, which on SLURM is the checkpoint that a requeued server finds."""
 
 
-def on_its_own(plugins: Any) -> list[Any]:
+def on_its_own(plugins: Sequence[Any] | None) -> list[Any]:
     """Plugins, and an environment of one process, for which Lightning looks for a cluster each time."""
-    given = [] if plugins is None else list(plugins) if isinstance(plugins, Iterable) else [plugins]
+    given = list(plugins or ())
     return given if any(isinstance(one, ClusterEnvironment) for one in given) else [*given, LightningEnvironment()]

@@ -169,10 +169,9 @@ class LocalTrainer(TrainerInARun):
             lightning_trainer._verify_loop_configurations = _verify_loop_configurations
 
     def _run_stage(self) -> Any:
-        if self.training:
-            _verified[self.lightning_module] = self.lightning_module.automatic_optimization
         if not self.training:
             return super()._run_stage()
+        _verified[self.lightning_module] = self.lightning_module.automatic_optimization
         # For a sanity check that a client never makes, Lightning keeps and puts back all random states of all devices.
         lightning_trainer.isolate_rng = nullcontext  # type: ignore[assignment]
         fit_loop._request_dataloader = requested
