@@ -1,35 +1,32 @@
-"""FederatedTrainer: sorts arguments, wires callbacks, hands the server's main function to the engine."""
+"""FederatedTrainer: wires callbacks, hands the server's main function to the engine."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.compile import from_compiled
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch._dynamo import OptimizedModule
 
 from lightning_fed import checks
-from lightning_fed.callbacks import RichRoundBar, RoundPrinter
-from lightning_fed.callbacks.progress import is_terminal
 from lightning_fed.client.app import ClientSide, build_client_app
-from lightning_fed.client.local.run import ClientState, LocalOptions
+from lightning_fed.client.local.run import ClientState
 from lightning_fed.client.vectorized.compiled_step import CompiledStep
 from lightning_fed.client.vectorized.dispatch import Dispatcher
-from lightning_fed.engines import ENGINES, Engine, made
+from lightning_fed.engines import Engine
 from lightning_fed.errors import FederationError
-from lightning_fed.seeding import run_seed, seed_for, seeded
+from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.server import arguments, placement
 from lightning_fed.server.alone import alone
 from lightning_fed.server.deal import Deal
 from lightning_fed.server.environment import defaults_from_environment, taken_from_environment
 from lightning_fed.server.federation import Federation
+from lightning_fed.server.plan import Given, resolve
 from lightning_fed.server.roles import Roles
 from lightning_fed.server.rounds import quiet_flower
 from lightning_fed.server.trainer import ServerTrainer
@@ -106,68 +103,38 @@ class FederatedTrainer(ServerTrainer):
         callbacks: list[Callback] | Callback | None = None,
         **kwargs: Any,
     ) -> None:
-        own, local = checks.listed(callbacks), checks.listed(client_callbacks)
-        if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
-            own.append(RichRoundBar() if is_terminal() else RoundPrinter())
-        numbers = {
-            "max_rounds": max_rounds,
-            "num_clients": num_clients,
-            "local_epochs": local_epochs,
-            "local_steps": local_steps,
-            "num_workers": num_workers,
-            "clients_per_device": clients_per_device,
-        }
-        arguments.refuse(
-            arguments.refusals(kwargs),
-            arguments.callback_faults(own, local, num_clients),
-            arguments.faults(numbers, endless=bool(kwargs.get("max_time") or kwargs.get("fast_dev_run"))),
-            checks.number_faults({"seed": seed}),
-            checks.time_faults("timeout", timeout),
-            checks.switch_faults({"compile_clients": compile_clients, "local_validation": local_validation}),
-            arguments.engine_faults(engine, ENGINES, numbers),
-            arguments.vectorize_faults(vectorize_clients, compile_clients is True, engine),
-            arguments.choice_faults("client_state", client_state, get_args(ClientState)),
-        )
-        max_rounds, num_clients, local_epochs, local_steps, num_workers, clients_per_device = (
-            None if number is None else int(number) for number in numbers.values()
-        )
-        dev_run, devices = int(kwargs.get("fast_dev_run") or 0), kwargs.get("devices", "auto")
-        cuda = arguments.cuda_devices(kwargs.get("accelerator", "auto"), devices)
-        client_kwargs = arguments.split(kwargs, cuda, local_epochs or 1)
-        if dev_run:
-            local_epochs, local_steps = 1, None
-            told = True if dev_run == 1 else dev_run  # as Lightning's own attribute
-            client_kwargs |= {"fast_dev_run": told, "limit_train_batches": dev_run, "limit_val_batches": dev_run}
-        self.engine = made(engine, cuda, num_workers, clients_per_device or 1)
-        if cuda and self.engine.shows_one_device:
-            client_kwargs["devices"] = [0]
-        elif self.engine.uses_first_device and len(cuda) > 1 and devices != "auto":
-            rank_zero_warn(
-                f"devices={devices!r}: clients train in this process one after the other, on cuda:{cuda[0]}. Write"
-                " engine='processes' to use all."
+        plan = resolve(
+            Given(
+                max_rounds=max_rounds,
+                num_clients=num_clients,
+                local_epochs=local_epochs,
+                local_steps=local_steps,
+                engine=engine,
+                num_workers=num_workers,
+                clients_per_device=clients_per_device,
+                vectorize_clients=vectorize_clients,
+                compile_clients=compile_clients,
+                client_callbacks=client_callbacks,
+                client_state=client_state,
+                local_validation=local_validation,
+                seed=seed,
+                timeout=timeout,
+                callbacks=callbacks,
+                trainer=kwargs,
             )
-        self._vectorize, self._compile = vectorize_clients, compile_clients
-        self.seed = int(run_seed(seed))
-        self.local_options = LocalOptions(
-            trainer=client_kwargs,
-            epochs=None if local_steps else local_epochs or 1,
-            steps=local_steps,
-            callbacks=local,
-            client_state=client_state,
-            local_validation=local_validation,
         )
-        self._roles = Roles(own, self.local_options, num_clients)
-        self.federation = Federation(self.owners, self.seed, timeout, 2 if dev_run else None, self.engine.name)
-        arguments.say_what_is_logged(kwargs.get("log_every_n_steps"))
-        # In kwargs, so that LightningCLI knows max_epochs, too, and refusals() can say what to write instead.
-        kwargs["max_epochs"] = -1 if max_rounds is None else max_rounds
+        self.engine, self.seed, self.local_options = plan.engine, plan.seed, plan.local
+        self._vectorize, self._compile = plan.vectorize, plan.compiles
+        self._roles = Roles(plan.callbacks, plan.local, plan.num_clients)
+        self.federation = Federation(self.owners, plan.seed, plan.timeout, plan.max_clients, plan.engine.name)
+        kwargs = plan.server  # by this name, for LightningCLI reads here that a Trainer's arguments are ours, too
         with taken_from_environment(type(self)), speaking_of_rounds(clients_validate=False):
-            super().__init__(callbacks=[self.federation, *own], **kwargs)
-        self.local_options.trainer["default_root_dir"] = self.default_root_dir
+            super().__init__(callbacks=[self.federation, *plan.callbacks], **kwargs)
+        plan.local.trainer["default_root_dir"] = self.default_root_dir
         self.strategy.process_dataloader = gathering  # type: ignore[assignment, method-assign]
         explain_errors(self)
-        if dev_run:  # Lightning's own makes n batches of it; here they are n rounds
-            self.fit_loop.max_epochs, self.fit_loop.epoch_loop.max_steps = dev_run, -1
+        if plan.dev_run:  # Lightning's own makes n batches of it; here they are n rounds
+            self.fit_loop.max_epochs, self.fit_loop.epoch_loop.max_steps = plan.dev_run, -1
         if getattr(self.precision_plugin, "scaler", None) is not None:
             self.precision_plugin.scaler = None  # type: ignore[attr-defined]  # the server has no gradients to scale
 

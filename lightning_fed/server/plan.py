@@ -1,0 +1,151 @@
+"""What the arguments of a FederatedTrainer come to: all checked together, sorted into the server's and the clients'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_fed import checks
+from lightning_fed.callbacks import RichRoundBar, RoundPrinter
+from lightning_fed.callbacks.progress import is_terminal
+from lightning_fed.client.local.run import ClientState, LocalOptions
+from lightning_fed.engines import ENGINES, Engine, made
+from lightning_fed.seeding import run_seed
+from lightning_fed.server import arguments
+
+Vectorize = bool | int | Literal["require"]
+
+
+@dataclass
+class Given:
+    """The arguments of a ``FederatedTrainer`` as they were given.
+
+    Attributes:
+        trainer: Those of ``lightning.pytorch.Trainer``; all others have the names that the user knows.
+    """
+
+    max_rounds: int | None
+    num_clients: int | None
+    local_epochs: int | None
+    local_steps: int | None
+    engine: str | Engine
+    num_workers: int | None
+    clients_per_device: int | None
+    vectorize_clients: Vectorize
+    compile_clients: bool
+    client_callbacks: list[Callback] | Callback | None
+    client_state: ClientState
+    local_validation: bool
+    seed: int | None
+    timeout: float
+    callbacks: list[Callback] | Callback | None
+    trainer: dict[str, Any]
+
+    def numbers(self) -> dict[str, int | None]:
+        """Those that count something, by name."""
+        return {
+            "max_rounds": self.max_rounds,
+            "num_clients": self.num_clients,
+            "local_epochs": self.local_epochs,
+            "local_steps": self.local_steps,
+            "num_workers": self.num_workers,
+            "clients_per_device": self.clients_per_device,
+        }
+
+
+@dataclass
+class RunPlan:
+    """What a trainer runs.
+
+    Attributes:
+        callbacks: Those of the server, with a progress bar unless none is wanted.
+        server: Arguments for the server's own ``Trainer``, but for its callbacks.
+        local: What all local fits have in common.
+        engine: Where clients run.
+        num_clients: Short for an IID partition.
+        vectorize: How many clients to train at once, as ``vectorize_clients=`` was given.
+        compiles: Whether to compile their step.
+        seed: The run's seed.
+        timeout: Seconds to wait for the replies of one stage of a round.
+        dev_run: The rounds of a ``fast_dev_run``, or 0.
+    """
+
+    callbacks: list[Callback]
+    server: dict[str, Any]
+    local: LocalOptions
+    engine: Engine
+    num_clients: int | None
+    vectorize: Vectorize
+    compiles: bool
+    seed: int
+    timeout: float
+    dev_run: int
+
+    @property
+    def max_clients(self) -> int | None:
+        """How many clients take part in a round at most."""
+        return 2 if self.dev_run else None
+
+
+def resolve(given: Given) -> RunPlan:
+    """What the arguments come to; says where some have less effect than one might think.
+
+    Raises:
+        ConfigurationError: If arguments contradict each other or have no meaning in a federation; all faults together.
+    """
+    own, for_clients = checks.listed(given.callbacks), checks.listed(given.client_callbacks)
+    _refuse(given, own, for_clients)
+    if given.trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in own):
+        own.append(RichRoundBar() if is_terminal() else RoundPrinter())
+    counts = {name: None if number is None else int(number) for name, number in given.numbers().items()}
+    server, dev_run = dict(given.trainer), int(given.trainer.get("fast_dev_run") or 0)
+    cuda = arguments.cuda_devices(server.get("accelerator", "auto"), server.get("devices", "auto"))
+    clients = arguments.split(server, cuda, counts["local_epochs"] or 1)
+    server["max_epochs"] = -1 if counts["max_rounds"] is None else counts["max_rounds"]
+    if dev_run:
+        counts["local_epochs"], counts["local_steps"] = 1, None
+        told = True if dev_run == 1 else dev_run  # as Lightning's own attribute
+        clients |= {"fast_dev_run": told, "limit_train_batches": dev_run, "limit_val_batches": dev_run}
+    engine = made(given.engine, cuda, counts["num_workers"], counts["clients_per_device"] or 1)
+    _choose_device(engine, cuda, given.trainer.get("devices", "auto"), clients)
+    local = LocalOptions(
+        trainer=clients,
+        epochs=None if counts["local_steps"] else counts["local_epochs"] or 1,
+        steps=counts["local_steps"],
+        callbacks=for_clients,
+        client_state=given.client_state,
+        local_validation=given.local_validation,
+    )
+    how = given.vectorize_clients, given.compile_clients, int(run_seed(given.seed)), given.timeout
+    arguments.say_what_is_logged(server.get("log_every_n_steps"))
+    return RunPlan(own, server, local, engine, counts["num_clients"], *how, dev_run)
+
+
+def _refuse(given: Given, callbacks: list[Any], client_callbacks: list[Any]) -> None:
+    numbers, trainer = given.numbers(), given.trainer
+    arguments.refuse(
+        arguments.refusals(trainer),
+        arguments.callback_faults(callbacks, client_callbacks, given.num_clients),
+        arguments.faults(numbers, endless=bool(trainer.get("max_time") or trainer.get("fast_dev_run"))),
+        checks.number_faults({"seed": given.seed}),
+        checks.time_faults("timeout", given.timeout),
+        checks.switch_faults({"compile_clients": given.compile_clients, "local_validation": given.local_validation}),
+        arguments.engine_faults(given.engine, ENGINES, numbers),
+        arguments.vectorize_faults(given.vectorize_clients, given.compile_clients is True, given.engine),
+        arguments.choice_faults("client_state", given.client_state, get_args(ClientState)),
+    )
+
+
+def _choose_device(engine: Engine, cuda: list[int], devices: Any, clients: dict[str, Any]) -> None:
+    """Writes into the clients' arguments which CUDA device they use, where the engine decides that."""
+    if cuda and engine.shows_one_device:
+        clients["devices"] = [0]
+    elif engine.uses_first_device and len(cuda) > 1 and devices != "auto":
+        rank_zero_warn(
+            f"devices={devices!r}: clients train in this process one after the other, on cuda:{cuda[0]}. Write"
+            " engine='processes' to use all."
+        )
