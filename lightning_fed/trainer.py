@@ -11,9 +11,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.utilities.compile import from_compiled
-from torch._dynamo import OptimizedModule
 
 from lightning_fed import checks
+from lightning_fed._compat.torch import OptimizedModule
 from lightning_fed.client.app import ClientSide, build_client_app
 from lightning_fed.client.local.run import ClientState
 from lightning_fed.client.vectorized.compiled_step import CompiledStep

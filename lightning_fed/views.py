@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+from lightning_fed._compat.lightning import COMPILER
+
 _HIDDEN = "_lightning_fed_hidden"
 _CLASS = "_lightning_fed_class"
 _COMPILED = {"forward", "training_step", "validation_step", "test_step", "predict_step"}
@@ -35,10 +37,10 @@ class View:
         if len(reduced) > 2 and isinstance(reduced[2], dict):  # what the view hides is the instance's own
             state = {**reduced[2], **reduced[2].get(_HIDDEN, {})}
             state.pop(_HIDDEN, None)
-            if state.get("_compiler_ctx") is not None:
+            if state.get(COMPILER) is not None:
                 # Lightning puts compiled methods there, which cannot be pickled: a copy runs the user's own.
                 state = {name: value for name, value in state.items() if name not in _COMPILED}
-                state["_compiler_ctx"] = None
+                state[COMPILER] = None
             reduced[2] = state
         return tuple(reduced)
 

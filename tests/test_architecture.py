@@ -33,18 +33,28 @@ WITHIN_CLIENT = ["client.local", "client.vectorized", "client"]
 
 # Third party -> the modules that may import it.
 DOORS = {
-    "flwr": ["wire.*", "strategies.*", "client.app", "engines.*", "callbacks.*", "server.*", "trainer", "testing"],
+    "flwr": [
+        "_compat.flower",
+        "wire.*",
+        "strategies.*",
+        "client.app",
+        "engines.*",
+        "callbacks.*",
+        "server.*",
+        "trainer",
+        "testing",
+    ],
     "ray": ["engines.ray"],
     "flwr_datasets": ["callbacks.partition"],
     "datasets": ["callbacks.partition"],
     "matplotlib": ["callbacks.*"],
 }
-# What flwr calls public; all else is private, and only the in-process engine knows it.
+# What flwr calls public; all else is private.
 PUBLIC_FLWR = {
     *("flwr.app", "flwr.clientapp", "flwr.clientapp.typing", "flwr.clientapp.mod"),
     *("flwr.serverapp", "flwr.serverapp.strategy", "flwr.proto.node_pb2"),
 }
-KNOWS_PRIVATE_FLWR = ["engines.in_process"]
+KNOWS_PRIVATE_FLWR = ["_compat.flower"]
 # Heavy, or not installed everywhere: imported when used.
 ONLY_INSIDE_FUNCTIONS = ["flwr_datasets", "datasets", "matplotlib", "ray", "sklearn", "pandas", "torchvision"]
 
@@ -163,7 +173,7 @@ def test_third_parties_come_in_by_their_doors(name):
 
 
 @each
-def test_flowers_private_modules_are_known_to_the_in_process_engine_only(name):
+def test_flowers_private_modules_are_known_in_one_place(name):
     for one in IMPORTS[name]:
         if one.module.split(".")[0] == "flwr" and name not in KNOWS_PRIVATE_FLWR:
             public = one.module in PUBLIC_FLWR or one.module.rpartition(".")[0] in PUBLIC_FLWR

@@ -15,7 +15,7 @@ from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimizatio
 from torch.utils.data import DataLoader
 
 from lightning_fed import ConfigurationError, FederatedTrainer
-from lightning_fed._compat import lightning as known
+from lightning_fed._compat import known_lightning as known
 from lightning_fed.callbacks import FederatedCallback
 from lightning_fed.client.local.trainer import LocalTrainer
 from lightning_fed.testing import ToyModule, toy_data

@@ -1,64 +1,302 @@
-"""Whether the installed Lightning is one whose steps the clients' loops are known to copy.
-
-``client/local/fast_loop.py`` and ``client/local/logged.py`` do what the files below do, without what nobody listens to.
-Where one of these files is not as in a release that ``tests/client/test_fast_loop.py`` was run with, clients use
-Lightning's own loops: slower, and never wrong.
-"""
+"""What Lightning keeps private and a federation needs: its loops, its record of what is logged, its calls of hooks."""
 
 from __future__ import annotations
 
-import hashlib
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import lightning.pytorch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher as IterDataFetcher
+from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher as PrefetchDataFetcher
+from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization as LightningAutomaticOptimization
+from lightning.pytorch.loops.optimization.manual import _ManualOptimization as LightningManualOptimization
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as LightningEpochLoop
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.configuration_validator import _verify_loop_configurations as verify_loops
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection as ResultCollection
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric as ResultMetric
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
 
-_COPIED = (
-    "core/module.py",
-    "core/optimizer.py",
-    "loops/fetchers.py",
-    "loops/optimization/automatic.py",
-    "loops/optimization/closure.py",
-    "loops/training_epoch_loop.py",
-    "plugins/precision/precision.py",
-    "strategies/single_device.py",
-    "strategies/strategy.py",
-    "trainer/call.py",
-    "trainer/connectors/logger_connector/logger_connector.py",
-    "trainer/connectors/logger_connector/result.py",
-)
-# What ``digest`` gives, and of which release.
-KNOWN = {
-    "b847576ac3a3": "2.5.3",
-    "b5b1df08b381": "2.5.4 to 2.5.6",
-    "02c445296b50": "2.6.0",
-    "6cf717dc769f": "2.6.1",
-    "d5fc68848b58": "2.6.4 to 2.6.6",
-}
+__all__ = [
+    "DataFetcher",
+    "IterDataFetcher",
+    "LightningAutomaticOptimization",
+    "LightningEpochLoop",
+    "LightningManualOptimization",
+    "PrefetchDataFetcher",
+    "ResultCollection",
+    "ResultMetric",
+    "verify_loops",
+]
+
+# What Lightning sets on a module that it trains, or evaluates.
+SET_ON_MODULES = frozenset({"_trainer", "trainer", "_fabric", "_current_fx_name", "_metric_attributes"})
+# What leads from a module back to its trainer.
+TO_TRAINER = frozenset({"_trainer", "trainer", "_fabric"})
+# What it sets while the module's hooks run.
+WHILE_HOOKS_RUN = frozenset({"_current_fx_name", "_metric_attributes"})
+# What callbacks of its own keep of the server.
+SET_ON_CALLBACKS = frozenset({"_logger", "_param_requires_grad_state"})
+# Where ``module.compile()`` keeps what cannot be pickled.
+COMPILER = "_compiler_ctx"
+
+# ------------------------------------------------------------------------------------------------- modules
 
 
-def digest(package: Path) -> str:
-    """A few letters that are others where one of the copied files is.
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """The trainer that a module is attached to; ``module.trainer`` raises where there is none."""
+    return module._trainer
+
+
+def attach(module: LightningModule, trainer: Trainer | None) -> None:
+    """Attaches a module to a trainer, and not the modules in it."""
+    module._trainer = trainer
+
+
+def running_hook(module: Any) -> str | None:
+    """The hook in which a module is, by which Lightning tells what may be logged."""
+    return module._current_fx_name  # type: ignore[no-any-return]
+
+
+def set_running_hook(module: Any, name: str | None) -> None:
+    """Says in which hook a module is, without the search of ``nn.Module.__setattr__``."""
+    module.__dict__["_current_fx_name"] = name
+
+
+def optimizes_automatically(module: LightningModule) -> bool:
+    """As the user wrote it, whatever a view makes of ``automatic_optimization``."""
+    return module._automatic_optimization
+
+
+def on_before_transfer(module: LightningModule, batch: Any) -> Any:
+    """The module's hook of that name, where it or the datamodule has one."""
+    return module._on_before_batch_transfer(batch, dataloader_idx=0)
+
+
+class ChoosesBatches:
+    """A base for views of modules: batch hooks of module and datamodule get what is a batch, and nothing else."""
+
+    def is_batch(self, batch: Any) -> bool:
+        """Whether the hooks get it."""
+        return True
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        return super()._on_before_batch_transfer(batch, dataloader_idx) if self.is_batch(batch) else batch  # type: ignore[misc]
+
+    def _apply_batch_transfer_handler(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return super()._apply_batch_transfer_handler(batch, *args, **kwargs) if self.is_batch(batch) else batch  # type: ignore[misc]
+
+
+# ------------------------------------------------------------------------------------------------- calls
+
+
+def call_callbacks(trainer: Trainer, name: str, *args: Any) -> None:
+    """Calls a hook of all callbacks."""
+    call._call_callback_hooks(trainer, name, *args)
+
+
+def call_module(trainer: Trainer, name: str, *args: Any) -> Any:
+    """Calls a hook of the module."""
+    return call._call_lightning_module_hook(trainer, name, *args)
+
+
+def to_device(trainer: Trainer, batch: Any) -> Any:
+    """Moves a batch to the trainer's device by the hooks that do so."""
+    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+
+
+def clip_gradients(trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+    """Clips gradients as the trainer is told to, by the module's hook."""
+    clipping = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    trainer.precision_plugin._clip_gradients(module, optimizer, *clipping)  # type: ignore[arg-type]
+
+
+def attach_data(trainer: Trainer, module: LightningModule, **given: Any) -> None:
+    """What a fit does with its arguments first.
 
     Args:
-        package: The folder of ``lightning.pytorch``.
+        trainer: A trainer that has not begun.
+        module: The module.
+        **given: The loaders and the datamodule.
     """
-    sources = ((package / name).read_text(encoding="utf-8") for name in _COPIED)  # with the line ends of any system
-    return hashlib.blake2b("\n".join(sources).encode(), digest_size=6).hexdigest()
+    trainer._callback_connector._attach_model_logging_functions()
+    trainer._data_connector.attach_data(module, **given)
 
 
-@cache
-def is_known() -> bool:
-    """Whether clients may use loops of our own."""
-    try:
-        return digest(Path(lightning.pytorch.__file__).parent) in KNOWN
-    except OSError:  # installed without its sources
-        return False
+def prepare(trainer: Trainer) -> None:
+    """What a fit does next: the hooks that prepare data and set up."""
+    trainer._data_connector.prepare_data()
+    call._call_setup_hook(trainer)
 
 
-def why_slower() -> str:
-    """What to say where it is not known."""
-    return (
-        f"Lightning {lightning.pytorch.__version__} is not one that lightning_fed was compared with, step by step:"
-        " clients use its own training loop, which is slower, and they are not vectorized. The results are the same."
-    )
+def configure_model(trainer: Trainer) -> None:
+    """Calls the module's hook of that name, under the strategy's context."""
+    call._call_configure_model(trainer)
+
+
+def tear_down(trainer: Trainer) -> None:
+    """What a fit ends with."""
+    trainer.fit_loop.teardown()
+    call._call_teardown_hook(trainer)
+
+
+# ------------------------------------------------------------------------------------------------- what is logged
+
+
+def results_of(trainer: Any) -> Any:
+    """What the loop that runs has logged by hook and name, or ``None`` where none runs."""
+    return trainer._results
+
+
+def loop_results(loop: Any) -> Any:
+    """What one loop has logged."""
+    return loop._results
+
+
+def set_loop_results(loop: Any, results: ResultCollection) -> None:
+    """Gives a loop that has not begun what it is to log into."""
+    loop._results = results
+
+
+def last_value(result: Any) -> Any:
+    """What the last call of ``log`` gave."""
+    return result._forward_cache
+
+
+@dataclass
+class Accumulated:
+    """What Lightning's ``ResultMetric`` accumulates of a logged number, of one client or (clients,) of many."""
+
+    meta: Any
+    value: Tensor
+    cumulated_batch_size: Tensor | None
+    _forward_cache: Tensor | None = None
+    is_tensor: ClassVar[bool] = True
+
+    def update(self, value: Tensor, batch_size: Any) -> None:
+        """Takes a step's value in, as Lightning does."""
+        ResultMetric.update(self, value, batch_size)  # type: ignore[arg-type]
+
+
+def batch_size_for(results: ResultCollection, metric: ResultMetric, batch_size: int | None) -> Any:
+    """The number of examples by which a logged value is weighed."""
+    return results._extract_batch_size(metric, batch_size, metric.meta)
+
+
+def begin_batch(trainer: Trainer, batch: Any) -> None:
+    """Tells what is logged that a batch begins."""
+    trainer._logger_connector.on_batch_start(batch)
+
+
+def end_batch(trainer: Trainer) -> None:
+    """Tells what is logged that a batch is over."""
+    trainer._logger_connector.on_batch_end()
+
+
+def is_first_log_of(trainer: Any, hook: str | None) -> bool:
+    """Whether Lightning has yet to reset, at the next call of ``log``, what a hook logged in the epoch before."""
+    connector = trainer._logger_connector
+    return connector._current_fx != hook and connector._first_loop_iter is not False
+
+
+def note_log_of(trainer: Any, hook: str | None) -> None:
+    """Tells what is logged that a hook has logged."""
+    trainer._logger_connector._current_fx = hook
+
+
+def shown_metrics(trainer: Trainer) -> tuple[dict[str, Any], ...]:
+    """The values that stay after an epoch: for callbacks, for loggers, for the progress bar."""
+    connector = trainer._logger_connector
+    return connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics
+
+
+# ------------------------------------------------------------------------------------------------- loops
+
+
+class LightningEvaluationLoop(_EvaluationLoop):
+    """Lightning's, whose step has a public name."""
+
+    def _evaluation_step(self, *args: Any) -> None:
+        self.evaluate_batch(*args)
+
+    def evaluate_batch(self, *args: Any) -> None:
+        """Evaluates one batch."""
+        super()._evaluation_step(*args)
+
+
+def skips_backward(optimization: LightningAutomaticOptimization) -> bool:
+    """Whether steps have no backward pass, as while weights are averaged."""
+    return optimization._skip_backward
+
+
+def warn_once(loop: LightningEpochLoop, message: str) -> None:
+    """Warns in a loop, the first time."""
+    loop._warning_cache.warn(message)
+
+
+def is_last_ready_batch(loop: LightningEpochLoop) -> bool:
+    """Whether the epoch has as many batches behind it as it is to have."""
+    return loop._num_ready_batches_reached()
+
+
+def is_training_done(loop: LightningEpochLoop) -> bool:
+    """Whether batches or steps have come to their end."""
+    return loop._is_training_done
+
+
+def count_step(loop: LightningEpochLoop) -> None:
+    """Counts a batch that stepped, by which loggers count."""
+    loop._batches_that_stepped += 1
+
+
+def data_fetcher(loop: Any) -> DataFetcher | None:
+    """What gives the batches of a fit that has begun."""
+    return loop._data_fetcher  # type: ignore[no-any-return]
+
+
+def combined_loader(loop: Any) -> CombinedLoader | None:
+    """All loaders of a fit or of an evaluation that has begun."""
+    return loop._combined_loader  # type: ignore[no-any-return]
+
+
+def is_in_turn(loaders: CombinedLoader) -> bool:
+    """Whether loaders come one after the other, and not a batch of each at a time."""
+    return loaders._mode == "sequential"
+
+
+def set_last_reload(loop: Any, epoch: int) -> None:
+    """Says in which epoch the train loaders were made, for ``reload_dataloaders_every_n_epochs``."""
+    loop._last_train_dl_reload_epoch = epoch
+
+
+def set_train_source(trainer: Trainer, loaders: Any) -> None:
+    """Gives a fit its train loaders, whatever the datamodule says."""
+    trainer.fit_loop._data_source.instance = loaders
+
+
+# ------------------------------------------------------------------------------------------------- callbacks
+
+
+def rates(monitor: LearningRateMonitor, trainer: Trainer) -> dict[str, float]:
+    """What a monitor would log now, by name."""
+    return monitor._extract_stats(trainer, "any")
+
+
+def show_metrics(bar: RichProgressBar, trainer: Trainer, module: LightningModule) -> None:
+    """Shows a bar's metrics as they are now."""
+    bar._update_metrics(trainer, module)
+
+
+class LightningRichBar(RichProgressBar):
+    """Lightning's, whose description has a public name."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return self.describe_round(current_epoch)
+
+    def describe_round(self, current_epoch: int) -> str:
+        """What stands before the bar."""
+        return super()._get_train_description(current_epoch)

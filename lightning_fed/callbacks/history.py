@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_fed._compat.lightning import results_of
 from lightning_fed.callbacks.base import ClientReport, FederatedCallback, Stage
 from lightning_fed.values.metrics import logged_names
 
@@ -94,7 +95,7 @@ class History(FederatedCallback):
         """Adds the server's validation to the round's row."""
         if self.rows and not trainer.sanity_checking and trainer.state.fn == "fit":
             # Of a name that clients logged, too, Lightning has the later value, which is that of the validation.
-            self._from_clients -= logged_names(trainer._results)
+            self._from_clients -= logged_names(results_of(trainer))
             kept = {name: value for name, value in trainer.callback_metrics.items() if name not in self._from_clients}
             own = {name: float(value) for name, value in self._metrics(kept, _OF_ROUNDS).items()}
             self.rows[-1] = {**self.rows[-1], **own}

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 
+from lightning_fed._compat.lightning import rates
 from lightning_fed.callbacks.base import FederatedCallback
 from lightning_fed.values.metrics import LAST, RATE, MetricState
 
@@ -49,7 +50,7 @@ class ReportLearningRates(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reads the rates."""
-        self._found = self._monitor._extract_stats(trainer, "any")
+        self._found = rates(self._monitor, trainer)
 
     def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Reports them beside what the module has logged."""

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed import checks
+from lightning_fed._compat.flwr_datasets import num_partitions, partition_by
 from lightning_fed.callbacks.base import PartitionOwner
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_for
@@ -81,7 +82,7 @@ class Partition(PartitionOwner):
     @property
     def num_clients(self) -> int:
         """How many clients there are; some partitioners know it only once they saw the data."""
-        if isinstance(count := getattr(self.partitioner, "_num_partitions", None), int):
+        if (count := num_partitions(self.partitioner)) is not None:
             return count
         if self._dealt is None:
             raise ConfigurationError(
@@ -127,7 +128,7 @@ class Partition(PartitionOwner):
 
     def _explain(self, error: Exception, examples: int, columns: list[str]) -> str:
         name = type(self.partitioner).__name__
-        wanted = getattr(self.partitioner, "_partition_by", None)
+        wanted = partition_by(self.partitioner)
         if wanted is not None and wanted not in columns:
             return (
                 f"{name}(partition_by={wanted!r}): the training set has no column {wanted!r}; it has"
@@ -155,7 +156,7 @@ class Partition(PartitionOwner):
             return {}
         names = set(_LABEL_NAMES)
         if labels is not None:  # given by hand, they are what the partitioner asks for
-            names.add(getattr(self.partitioner, "_partition_by", _LABEL_NAMES[0]))
+            names.add(partition_by(self.partitioner, _LABEL_NAMES[0]))
         return dict.fromkeys(sorted(names), np.asarray(found))
 
     def _given(self, dataset: Any) -> np.ndarray[Any, Any]:
@@ -179,7 +180,7 @@ class Partition(PartitionOwner):
 
     def _require_labels(self, columns: dict[str, np.ndarray[Any, Any]]) -> None:
         """Checks that every example has what the partitioner deals by."""
-        wanted = getattr(self.partitioner, "_partition_by", None)
+        wanted = partition_by(self.partitioner)
         column = columns.get(wanted, np.zeros(0)) if isinstance(wanted, str) else np.zeros(0)
         if column.dtype.kind not in "Of":
             return
@@ -263,7 +264,7 @@ class Partition(PartitionOwner):
         self.indices(0)
         assert self._dealt is not None
         columns = self._dealt.dataset.column_names
-        label = next((n for n in (getattr(self.partitioner, "_partition_by", ""), *_LABEL_NAMES) if n in columns), None)
+        label = next((n for n in (partition_by(self.partitioner, ""), *_LABEL_NAMES) if n in columns), None)
         if label is None:
             raise ConfigurationError("Partition.plot() found no labels: pass them, Partition(..., labels=...).")
         few = len(set(self._dealt.dataset[label])) <= 10

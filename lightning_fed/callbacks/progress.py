@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from rich import get_console
 
+from lightning_fed._compat.lightning import LightningRichBar, show_metrics
 from lightning_fed.callbacks.base import ClientReport, FederatedCallback, Stage
 from lightning_fed.errors import ClientError
 
@@ -64,10 +65,11 @@ class TQDMRoundBar(RoundProgress, TQDMProgressBar):
         self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
 
-class RichRoundBar(RoundProgress, RichProgressBar):
+class RichRoundBar(RoundProgress, LightningRichBar):
     """Lightning's Rich bar with clients in place of batches."""
 
-    def _get_train_description(self, current_epoch: int) -> str:
+    def describe_round(self, current_epoch: int) -> str:
+        """What stands before the bar."""
         return f"Round {current_epoch + 1}"  # until the cohort is known
 
     def show(self, what: str, done: int, total: int | None = None) -> None:
@@ -82,7 +84,7 @@ class RichRoundBar(RoundProgress, RichProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # type: ignore[override]
         """Shows the round's metrics; the clients have moved the bar."""
-        self._update_metrics(trainer, pl_module)
+        show_metrics(self, trainer, pl_module)
         self.refresh()
 
 

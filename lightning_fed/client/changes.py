@@ -15,6 +15,8 @@ import cloudpickle
 import torch
 from torch import Tensor
 
+from lightning_fed._compat.lightning import SET_ON_CALLBACKS, SET_ON_MODULES
+from lightning_fed._compat.torchmetrics import SET_ON_METRICS
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.state import nodes
 from lightning_fed.state.access import write
@@ -24,10 +26,7 @@ from lightning_fed.state.snapshot import DataSnapshot, Snapshot
 from lightning_fed.views import user_class
 
 # What Lightning and torchmetrics set at the server, which means nothing to a client.
-_SERVERS = frozenset(
-    {"_trainer", "trainer", "_fabric", "_current_fx_name", "_metric_attributes", "_lightning_fed_hidden", "_here"}
-    | {"_forward_cache", "_computed", "_logger", "_param_requires_grad_state"}
-)
+_SERVERS = SET_ON_MODULES | SET_ON_CALLBACKS | SET_ON_METRICS | {"_lightning_fed_hidden", "_here"}
 _OPTIONS = frozenset({"isolation"})  # each process has one
 _SETTINGS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _KINDS = {

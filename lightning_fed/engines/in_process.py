@@ -1,24 +1,16 @@
-"""The in-process engine: a Grid that calls the client app directly, one client after the other.
-
-The one file that may know Flower's private modules; the range in ``pyproject.toml`` is pinned for it.
-"""
+"""The in-process engine: a Grid that calls the client app directly, one client after the other."""
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
 from flwr.app import Context, Message, Metadata, RecordDict, UserConfig
-from flwr.app.message import make_message
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
+from lightning_fed._compat.flower import Run, make_message, new_run, number, server_identity
 from lightning_fed.client.app import LocalClientApp
 from lightning_fed.engines.base import Engine, LocalGrid
 from lightning_fed.wire import messages
@@ -37,19 +29,6 @@ class InProcess(Engine):
         grid = InProcessGrid(client_app, num_clients)
         with server_identity(grid.run.run_id):
             return main(grid)
-
-
-@contextmanager
-def server_identity(run_id: int) -> Iterator[None]:
-    """``Message(...)`` reads who sends it from these process-wide variables."""
-    names = ("_task_id", "_run_id", "_node_id")
-    before = {name: getattr(TaskIdentity, name) for name in names}
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SUPERLINK_NODE_ID
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(TaskIdentity, name, value)
 
 
 def at_once(app: ClientApp, message: Message) -> int:
@@ -79,7 +58,7 @@ class InProcessGrid(LocalGrid):
     def __init__(self, client_app: ClientApp, num_clients: Callable[[], int]) -> None:
         self._app = client_app
         self._count = num_clients
-        self._run = Run.create_empty(run_id=uuid.uuid4().int >> 65)
+        self._run = new_run()
         self._contexts: dict[int, Context] = {}
         self._replies: dict[str, Message] = {}
         self._kept: dict[int, RecordDict] = {}
@@ -132,7 +111,7 @@ class InProcessGrid(LocalGrid):
         delivered = [deliver(message.metadata, message.content) for message in sent]
         replies = answer(self._app, list(zip(delivered, contexts, strict=True)))
         for reply in replies:
-            reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+            number(reply)
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
@@ -141,7 +120,7 @@ class InProcessGrid(LocalGrid):
         for first in waiting:
             together = [first, *islice(waiting, at_once(self._app, first) - 1)]
             for message in together:
-                message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+                number(message)
             replies = self._call(together)
             while replies:  # each is let go before the next is read
                 yield replies.pop(0)

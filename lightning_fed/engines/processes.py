@@ -24,9 +24,10 @@ from flwr.app import ArrayRecord, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from lightning_fed._compat.flower import server_identity
 from lightning_fed.engines import transport
 from lightning_fed.engines.base import Engine
-from lightning_fed.engines.in_process import at_once, server_identity
+from lightning_fed.engines.in_process import at_once
 from lightning_fed.engines.pool import Pool, StartMethod, Worker, prepare, start_method
 from lightning_fed.engines.remote import AHEAD, Deadline, RemoteGrid
 from lightning_fed.engines.worker import Shared, Start
@@ -100,7 +101,7 @@ class ProcessGrid(RemoteGrid):
     def __init__(self, client_app: ClientApp, num_clients: Callable[[], int], engine: Processes) -> None:
         super().__init__(client_app, num_clients)
         self._num_workers = engine.num_workers
-        start = Start(client_app, self._run.run_id, engine.threads)
+        start = Start(client_app, self.run.run_id, engine.threads)
         self.pool = Pool(start, engine.devices, engine.start_method, self.changes)
 
     def _exchange(self, sent: list[Message], call: int, timeout: float | None) -> Iterator[Message]:

@@ -25,9 +25,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_fed._compat.flower import server_identity
 from lightning_fed.engines import transport
 from lightning_fed.engines.base import Engine
-from lightning_fed.engines.in_process import server_identity
 from lightning_fed.engines.remote import AHEAD, Deadline, RemoteGrid, packed
 from lightning_fed.engines.worker import Start, Task, serve
 from lightning_fed.errors import ClientError, ConfigurationError
@@ -98,7 +98,7 @@ class RayGrid(RemoteGrid):
     def __init__(self, ray: Any, client_app: ClientApp, num_clients: Callable[[], int], engine: Ray) -> None:
         super().__init__(client_app, num_clients)
         self._ray, self._engine = ray, engine
-        self._start = Start(client_app, self._run.run_id, max(1, int(engine.client_resources["num_cpus"])))
+        self._start = Start(client_app, self.run.run_id, max(1, int(engine.client_resources["num_cpus"])))
         self._actors: list[Any] = []
         self._made: Callable[[], Any] | None = None
         self._told: dict[Any, int] = {}  # how many changes each actor knows of

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
+from lightning_fed._compat.flower import number
 from lightning_fed.client.app import LocalClientApp
 from lightning_fed.engines import transport
 from lightning_fed.engines.in_process import InProcessGrid
@@ -71,7 +71,7 @@ class RemoteGrid(InProcessGrid):
         """The replies in the order of the messages, each as soon as it and those before it are there."""
         sent = list(messages)
         for message in sent:
-            message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+            number(message)
         self._calls += 1
         if isinstance(self.client_app, LocalClientApp) and (changes := self.client_app.changes()) is not None:
             self.changes.append(changes)
@@ -89,7 +89,7 @@ class RemoteGrid(InProcessGrid):
         """A reply as the loop gets it; what the client keeps goes to its context."""
         if done.state is not None:
             self._context_of(message).state = done.state
-        done.reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+        number(done.reply)
         if done.exception is not None:
             done.reply.error.__dict__["exception"] = _exception(done.exception, done.reply.error.reason)
         return done.reply

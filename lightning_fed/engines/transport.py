@@ -24,6 +24,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_fed._compat.torch import storage_key
 from lightning_fed.wire.tensor_array import TensorArray
 
 _HEADER = struct.Struct("!QQ")  # bytes of the pickle, number of buffers beside it
@@ -166,7 +167,7 @@ class _Tensors:
         if type(thing) is Tensor and not thing.requires_grad:
             thing = thing.cpu()  # a device's number means another device in a process that sees only one
         if type(thing) is Tensor and _is_plain(thing):
-            storage = self._storages.setdefault(thing.untyped_storage()._cdata, _Storage(thing))
+            storage = self._storages.setdefault(storage_key(thing), _Storage(thing))
             return _tensor, (storage, thing.dtype, thing.storage_offset(), thing.shape, thing.stride())
         return self._other(thing)
 

@@ -15,8 +15,9 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 
+from lightning_fed._compat.flower import server_identity
 from lightning_fed.engines import transport
-from lightning_fed.engines.in_process import answer, deliver, server_identity
+from lightning_fed.engines.in_process import answer, deliver
 from lightning_fed.wire import messages
 
 T = TypeVar("T")

@@ -13,7 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_fed._compat.lightning import is_known, why_slower
+from lightning_fed._compat.known_lightning import is_known, why_slower
+from lightning_fed._compat.lightning import set_train_source
 from lightning_fed.callbacks.base import CLIENT_METRICS
 from lightning_fed.client.app import ClientSide
 from lightning_fed.engines.base import LocalGrid
@@ -107,7 +108,7 @@ class Federation(Callback):
         assert self._side is not None
         self._side.options.log_dir = trainer.log_dir
         # To Lightning alone: who asks the datamodule for its train loader in a hook gets the user's own.
-        trainer.fit_loop._data_source.instance = RoundLoader()
+        set_train_source(trainer, RoundLoader())
         weights.refuse_unfit(pl_module)
         if not is_known():
             rank_zero_warn(why_slower())

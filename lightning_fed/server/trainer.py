@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_fed._compat.lightning import results_of, shown_metrics
 from lightning_fed.callbacks.base import CLIENT_METRICS
 from lightning_fed.server.exchange import About
 from lightning_fed.server.federation import Federation
@@ -103,17 +104,17 @@ class ServerTrainer(Trainer):
             names: The round's.
             evaluated: Whether clients have evaluated in it.
         """
-        now, connector = frozenset(names), self._logger_connector
+        now = frozenset(names)
         earlier = self._names_of_clients - now
         gone = {name for name in earlier if evaluated or not name.startswith(CLIENT_METRICS)}
         self._names_of_clients = now | (earlier - gone)
-        for kept in (connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics):
+        for kept in shown_metrics(self):
             for name in gone & kept.keys():
                 del kept[name]
 
     def take_over_names(self) -> None:
         """What the server's validation has just logged is the server's; called by the server view of the module."""
-        self._names_of_clients -= logged_names(self._results)
+        self._names_of_clients -= logged_names(results_of(self))
 
     def run_round(self) -> None:
         """One round; called by the server view of the module."""

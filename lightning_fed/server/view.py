@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
+from lightning_fed._compat.lightning import ChoosesBatches
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.views import View, users_own
 
@@ -99,7 +100,7 @@ class TakeOver(torch.optim.Optimizer):
         self._take_over()
 
 
-class ServerView(View):
+class ServerView(ChoosesBatches, View):
     """A module as the server sees it."""
 
     trainer: RoundRunner
@@ -123,12 +124,9 @@ class ServerView(View):
     def configure_optimizers(self) -> TakeOver:
         return TakeOver(self.trainer.take_over_weights)
 
-    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        # Where Lightning calls the batch hooks of module and datamodule: the round's item is not for them.
-        return batch if isinstance(batch, RoundItem) else super()._on_before_batch_transfer(batch, dataloader_idx)  # type: ignore[misc]
-
-    def _apply_batch_transfer_handler(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        return batch if isinstance(batch, RoundItem) else super()._apply_batch_transfer_handler(batch, *args, **kwargs)  # type: ignore[misc]
+    def is_batch(self, batch: Any) -> bool:
+        # The hooks of module and datamodule know nothing of a round's item.
+        return not isinstance(batch, RoundItem)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Here and not in training_step, where the server's autocast would reach clients and aggregation.

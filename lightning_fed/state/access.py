@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_fed._compat.torch import indices_and_values, stored, version_of
+
 _SAMPLE = 1024
 
 
@@ -65,7 +67,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _mark_tensor(tensor: Tensor, samples: bool) -> tuple[Any, ...]:
-    version = None if tensor.is_inference() else tensor._version
+    version = None if tensor.is_inference() else version_of(tensor)
     if not samples:
         return version, None
     if tensor.is_contiguous():
@@ -85,13 +87,13 @@ def _equal_sparse(tensor: Tensor, copy: Tensor) -> bool:
     return (
         tensor.shape == copy.shape
         and tensor.is_coalesced() == copy.is_coalesced()
-        and torch.equal(tensor._indices(), copy._indices())
-        and _equal_tensor(tensor._values(), copy._values())
+        and all(map(_equal_tensor, indices_and_values(tensor), indices_and_values(copy)))
     )
 
 
 def _mark_sparse(tensor: Tensor, samples: bool) -> tuple[Any, ...]:
-    return tensor._version, tensor._nnz(), tensor.is_coalesced(), *_mark_tensor(tensor._values(), samples)
+    _, values = indices_and_values(tensor)
+    return version_of(tensor), stored(tensor), tensor.is_coalesced(), *_mark_tensor(values, samples)
 
 
 def _copy_array(array: Any) -> Any:
@@ -126,7 +128,7 @@ def _mark_bytes(held: Any, samples: bool) -> tuple[Any, ...]:
 def memory_of(thing: Any) -> int:
     """The bytes that a tensor, an array or a piece of memory contains."""
     if isinstance(thing, Tensor) and thing.layout is not torch.strided:
-        return thing._nnz() * thing.element_size() if str(thing.layout).startswith("torch.sparse") else 0
+        return stored(thing) * thing.element_size() if str(thing.layout).startswith("torch.sparse") else 0
     size = getattr(thing, "nbytes", None)
     return memoryview(thing).nbytes if size is None else int(size)
 

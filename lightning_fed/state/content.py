@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_fed._compat.torch import OF_DYNAMO, gradient_hooks, is_wrapped
 from lightning_fed.state.access import ContentAccess, memory_of
 from lightning_fed.state.generators import GeneratorKind, generator_kind
 from lightning_fed.state.nodes import Node, Step, same
@@ -158,11 +159,11 @@ def set_flags(tensor: Tensor, requires_grad: bool, attributes: dict[str, Any]) -
 
 def _attributes(tensor: Tensor) -> dict[str, Any]:
     held = tensor.__dict__
-    return {name: value for name, value in held.items() if not name.startswith("_dynamo")} if held else held
+    return {name: value for name, value in held.items() if not name.startswith(OF_DYNAMO)} if held else held
 
 
 def _hooks(tensor: Tensor) -> tuple[Any, Any]:
-    return tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    return gradient_hooks(tensor)
 
 
 def _pointer(tensor: Tensor) -> Any:
@@ -171,7 +172,7 @@ def _pointer(tensor: Tensor) -> Any:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor has content that can be copied and put back."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    wrapped = is_wrapped(tensor)
     return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized or wrapped)
 
 

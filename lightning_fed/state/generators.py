@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_fed._compat.numpy import everybodys_generator
+
 
 @dataclass(frozen=True, slots=True)
 class GeneratorKind:
@@ -67,7 +69,7 @@ def generator_kind(cls: type) -> GeneratorKind | None:
 
 def is_global(generator: object) -> bool:
     """Whether it is the one that Python, NumPy or torch has for everybody."""
-    everybodys = (random._inst, np.random.mtrand._rand, torch.default_generator)  # type: ignore[attr-defined]
+    everybodys = (random.seed.__self__, everybodys_generator(), torch.default_generator)  # type: ignore[attr-defined]
     return any(generator is one for one in everybodys)
 
 

@@ -28,6 +28,8 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lightning_fed._compat.lightning import TO_TRAINER
+from lightning_fed._compat.torch import LOADERS_WORKERS
 from lightning_fed.state import nodes
 from lightning_fed.state.access import ARRAY, BYTES, SPARSE, TENSOR
 from lightning_fed.state.code import of_class, of_function
@@ -47,7 +49,7 @@ _ATOMS = frozenset(
     | {random.SystemRandom}
 )
 # Attributes that lead back to the trainer, or to what a view hides.
-_NOT_FOLLOWED = frozenset({"_trainer", "trainer", "_fabric", "_iterator"})
+_NOT_FOLLOWED = TO_TRAINER | {LOADERS_WORKERS}
 
 
 class Passage(Node):

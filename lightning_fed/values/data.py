@@ -27,6 +27,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lightning_fed._compat.torch import LOADERS_WORKERS, has_count
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.values.part import Part
 
@@ -73,7 +74,7 @@ def require_sliceable(loader: object) -> DataLoader[Any]:
     batches, sampler = loader.batch_sampler, _sampler(loader)
     if batches is not None and type(batches) is not BatchSampler:
         sampler = batches
-    counted = isinstance(sampler, RandomSampler) and sampler._num_samples is not None
+    counted = isinstance(sampler, RandomSampler) and has_count(sampler)
     if type(sampler) not in (RandomSampler, SequentialSampler) or counted:
         raise ConfigurationError(
             f"Partition cannot deal out a loader whose {type(sampler).__name__} was made for the whole dataset: a"
@@ -119,7 +120,7 @@ def slice_loader(
         sampler = RandomSampler(part, replacement, generator=generator)  # type: ignore[arg-type]
     drop_last = batches.drop_last and shuffle is not False
     # DataLoader refuses to change these attributes, and a subclass may not take them in __init__.
-    changed: dict[str, Any] = {"dataset": part, "sampler": sampler, "_iterator": None, "drop_last": drop_last}
+    changed: dict[str, Any] = {"dataset": part, "sampler": sampler, LOADERS_WORKERS: None, "drop_last": drop_last}
     if keep_workers and loader.num_workers:
         changed["persistent_workers"] = True
     if loader.generator is not None:
@@ -250,7 +251,7 @@ def _draws_at_once(sampler: Any) -> bool:
     """Whether a sampler draws all its numbers when it is asked for the first, or none."""
     if type(sampler) is RandomSampler:
         # With a generator of its own the numbers that nobody asks for would be drawn, too.
-        return not sampler.replacement and sampler._num_samples is None and sampler.generator is None
+        return not sampler.replacement and not has_count(sampler) and sampler.generator is None
     return type(sampler) is SequentialSampler
 
 

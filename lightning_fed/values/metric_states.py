@@ -15,6 +15,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
 
+from lightning_fed._compat.torchmetrics import as_updated, defaults, reductions
+
 
 class States(NamedTuple):
     """What one client sends of a metric.
@@ -41,11 +43,11 @@ def is_mergeable(metric: Metric) -> bool:
     Wrappers (MinMax, BootStrapper, a sum of two metrics) keep theirs in metrics inside; a list that is not concatenated
     (detection boxes) would lose its borders.
     """
-    if not metric._reductions or any(isinstance(child, Metric) for child in metric.children()):
+    if not reductions(metric) or any(isinstance(child, Metric) for child in metric.children()):
         return False
-    lists = [name for name, default in metric._defaults.items() if isinstance(default, list)]
+    lists = [name for name, default in defaults(metric).items() if isinstance(default, list)]
     return all(
-        metric._reductions[name] is dim_zero_cat and all(isinstance(item, Tensor) for item in _items(metric, name))
+        reductions(metric)[name] is dim_zero_cat and all(isinstance(item, Tensor) for item in _items(metric, name))
         for name in lists
     )
 
@@ -78,10 +80,10 @@ def value_over(original: Metric, clients: Sequence[States]) -> float:
     metric = copy.deepcopy(original).cpu()
     if not type(metric).__module__.startswith("torchmetrics."):
         _require_whole(metric, clients)
-    if len(clients) > 1 and any(not _is_plain(metric, name) for name in metric._defaults):
+    if len(clients) > 1 and any(not _is_plain(metric, name) for name in defaults(metric)):
         _require_neutral(metric, clients)
     value = _value(metric, clients)
-    if dim_zero_mean in metric._reductions.values():
+    if dim_zero_mean in reductions(metric).values():
         by_examples = [client.examples if client.updates else 0.0 for client in clients]
         if not _is_close(value, _value(metric, clients, by_examples)):
             raise ValueError("a state that is a mean may be one over updates or over examples")
@@ -91,11 +93,10 @@ def value_over(original: Metric, clients: Sequence[States]) -> float:
 def _value(metric: Metric, clients: Sequence[States], weights: Sequence[float] | None = None) -> float:
     metric.reset()
     updates = [client.updates for client in clients]
-    for name in metric._defaults:
+    for name in defaults(metric):
         parts = [client.tensors[name].cpu() for client in clients]
         setattr(metric, name, _merged(metric, name, parts, updates if weights is None else weights))
-    metric._update_count = sum(updates)
-    metric._computed = None
+    as_updated(metric, sum(updates))
     value = metric.compute()
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise ValueError("the value is not a single number")
@@ -103,7 +104,7 @@ def _value(metric: Metric, clients: Sequence[States], weights: Sequence[float] |
 
 
 def _merged(metric: Metric, name: str, parts: list[Tensor], weights: Sequence[float]) -> Tensor | list[Tensor]:
-    default, reduction = metric._defaults[name], metric._reductions[name]
+    default, reduction = defaults(metric)[name], reductions(metric)[name]
     if isinstance(default, list):
         # A client that never updated the metric has nothing to add, not even an empty row.
         return [part for part in parts if part.numel()]
@@ -130,7 +131,7 @@ def _mean(stacked: Tensor, weights: Sequence[float]) -> Tensor:
 
 def _is_plain(metric: Metric, name: str) -> bool:
     """Whether torchmetrics itself knows how a state adds up over clients."""
-    return metric._reductions[name] in _OF_TORCHMETRICS
+    return reductions(metric)[name] in _OF_TORCHMETRICS
 
 
 def _require_whole(metric: Metric, clients: Sequence[States]) -> None:
@@ -159,7 +160,7 @@ def _require_neutral(metric: Metric, clients: Sequence[States]) -> None:
     Raises:
         ValueError: If it is not.
     """
-    empty = States(metric._defaults, 0)  # type: ignore[arg-type]
+    empty = States(defaults(metric), 0)  # type: ignore[arg-type]
     own = {i: _value(metric, [client]) for i, client in enumerate(clients) if client.updates}
     known = next((i for i, value in own.items() if math.isfinite(value)), None)
     if known is None:

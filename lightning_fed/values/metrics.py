@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_fed._compat.lightning import Accumulated, last_value, results_of
+from lightning_fed._compat.torchmetrics import updates
 from lightning_fed.values.metric_states import States, is_mergeable, states_of, value_over
 
 # How the clients' values of one name become one value.
@@ -70,23 +71,8 @@ def catch(trainer: Trainer, module: LightningModule, computed: Iterable[str] = (
         computed: Names whose value the module had already computed from a metric.
     """
     attributes = {id(child): name for name, child in module.named_modules() if isinstance(child, Metric)}
-    logged = [result for result in (trainer._results or {}).values() if not result.has_reset]
+    logged = [result for result in (results_of(trainer) or {}).values() if not result.has_reset]
     return _by_name(logged, partial(_of_epoch, attributes=attributes), set(computed))
-
-
-@dataclass
-class Accumulated:
-    """What Lightning's ``_ResultMetric`` accumulates of a logged number, of one client or (clients,) of many."""
-
-    meta: Any
-    value: Tensor
-    cumulated_batch_size: Tensor | None
-    _forward_cache: Tensor | None = None
-    is_tensor: ClassVar[bool] = True
-
-    def update(self, value: Tensor, batch_size: Any) -> None:
-        """Takes a step's value in, as Lightning does."""
-        _ResultMetric.update(self, value, batch_size)  # type: ignore[arg-type]
 
 
 def catch_each(results: Iterable[Accumulated], clients: int) -> list[list[MetricState]]:
@@ -98,7 +84,7 @@ def catch_each(results: Iterable[Accumulated], clients: int) -> list[list[Metric
     """
     each: list[list[Accumulated]] = [[] for _ in range(clients)]
     for result in results:
-        parts = [result.value, result.cumulated_batch_size, result._forward_cache]
+        parts = [result.value, result.cumulated_batch_size, last_value(result)]
         rows = [[None] * clients if part is None else part.detach().expand(clients).unbind() for part in parts]
         for logged, value, examples, last in zip(each, *rows, strict=True):
             logged.append(Accumulated(result.meta, value, examples, last))  # type: ignore[arg-type]
@@ -147,7 +133,7 @@ def _names(meta: Any, on_step: bool) -> tuple[str, str]:
 
 
 def _of_step(result: Any) -> MetricState | None:
-    last = result._forward_cache
+    last = last_value(result)
     return MetricState("", LAST, {"value": last.detach().clone()}) if isinstance(last, Tensor) else None
 
 
@@ -197,7 +183,7 @@ def with_own(states: Iterable[MetricState], values: Mapping[str, float]) -> list
 def _of_metric(metric: Metric, attributes: Mapping[int, str]) -> MetricState | None:
     attribute = attributes.get(id(metric), "")
     if attribute and is_mergeable(metric):
-        return MetricState("", METRIC, states_of(metric), attribute, int(metric._update_count))
+        return MetricState("", METRIC, states_of(metric), attribute, updates(metric))
     value = metric.compute()
     # Of anything else Lightning says that it must be a tensor.
     return MetricState("", COMPUTED, {"value": value.detach()}, attribute) if isinstance(value, Tensor) else None

@@ -11,6 +11,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_fed._compat.torch import (
+    buffers_in,
+    loads_as_torch,
+    parameters_in,
+    set_versions,
+    versions_of,
+    watches_loading,
+)
 from lightning_fed.errors import ConfigurationError, InvalidUpdateError
 
 Weights = dict[str, Tensor]
@@ -37,7 +45,7 @@ def load(module: LightningModule, weights: Mapping[str, Tensor]) -> None:
     copied = _copied_by_torch(module)
     state.update((name, tensor if name in copied else tensor.clone()) for name, tensor in weights.items())
     # The versions of its layers: without them some take what they get for that of an old release.
-    state._metadata = getattr(present, "_metadata", {})  # type: ignore[attr-defined]
+    set_versions(state, versions_of(present))
     module.load_state_dict(state, strict=module.strict_loading)
 
 
@@ -51,18 +59,13 @@ def _copied_by_torch(module: nn.Module) -> set[str]:
         return set()
     names: set[str] = set()
     for prefix, child in module.named_modules(remove_duplicate=False):
-        if child._load_state_dict_pre_hooks:  # these see everything that is loaded
+        if watches_loading(child):  # these see everything that is loaded
             return set()
-        own = (*child._parameters.keys(), *child._buffers.keys())
-        if own and _loads_as_torch(child):
+        own = (*parameters_in(child), *buffers_in(child))
+        if own and loads_as_torch(child):
             path = f"{prefix}." if prefix else ""
             names.update(path + name for name in own)
     return names
-
-
-def _loads_as_torch(child: nn.Module) -> bool:
-    load = getattr(child._load_from_state_dict, "__func__", None)
-    return getattr(load, "__module__", "").startswith("torch.nn.")
 
 
 def parameter_names(module: nn.Module) -> frozenset[str]:

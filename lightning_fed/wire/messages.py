@@ -17,11 +17,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from lightning_fed._compat.flower import filled
 from lightning_fed.errors import ClientError
 from lightning_fed.tracebacks import frames, words
 from lightning_fed.values.metrics import MetricState
 from lightning_fed.values.weights import Weights
-from lightning_fed.wire.tensor_array import TensorArray, filled
+from lightning_fed.wire.tensor_array import TensorArray
 
 Kind = TypeVar("Kind", ArrayRecord, MetricRecord, ConfigRecord)
 

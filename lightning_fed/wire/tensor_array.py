@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array
 from torch import Tensor
-
-R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord, RecordDict)
 
 _NARROW = {torch.bfloat16} | {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
 
@@ -53,12 +50,6 @@ class TensorArray(Array):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Array, (self.dtype, self.shape, self.stype, self.data)
-
-
-def filled(record: R, content: Mapping[str, Any]) -> R:
-    """A new record with a content of the right kind, without Flower's check of each part, which takes its time."""
-    record.__dict__["_data"].update(content)
-    return record
 
 
 @lru_cache

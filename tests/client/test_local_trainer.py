@@ -51,7 +51,7 @@ def test_no_random_states_are_kept_for_a_sanity_check_that_is_never_made(monkeyp
         asked.append(include_cuda)
         return isolate_rng(include_cuda)
 
-    monkeypatch.setattr("lightning_fed.client.local.trainer.isolate_rng", counted)
+    monkeypatch.setattr("lightning_fed._compat.quick_trainer.isolate_rng", counted)
     monkeypatch.setattr(lightning_trainer, "isolate_rng", counted)
     run(Looks(), local_fit)
     assert asked == [True]  # by Lightning's own trainer, which sets the module up

@@ -22,9 +22,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
+from lightning_fed._compat.flower import server_identity
 from lightning_fed.callbacks import ClientData, FederatedCallback, History, PartialParticipation, Partition
 from lightning_fed.engines import Engine, InProcess, Processes, Ray
-from lightning_fed.engines.in_process import InProcessGrid, server_identity
+from lightning_fed.engines.in_process import InProcessGrid
 from lightning_fed.testing import toy_data
 from lightning_fed.values.weights import Weights, read
 from tests.habits import DATA_HABITS, LOADERS, MODULE_HABITS, Data, Habitual

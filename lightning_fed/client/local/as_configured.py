@@ -16,6 +16,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_fed._compat.lightning import trainer_of
+from lightning_fed._compat.torch import buffers_in, parameters_in
+
 _KINDS = (Optimizer, LRScheduler)
 # A list or dict with more in it holds something else.
 _MANY = 100
@@ -85,10 +88,10 @@ def shared(module: nn.Module) -> dict[int, Any]:
     memo: dict[int, Any] = {}
     for child in module.modules():
         memo[id(child)] = child
-        for store in (child._parameters, child._buffers):
+        for store in (parameters_in(child), buffers_in(child)):
             memo.update({id(tensor): tensor for tensor in store.values() if tensor is not None})
-    if isinstance(module, LightningModule) and module._trainer is not None:
-        memo[id(module._trainer)] = module._trainer
+    if isinstance(module, LightningModule) and (trainer := trainer_of(module)) is not None:
+        memo[id(trainer)] = trainer
     return memo
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_fed._compat.lightning import set_last_reload
 from lightning_fed.client.local.elapsed import Elapsed, declared_paces, elapsed, start_at_epoch
 from lightning_fed.client.local.fit_state import FitState
 from lightning_fed.client.local.hand_steps import HandSteps
@@ -46,7 +47,7 @@ def catch_up(trainer: Any, client_state: str, kept: FitState) -> HandSteps | Non
     if end.epochs is not None:
         # The number that a sampler is told stays: a round begins its data anew, also within an epoch.
         trainer.fit_loop.epoch_progress.current.completed = end.epochs
-        trainer.fit_loop._last_train_dl_reload_epoch = end.epochs
+        set_last_reload(trainer.fit_loop, end.epochs)
     if begun > trainer.current_epoch or (end.batches and end.epochs is not None):
         for callback in finetuning:
             _leave_out_once(callback)

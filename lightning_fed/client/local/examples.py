@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from lightning_fed._compat.lightning import IterDataFetcher, combined_loader, data_fetcher, is_in_turn
 from lightning_fed.errors import ClientError
 from lightning_fed.values.data import TensorBatches
 
@@ -59,7 +59,7 @@ def _plan(loader: Any) -> BatchSampler | None:
 def _known(loaders: CombinedLoader) -> int | None:
     """The examples of an epoch over all of a trainer's loaders, one after the other, or ``None``."""
     flat = loaders.flattened
-    if len(flat) > 1 and loaders._mode != "sequential":
+    if len(flat) > 1 and not is_in_turn(loaders):
         return None
     counts = [examples_in(*one) for one in zip(flat, loaders.limits or [math.inf] * len(flat), strict=True)]
     return None if None in counts else sum(counts)  # type: ignore[arg-type]
@@ -159,18 +159,18 @@ class CountExamples(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The loaders are open."""
         # A step that takes its batches itself has them only afterwards.
-        later = isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
-        self._begin(trainer, trainer.fit_loop._combined_loader, (_AfterSteps if later else _BeforeSteps)(self, trainer))
+        later = isinstance(data_fetcher(trainer.fit_loop), IterDataFetcher)
+        self._begin(trainer, combined_loader(trainer.fit_loop), (_AfterSteps if later else _BeforeSteps)(self, trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The loaders are open, in a validation of its own or in a fit."""
         if trainer.state.fn == "validate":
-            self._begin(trainer, trainer.validate_loop._combined_loader, _InValidation(self, trainer))
+            self._begin(trainer, combined_loader(trainer.validate_loop), _InValidation(self, trainer))
 
     def _begin(self, trainer: Trainer, loaders: CombinedLoader | None, each: _EachBatch) -> None:
         assert loaders is not None
         self._loaders, known = loaders, _known(loaders)
-        together = len(loaders.flattened) > 1 and loaders._mode != "sequential"
+        together = len(loaders.flattened) > 1 and not is_in_turn(loaders)
         self._tells = [_Tells(None if together else loader) for loader in loaders.flattened]
         self.count = known or 0
         if known is None:

@@ -16,17 +16,33 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
-from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult, _AutomaticOptimization
+from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fed._compat.lightning import is_known
+from lightning_fed._compat.known_lightning import is_known
+from lightning_fed._compat.lightning import (
+    DataFetcher,
+    LightningAutomaticOptimization,
+    PrefetchDataFetcher,
+    begin_batch,
+    call_callbacks,
+    call_module,
+    clip_gradients,
+    count_step,
+    end_batch,
+    is_last_ready_batch,
+    is_training_done,
+    on_before_transfer,
+    set_running_hook,
+    skips_backward,
+    to_device,
+    warn_once,
+)
 from lightning_fed.client.local.loops import EpochLoop, EvaluationLoop, ManualOptimization
 from lightning_fed.views import wrote
 
@@ -59,11 +75,11 @@ class StepHooks:
     def call(self, name: str, *args: Any) -> Any:
         """Calls a hook in Lightning's way and order, and returns what the module's own gave."""
         if name in self._callbacks:
-            call._call_callback_hooks(self._trainer, name, *args)
-        return call._call_lightning_module_hook(self._trainer, name, *args) if name in self._own else None
+            call_callbacks(self._trainer, name, *args)
+        return call_module(self._trainer, name, *args) if name in self._own else None
 
 
-class FastOptimization(_AutomaticOptimization):
+class FastOptimization(LightningAutomaticOptimization):
     """Lightning's automatic optimization in one closure."""
 
     hooks: StepHooks | None = None
@@ -71,7 +87,7 @@ class FastOptimization(_AutomaticOptimization):
     def prepare(self, hooks: StepHooks, is_plain: bool) -> None:
         """Looks, once an epoch, whether there is anything else that needs Lightning's own way."""
         module = self.trainer.lightning_module
-        usual = is_plain and not self._skip_backward and self.trainer.strategy.model is module
+        usual = is_plain and not skips_backward(self) and self.trainer.strategy.model is module
         usual = usual and not any(wrote(module, LightningModule, name) for name in _OF_OPTIMIZATION)
         self.hooks = hooks if usual else None
         self.clips = bool(self.trainer.gradient_clip_val)
@@ -84,9 +100,9 @@ class FastOptimization(_AutomaticOptimization):
         module, step = self.trainer.lightning_module, self.optim_progress.optimizer.step
         self._output: dict[str, Any] = {}
         step.increment_ready()
-        module._current_fx_name = "optimizer_step"
+        set_running_hook(module, "optimizer_step")
         optimizer.step(closure=partial(self._closure, optimizer, kwargs))  # type: ignore[arg-type]
-        module._current_fx_name = None
+        set_running_hook(module, None)
         step.increment_completed()
         return self._output
 
@@ -94,9 +110,9 @@ class FastOptimization(_AutomaticOptimization):
     def _closure(self, optimizer: Optimizer, kwargs: OrderedDict[str, Any]) -> Tensor | None:
         hooks, trainer, module = self.hooks, self.trainer, self.trainer.lightning_module
         assert hooks is not None
-        module._current_fx_name = "training_step"
+        set_running_hook(module, "training_step")
         loss = self._loss(module.training_step(*kwargs.values()), "on_train_batch_end" in hooks)
-        module._current_fx_name = "optimizer_step"
+        set_running_hook(module, "optimizer_step")
 
         zero_grad = self.optim_progress.optimizer.zero_grad
         zero_grad.increment_ready()
@@ -110,8 +126,7 @@ class FastOptimization(_AutomaticOptimization):
             hooks.call("on_after_backward")
         hooks.call("on_before_optimizer_step", optimizer)
         if self.clips:
-            clipping = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-            trainer.precision_plugin._clip_gradients(module, optimizer, *clipping)
+            clip_gradients(trainer, module, optimizer)
         return None if loss is None else loss.detach()
 
     def backward(self, loss: Tensor) -> None:
@@ -147,11 +162,11 @@ def takes_index(step: Callable[..., Any]) -> bool:
 class FastEpochLoop(EpochLoop):
     """Lightning's epoch loop for the usual case: batches from loaders, one device, no accumulation."""
 
-    def on_run_start(self, data_fetcher: _DataFetcher) -> None:
+    def on_run_start(self, data_fetcher: DataFetcher) -> None:
         """Looks whether this epoch is the usual case."""
         super().on_run_start(data_fetcher)
         trainer, module = self.trainer, self.trainer.lightning_module
-        plain_loaders = type(data_fetcher) is _PrefetchDataFetcher and not self.restarting
+        plain_loaders = type(data_fetcher) is PrefetchDataFetcher and not self.restarting
         one_device = type(trainer.strategy) is SingleDeviceStrategy
         self._is_usual = plain_loaders and one_device and trainer.accumulate_grad_batches == 1
         self._hooks, is_plain = StepHooks(trainer), type(trainer.precision_plugin) is Precision
@@ -166,7 +181,7 @@ class FastEpochLoop(EpochLoop):
         )
         self._transfers = transfers or not is_plain
 
-    def _advance(self, data_fetcher: _DataFetcher) -> None:
+    def _advance(self, data_fetcher: DataFetcher) -> None:
         if not self._is_usual:
             super()._advance(data_fetcher)
             return
@@ -176,10 +191,10 @@ class FastEpochLoop(EpochLoop):
         progress.is_last_batch = data_fetcher.done
         batch = self._at_its_device(batch)
         progress.increment_ready()
-        trainer._logger_connector.on_batch_start(batch)
+        begin_batch(trainer, batch)
         output, is_over = None, False
         if batch is None:
-            self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
+            warn_once(self, "train_dataloader yielded None. If this was on purpose, ignore this warning...")
         elif is_over := hooks.call("on_train_batch_start", batch, batch_idx) == -1:
             progress.increment_by(0, is_last_batch=True)
         else:
@@ -188,12 +203,12 @@ class FastEpochLoop(EpochLoop):
         progress.increment_processed()
         if trainer.lr_scheduler_configs:
             self.update_lr_schedulers("step", update_plateau_schedulers=False)
-            if self._num_ready_batches_reached():
+            if is_last_ready_batch(self):
                 self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         if is_over:
             raise StopIteration
         hooks.call("on_train_batch_end", output, batch, batch_idx)
-        trainer._logger_connector.on_batch_end()
+        end_batch(trainer)
         progress.increment_completed()
 
     def _step(self, batch: Any, batch_idx: int) -> Any:
@@ -210,18 +225,18 @@ class FastEpochLoop(EpochLoop):
         if is_there and all(_is_at(part, device) for part in batch):
             return batch
         batch = trainer.precision_plugin.convert_input(batch)
-        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+        batch = on_before_transfer(trainer.lightning_module, batch)
+        return to_device(trainer, batch)
 
-    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+    def on_advance_end(self, data_fetcher: DataFetcher) -> None:
         """What comes after a step; without validation that is little."""
         if not self._is_usual or self.trainer.limit_val_batches:
             super().on_advance_end(data_fetcher)
             return
         if self.trainer.lr_scheduler_configs:
             self.update_lr_schedulers("step", update_plateau_schedulers=True)
-        self._batches_that_stepped += 1
-        if self.trainer.received_sigterm and not self._is_training_done:
+        count_step(self)
+        if self.trainer.received_sigterm and not is_training_done(self):
             raise SIGTERMException
 
 

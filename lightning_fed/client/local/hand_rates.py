@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch.optim import Optimizer
 
+from lightning_fed._compat.torch import last_rates
 from lightning_fed.views import wrote
 
 Rates = list[list[float]]
@@ -75,7 +76,7 @@ class HandRates:
         for optimizer, own, given in zip(self._trainer.optimizers, rates, self._given, strict=True):
             schedules = [config.scheduler for config in self._trainer.lr_scheduler_configs]
             schedules = [schedule for schedule in schedules if getattr(schedule, "optimizer", optimizer) is optimizer]
-            lasts = [getattr(schedule, "_last_lr", own) for schedule in schedules]
+            lasts = [last_rates(schedule, own) for schedule in schedules]
             if own not in (given, *([float(rate) for rate in last] for last in lasts)):
                 return False
         return True

@@ -5,32 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from torch import Tensor
 
+from lightning_fed._compat.lightning import ResultCollection, ResultMetric, batch_size_for
+from lightning_fed._compat.torchmetrics import defaults
 
-class _Logged(_ResultMetric):
+
+class _Logged(ResultMetric):
     """A logged value that looks whether it is at its device already, where Lightning walks over all it holds."""
 
-    def to(self, *args: Any, **kwargs: Any) -> _ResultMetric:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> ResultMetric:  # type: ignore[override]
         device = kwargs.get("device", args[0] if len(args) == 1 else None)
         if not self.is_tensor or device is None:
             return super().to(*args, **kwargs)
         device = torch.device(device)
-        held = (*self.__dict__.values(), *self._defaults.values())
+        held = (*self.__dict__.values(), *defaults(self).values())
         if any(isinstance(part, Tensor) and part.device != device for part in held):
             super().to(device)
         return self
 
 
-class LoggedValues(_ResultCollection):
+class LoggedValues(ResultCollection):
     """Lightning's collection, which remembers how a name was logged: the second time nothing has to be checked."""
 
     def __init__(self, training: bool) -> None:
         super().__init__(training)
         self._known: dict[tuple[str, str], tuple[Any, ...]] = {}
 
-    def __setitem__(self, key: str, value: _ResultMetric) -> None:
+    def __setitem__(self, key: str, value: ResultMetric) -> None:
         value.__class__ = _Logged
         super().__setitem__(key, value)
 
@@ -59,6 +61,6 @@ class LoggedValues(_ResultCollection):
         if not metric.is_tensor:
             return False
         metric.to(value.device)
-        metric.forward(value.detach().squeeze(), self._extract_batch_size(metric, batch_size, metric.meta))
+        metric.forward(value.detach().squeeze(), batch_size_for(self, metric, batch_size))
         metric.has_reset = False
         return True

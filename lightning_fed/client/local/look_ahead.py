@@ -11,12 +11,11 @@ from warnings import catch_warnings, simplefilter
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.configuration_validator import _verify_loop_configurations
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_fed._compat.lightning import attach_data, configure_model, prepare, tear_down, verify_loops
 from lightning_fed.client.local.catch_up import without_place
 from lightning_fed.client.local.examples import examples_in
 from lightning_fed.client.local.fit import local_fit
@@ -114,23 +113,20 @@ class LookAhead:
             trainer.data = data
             trainer.state.fn, trainer.state.status, trainer.training = TrainerFn.FITTING, TrainerStatus.RUNNING, True
             trainer.strategy.connect(self.module)
-            trainer._callback_connector._attach_model_logging_functions()
             given = data_of(trainer, self.module, self.datamodule, train=True)
-            trainer._data_connector.attach_data(self.module, **given)
+            attach_data(trainer, self.module, **given)
             if loaders is None:
                 trainer.fit_loop.setup_data = _closed  # type: ignore[method-assign]
             with catch_warnings():  # a fit gives them, too
                 simplefilter("ignore")
-                _verify_loop_configurations(trainer)
-            trainer._data_connector.prepare_data()
-            call._call_setup_hook(trainer)
+                verify_loops(trainer)
+            prepare(trainer)
             try:
-                call._call_configure_model(trainer)
+                configure_model(trainer)
                 trainer.strategy.setup(trainer)
                 yield trainer
             finally:
-                trainer.fit_loop.teardown()
-                call._call_teardown_hook(trainer)
+                tear_down(trainer)
 
     def _missing(self, quickly: bool) -> MissingMetric | None:
         """What a local fit says of a metric that a schedule follows, and does not find.

@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loops import fetchers, training_epoch_loop
-from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
-from lightning.pytorch.loops.fetchers import _DataFetcher
-from lightning.pytorch.loops.optimization.manual import _ManualOptimization
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
-_LOOPS = {__file__, str(Path(__file__).with_name("fast_loop.py")), training_epoch_loop.__file__}
+from lightning_fed._compat import lightning as compat
+from lightning_fed._compat.lightning import (
+    DataFetcher,
+    LightningEpochLoop,
+    LightningEvaluationLoop,
+    LightningManualOptimization,
+)
+
+_LOOPS = {__file__, str(Path(__file__).with_name("fast_loop.py")), training_epoch_loop.__file__, compat.__file__}
 
 
-class EpochLoop(_TrainingEpochLoop):
+class EpochLoop(LightningEpochLoop):
     """Lightning's, in which the user's ``StopIteration`` does not end the epoch."""
 
-    def advance(self, data_fetcher: _DataFetcher) -> None:
+    def advance(self, data_fetcher: DataFetcher) -> None:
         """One step.
 
         Raises:
@@ -29,25 +33,26 @@ class EpochLoop(_TrainingEpochLoop):
         with _StopsOnlyWithTheData():
             self._advance(data_fetcher)
 
-    def _advance(self, data_fetcher: _DataFetcher) -> None:
+    def _advance(self, data_fetcher: DataFetcher) -> None:
         super().advance(data_fetcher)
 
 
-class ManualOptimization(_ManualOptimization):
+class ManualOptimization(LightningManualOptimization):
     """Lightning's, in which the user's ``StopIteration`` does not end the step."""
 
     def advance(self, kwargs: OrderedDict[str, Any]) -> None:
-        """As Lightning's; raises as ``FastEpochLoop.advance``."""
+        """As Lightning's; raises as ``EpochLoop.advance``."""
         with _StopsOnlyWithTheData():
             super().advance(kwargs)
 
 
-class EvaluationLoop(_EvaluationLoop):
+class EvaluationLoop(LightningEvaluationLoop):
     """Lightning's, in which the user's ``StopIteration`` does not end the evaluation."""
 
-    def _evaluation_step(self, *args: Any) -> None:
+    def evaluate_batch(self, *args: Any) -> None:
+        """As Lightning's; raises as ``EpochLoop.advance``."""
         with _StopsOnlyWithTheData():
-            super()._evaluation_step(*args)
+            super().evaluate_batch(*args)
 
 
 class _StopsOnlyWithTheData:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
+from lightning_fed._compat.lightning import trainer_of
 from lightning_fed.client.local.catch_up import catch_up
 from lightning_fed.client.local.elapsed import Plan
 from lightning_fed.client.local.fit_state import FitState
@@ -264,8 +265,9 @@ def _without_gradients(module: LightningModule, kind: type[BaseException] | None
 
 def put_back_optimizers(module: LightningModule) -> None:
     """Makes optimizers and schedulers that the module may keep what they were before its run."""
-    if isinstance(module._trainer, LocalTrainer):
-        module._trainer.as_configured.put_back()
+    trainer = trainer_of(module)
+    if isinstance(trainer, LocalTrainer):
+        trainer.as_configured.put_back()
 
 
 class MissingMetric(ClientError):

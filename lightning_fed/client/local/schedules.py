@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
+from lightning_fed._compat.torch import count_steps, schedules_in, set_stepped
 from lightning_fed.client.local.elapsed import Accumulation, Elapsed, Pace, elapsed, require_known, start_at_epoch
 from lightning_fed.views import wrote
 
@@ -208,8 +209,7 @@ def _step(schedule: Any, times: int) -> None:
     One that is not stepped at all is asked once more for what it begins with, at the time that the trainer tells.
     """
     if type(schedule) in _COUNTS:
-        schedule.last_epoch += times - 1
-        schedule._step_count += times - 1
+        count_steps(schedule, times - 1)
         times = 1
     elif times > _FEW and _goes_by_its_state(schedule):
         _step_from_memory(schedule, times)
@@ -221,7 +221,7 @@ def _step(schedule: Any, times: int) -> None:
 def _goes_by_its_state(schedule: Any) -> bool:
     """Whether what a schedule does follows from its ``state_dict`` and the optimizer's options."""
     has_functions = any(callable(value) for value in vars(schedule).values())
-    inner = getattr(schedule, "_schedulers", ())
+    inner = schedules_in(schedule)
     return type(schedule) in _BY_STATE and not has_functions and all(_goes_by_its_state(one) for one in inner)
 
 
@@ -289,11 +289,9 @@ def _as_if_stepped(schedules: Iterable[Any]) -> Iterator[None]:
     A filter for that warning, set for each fit, would make Python give all others again that it has given once.
     """
     optimizers = [schedule.optimizer for schedule in schedules if hasattr(schedule, "optimizer")]
-    kept = [(vars(optimizer), vars(optimizer).get("_opt_called", False)) for optimizer in optimizers]
-    for attributes, _ in kept:
-        attributes["_opt_called"] = True
+    before = [set_stepped(optimizer, True) for optimizer in optimizers]
     try:
         yield
     finally:
-        for attributes, called in kept:
-            attributes["_opt_called"] = called
+        for optimizer, stepped in zip(optimizers, before, strict=True):
+            set_stepped(optimizer, stepped)

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loops import fit_loop
-from lightning.pytorch.trainer import trainer as lightning_trainer
-from lightning.pytorch.trainer.configuration_validator import _verify_loop_configurations
-from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
+from lightning_fed._compat.lightning import (
+    is_first_log_of,
+    loop_results,
+    note_log_of,
+    results_of,
+    running_hook,
+    set_loop_results,
+)
+from lightning_fed._compat.quick_trainer import QuickTrainer
 from lightning_fed.client.local.as_configured import AsConfigured, held_by
 from lightning_fed.client.local.elapsed import Plan, TrainerInARun
 from lightning_fed.client.local.fast_loop import use_fast_loops
 from lightning_fed.client.local.isolation import LocalData, making_data
-from lightning_fed.client.local.left_out import (
-    NoProfiler,
-    is_set_up,
-    leave_signals,
-    no_checkpoint,
-    nothing_looked_for,
-    nothing_resumed,
-    on_its_own,
-    requested,
-    stay,
-)
 from lightning_fed.client.local.logged import LoggedValues
 from lightning_fed.client.local.shown import shown
 from lightning_fed.seeding import seed_for
@@ -90,16 +81,7 @@ def how_logged(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]
     return args, {name: value for name, value in kwargs.items() if name not in ("name", "value", "batch_size")}
 
 
-# The modules that Lightning has verified for a fit, each with what it depends on.
-_verified: MutableMapping[LightningModule, bool] = WeakKeyDictionary()
-
-
-def _is_verified(trainer: Trainer) -> None:
-    """In place of Lightning's look at the module, for a client's fit that is not the first; any other gets its own."""
-    lightning_trainer._verify_loop_configurations = _verify_loop_configurations
-
-
-class LocalTrainer(TrainerInARun):
+class LocalTrainer(TrainerInARun, QuickTrainer):
     """A client's trainer. On a client ``self.trainer.current_round`` and ``self.trainer.client_id`` exist.
 
     Args:
@@ -131,57 +113,14 @@ class LocalTrainer(TrainerInARun):
         self.computed: set[str] = set()
         self.module_metrics = [child for child in module.modules() if isinstance(child, Metric)]
         self.logs_its_way = wrote(module, LightningModule, "log")
-        kwargs["plugins"] = on_its_own(kwargs.get("plugins"))
-        with nothing_looked_for():
-            super().__init__(plan, task.round - 1, log_dir, profiler=NoProfiler(), **kwargs)
+        super().__init__(plan, task.round - 1, log_dir, **kwargs)
         self.fast_dev_run = fast_dev_run
         self._logs_fast = use_fast_loops(self)
-        self.strategy.teardown = stay  # type: ignore[method-assign]
-        self.accelerator.setup = is_set_up  # type: ignore[method-assign]
-        self._checkpoint_connector.resume_end = nothing_resumed  # type: ignore[method-assign]
-        self._checkpoint_connector._select_ckpt_path = no_checkpoint  # type: ignore[method-assign]
         self.data: LocalData | None = None
         self.strategy.setup_optimizers = partial(self._set_up_optimizers, self.strategy.setup_optimizers)  # type: ignore[method-assign]
         self.strategy.process_dataloader = self._take  # type: ignore[assignment, method-assign]
         for loop in (self.fit_loop.epoch_loop, self.fit_loop.epoch_loop.val_loop, self.validate_loop):
-            loop._results = LoggedValues(training=loop is self.fit_loop.epoch_loop)
-        # Signals are the server's: a client that heard SIGTERM, too, would break the round off.
-        self._signal_connector.register_signal_handlers = leave_signals  # type: ignore[method-assign]
-
-    @property
-    def training(self) -> bool:
-        """Whether it trains. Lightning asks a dozen times a step, and its own compares strings."""
-        return self.state.stage is RunningStage.TRAINING
-
-    @training.setter
-    def training(self, value: bool) -> None:
-        assert Trainer.training.fset is not None  # type: ignore[attr-defined]
-        Trainer.training.fset(self, value)  # type: ignore[attr-defined]
-
-    def _run(self, model: LightningModule, *args: Any, **kwargs: Any) -> Any:
-        if self.state.fn is not TrainerFn.FITTING or _verified.get(model) is not model.automatic_optimization:
-            return super()._run(model, *args, **kwargs)
-        # To read the signatures of a module's steps takes as long as a small step.
-        lightning_trainer._verify_loop_configurations = _is_verified  # type: ignore[assignment]
-        try:
-            return super()._run(model, *args, **kwargs)
-        finally:
-            lightning_trainer._verify_loop_configurations = _verify_loop_configurations
-
-    def _run_stage(self) -> Any:
-        if not self.training:
-            return super()._run_stage()
-        _verified[self.lightning_module] = self.lightning_module.automatic_optimization
-        # For a sanity check that a client never makes, Lightning keeps and puts back all random states of all devices.
-        lightning_trainer.isolate_rng = nullcontext  # type: ignore[assignment]
-        fit_loop._request_dataloader = requested
-        try:
-            return super()._run_stage()
-        finally:
-            lightning_trainer.isolate_rng, fit_loop._request_dataloader = isolate_rng, _request_dataloader
-
-    def _run_sanity_check(self) -> None:
-        lightning_trainer.isolate_rng = isolate_rng  # what comes next may be the user's
+            set_loop_results(loop, LoggedValues(training=loop is self.fit_loop.epoch_loop))
 
     def _take(self, loader: Any) -> Any:
         """What becomes of a loader that Lightning has asked for."""
@@ -204,7 +143,7 @@ class LocalTrainer(TrainerInARun):
 
     def keep_logged(self, module: LightningModule) -> None:
         """Keeps what was logged in the epoch that is just ending, before Lightning resets it."""
-        unlogged, on_bar = shown((self._results or {}).values())
+        unlogged, on_bar = shown((results_of(self) or {}).values())
         states = catch(self, module, self.computed)
         self.caught = [replace(s, logged=s.name not in unlogged, on_bar=s.name in on_bar) for s in states]
 
@@ -215,30 +154,31 @@ class LocalTrainer(TrainerInARun):
     @contextmanager
     def naming(self, is_computed: bool) -> Iterator[None]:
         """In the block a log of the user's own logs a value, which the module may have computed from a metric."""
-        known = {*(self._results or ())} if is_computed else set()
+        known = {*(results_of(self) or ())} if is_computed else set()
         yield
         if is_computed:
-            self.computed.update(result.meta.name for key, result in (self._results or {}).items() if key not in known)
+            self.computed.update(
+                result.meta.name for key, result in (results_of(self) or {}).items() if key not in known
+            )
 
     def log_again(self, module: Any, name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Logs in a training step what Lightning has checked before; ``False`` where it has not."""
         if not self._logs_fast:
             return False
-        hook, connector = module._current_fx_name, self._logger_connector
-        # In the first step of an epoch a hook's old values are Lightning's to reset.
-        if not self.training or (connector._current_fx != hook and connector._first_loop_iter is not False):
+        hook = running_hook(module)
+        if not self.training or is_first_log_of(self, hook):
             return False
-        values, batch_size = self.fit_loop.epoch_loop._results, kwargs.get("batch_size")
-        if not values.log_again(hook, name, value, how_logged(args, kwargs), batch_size):  # type: ignore[attr-defined]
+        values, batch_size = loop_results(self.fit_loop.epoch_loop), kwargs.get("batch_size")
+        if not values.log_again(hook, name, value, how_logged(args, kwargs), batch_size):
             return False
-        connector._current_fx = hook
+        note_log_of(self, hook)
         return True
 
     def remember_log(self, module: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         """Takes note of what Lightning has checked."""
         special = any(kwargs.get(name) for name in ("enable_graph", "metric_attribute"))
         if self.training and len(args) <= _IN_ORDER and not special:
-            self.fit_loop.epoch_loop._results.remember(module._current_fx_name, name, how_logged(args, kwargs))  # type: ignore[attr-defined]
+            loop_results(self.fit_loop.epoch_loop).remember(running_hook(module), name, how_logged(args, kwargs))
 
     @property
     def current_round(self) -> int:

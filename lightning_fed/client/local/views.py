@@ -9,6 +9,8 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lightning_fed._compat.lightning import WHILE_HOOKS_RUN
+from lightning_fed._compat.torchmetrics import computed
 from lightning_fed.values import weights
 from lightning_fed.views import View, users_own
 
@@ -22,7 +24,7 @@ class ClientView(View):
     trainer: LocalTrainer
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_current_fx_name":  # Lightning sets it around every hook; torch would search the module for it
+        if name in WHILE_HOOKS_RUN:  # Lightning sets them around every hook; torch would search the module for them
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
@@ -55,7 +57,7 @@ class ClientView(View):
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        is_computed = isinstance(value, Tensor) and any(value is metric._computed for metric in trainer.module_metrics)
+        is_computed = isinstance(value, Tensor) and any(value is computed(metric) for metric in trainer.module_metrics)
         if is_computed:
             trainer.computed.add(name)
         if trainer.logs_its_way:  # what a log of the user's own makes of name and value only it knows

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch._dynamo.backends.registry import lookup_backend
-from torch._inductor import config as inductor
-from torch.utils._pytree import tree_flatten
 
+from lightning_fed._compat.torch import allow_saved_tensor_hooks, dynamo, inductor, lookup_backend, tree_flatten
 from lightning_fed.client.vectorized.log import Entry
 from lightning_fed.client.vectorized.step_function import Here, SgdUpdate, step_of_all, update_of_all
 from lightning_fed.client.vectorized.weights import Stack
@@ -111,7 +109,7 @@ class CompiledStep:
         """
         processes = min(inductor.compile_threads or 1, torch.get_num_threads())
         with (
-            torch._dynamo.config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True),
+            dynamo.patch(automatic_dynamic_shapes=False, assume_static_by_default=True),
             inductor.patch(compile_threads=processes),
         ):
             yield
@@ -151,7 +149,7 @@ class CompiledStep:
         except _Unknown:
             return None
         except Exception as error:
-            torch._C._autograd._saved_tensors_hooks_enable()  # which a transform that broke off leaves disabled
+            allow_saved_tensor_hooks()  # which a transform that broke off leaves disabled
             self._updated = _NEVER  # gradients alone may be compiled
             if update is not None and self._graph in self._known:  # it has begun to update weights
                 raise

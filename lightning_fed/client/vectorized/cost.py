@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from lightning_fed._compat.torch import TorchDispatchMode, tree_leaves
 from lightning_fed.state.access import memory_of
 
 # Measured on CPUs by ``benchmarks/pays.py``: no stack is faster if each client has more bytes than these.

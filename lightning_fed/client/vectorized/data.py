@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_fed._compat.torch import tree_flatten, tree_unflatten
 from lightning_fed.client.vectorized.rng import NotStackable, Streams
 from lightning_fed.values.data import Gathered, TensorBatches, gathering
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from torch import Tensor
 
+from lightning_fed._compat.lightning import Accumulated, ResultMetric
+from lightning_fed._compat.torchmetrics import defaults
 from lightning_fed.client.local.shown import shown
 from lightning_fed.client.local.trainer import how_logged
 from lightning_fed.client.vectorized.rng import NotStackable
-from lightning_fed.values.metrics import Accumulated, MetricState, catch_each
+from lightning_fed.values.metrics import MetricState, catch_each
 
 
 @dataclass
@@ -49,9 +50,9 @@ class StackedLog:
         check: Logs one client's value in Lightning's own way, which checks the arguments, and gives the result metric.
     """
 
-    def __init__(self, clients: int, check: Callable[[Entry, Tensor], _ResultMetric]) -> None:
+    def __init__(self, clients: int, check: Callable[[Entry, Tensor], ResultMetric]) -> None:
         self._clients, self._check = clients, check
-        self._checked: dict[str, tuple[Any, _ResultMetric]] = {}
+        self._checked: dict[str, tuple[Any, ResultMetric]] = {}
         self._results: dict[str, Accumulated] = {}  # those of this epoch
 
     def add(self, logged: Sequence[Logged]) -> None:
@@ -101,9 +102,9 @@ class StackedLog:
         self._results[entry.name].update(value, batch_size)
 
 
-def _stacked(result: _ResultMetric, like: Tensor) -> Accumulated:
+def _stacked(result: ResultMetric, like: Tensor) -> Accumulated:
     """As one of Lightning's result metrics, with a value for each client and nothing in it yet."""
-    defaults: dict[str, Any] = result._defaults
-    batch_size = defaults.get("cumulated_batch_size")
-    value = defaults["value"].to(like.device).expand(len(like))
+    empty = defaults(result)
+    batch_size = empty.get("cumulated_batch_size")
+    value = empty["value"].to(like.device).expand(len(like))
     return Accumulated(result.meta, value, None if batch_size is None else batch_size.to(like.device))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_fed._compat.torch import gradient_hooks
 from lightning_fed.client.local.fast_loop import FastOptimization, StepHooks
 from lightning_fed.client.vectorized.step_function import SgdUpdate
 
@@ -33,7 +34,7 @@ class StackedOptimization(FastOptimization):
         if self.hooks is None or trainer.compiled is None:
             return
         optimizer, parameters = trainer.optimizers[0], trainer.stack.parameters
-        self._takes = not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters.values())
+        self._takes = not any(any(gradient_hooks(p)) for p in parameters.values())
         is_apart = self._takes and not (hooks or self.clips or trainer.lr_scheduler_configs)
         if is_apart and SgdUpdate.can_stand_for(optimizer, parameters):
             self.update = SgdUpdate(optimizer, parameters)

@@ -17,7 +17,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 
-from lightning_fed._compat.lightning import is_known, why_slower
+from lightning_fed._compat.known_lightning import is_known, why_slower
+from lightning_fed._compat.lightning import optimizes_automatically
 from lightning_fed.client.local.examples import examples_in
 from lightning_fed.client.local.fit import local_evaluate, local_fit
 from lightning_fed.client.local.own_callbacks import keeps_state
@@ -133,7 +134,7 @@ class Candidate:
                 yield from _undeclared(callback, Callback, kind)
         if self.stage == "evaluate":
             return
-        if not module._automatic_optimization:  # the server's view has none
+        if not optimizes_automatically(module):  # the server's view has none
             yield f"{name} optimizes manually"
         if self.options.client_state == "carry":
             yield "client_state='carry' keeps optimizers apart"

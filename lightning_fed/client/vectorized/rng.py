@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_fed._compat.torch import TorchDispatchMode, is_mutable
 from lightning_fed.state.content import Generator, alike
 
 _State = tuple[Any, ...]
@@ -141,7 +141,7 @@ class DrawsApart(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for part, client in zip(self._parts(args, length, each), self._clients, strict=True):
             with self._streams.torch_of(client):
                 drawn.append(func(*part, **kwargs))
-        if func._schema.is_mutable:
+        if is_mutable(func):
             return args[0]
         return _together(drawn, torch.cat if each > 1 else torch.stack)
 

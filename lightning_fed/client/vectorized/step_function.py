@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.optim import SGD, Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import sgd
+
+from lightning_fed._compat.torch import step_hooks
 
 _OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 _Groups = list[tuple[list[str], dict[str, Any]]]
@@ -60,14 +61,13 @@ class SgdUpdate:
     def can_stand_for(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> bool:
         """Whether an optimizer is such an SGD, which steps all that is trained, and nobody has a hand in it."""
         groups = optimizer.param_groups
-        hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
         stepped = {id(parameter) for group in groups for parameter in group["params"]}
         return (
             type(optimizer) is SGD
             and stepped == {id(parameter) for parameter in parameters.values() if parameter.requires_grad}
             and all(type(group["lr"]) is float and not group["differentiable"] for group in groups)
             and not any(group["momentum"] and group["dampening"] for group in groups)
-            and not any((*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
+            and not list(step_hooks(optimizer))
             and not {"step", "zero_grad"} & vars(optimizer).keys()
         )
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_fed._compat.lightning import WHILE_HOOKS_RUN
 from lightning_fed.client.vectorized.rng import NotStackable
 from lightning_fed.client.vectorized.weights import Stack
 from lightning_fed.state.content import TensorFlags
@@ -14,7 +15,7 @@ from lightning_fed.state.nodes import ATTRIBUTES, Container, Node
 from lightning_fed.state.snapshot import Snapshot
 
 # What Lightning, and whoever compiles a step, sets on a module meanwhile.
-_NOT_THE_USERS = frozenset({"_current_fx_name", "_metric_attributes", "_here"})
+_NOT_THE_USERS = WHILE_HOOKS_RUN | {"_here"}
 
 
 class StepWatch:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_fed._compat.lightning import ResultMetric, results_of, running_hook, set_running_hook
 from lightning_fed.client.local.fast_loop import takes_index
 from lightning_fed.client.local.run import LocalHooks
 from lightning_fed.client.local.trainer import LocalTrainer
@@ -153,9 +153,9 @@ class CohortTrainer(LocalTrainer):
             return False
         for parameter, gradient in ran.gradients:
             parameter.grad = gradient
-        module._current_fx_name = "training_step"
+        set_running_hook(module, "training_step")
         self.stacked_log.add([Logged(None, ran.entries, ran.values)])
-        module._current_fx_name = None
+        set_running_hook(module, None)
         return True
 
     @property
@@ -218,11 +218,10 @@ class CohortTrainer(LocalTrainer):
         entry = Entry(name, args, kwargs, extract_batch_size(self._batch) if size is None else size)
         self._noted.append((entry, _number(value)))
 
-    def _check(self, entry: Entry, value: Tensor) -> _ResultMetric:
+    def _check(self, entry: Entry, value: Tensor) -> ResultMetric:
         module = self.lightning_module
         module.log_once(entry.name, value, *entry.args, **{"batch_size": 1, **entry.kwargs})  # type: ignore[operator]
-        assert self._results is not None
-        return self._results[f"{module._current_fx_name}.{entry.name}"]  # type: ignore[no-any-return]
+        return results_of(self)[f"{running_hook(module)}.{entry.name}"]  # type: ignore[no-any-return]
 
     def _take(self, loader: Any) -> Any:
         return loader  # the clients' own, which it goes through, have been noted

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_fed._compat.torch import buffers_in, parameters_in, tree_flatten, tree_unflatten
 from lightning_fed.client.vectorized.rng import DrawsApart, NotStackable, Streams
 from lightning_fed.values.weights import Weights
 
@@ -225,7 +225,7 @@ def _slots(module: nn.Module) -> list[_Slot]:
     """All parameters and buffers, tied ones once."""
     slots: dict[int, _Slot] = {}
     for prefix, child in module.named_modules():
-        for store, is_parameter in ((child._parameters, True), (child._buffers, False)):
+        for store, is_parameter in ((parameters_in(child), True), (buffers_in(child), False)):
             for key, tensor in store.items():
                 if tensor is not None:
                     slot = slots.setdefault(id(tensor), _Slot(tensor, is_parameter))
