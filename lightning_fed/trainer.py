@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.compile import from_compiled
 from lightning_fed import checks
 from lightning_fed._compat.torch import OptimizedModule
 from lightning_fed.client.app import ClientSide, build_client_app
-from lightning_fed.client.local.run import ClientState
+from lightning_fed.client.local.work import ClientState
 from lightning_fed.client.vectorized.compiled_step import CompiledStep
 from lightning_fed.client.vectorized.dispatch import Dispatcher
 from lightning_fed.engines import Engine

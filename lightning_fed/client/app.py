@@ -16,10 +16,9 @@ from lightning_fed.client.changes import Changes, apply
 from lightning_fed.client.local.fit import local_evaluate, local_fit, set_up
 from lightning_fed.client.local.isolation import weights_of
 from lightning_fed.client.local.look_ahead import LookAhead
-from lightning_fed.client.local.run import LocalOptions, LocalResult
-from lightning_fed.client.local.trainer import LocalTask
+from lightning_fed.client.local.run import LocalResult
+from lightning_fed.client.local.work import LocalOptions, LocalTask, LocalWork
 from lightning_fed.client.vectorized.dispatch import Dispatcher
-from lightning_fed.client.vectorized.probe import Candidate
 from lightning_fed.errors import ClientError
 from lightning_fed.seeding import random_states_kept
 from lightning_fed.state.snapshot import DataSnapshot, Snapshot
@@ -71,10 +70,18 @@ class ClientSide:
         """What a client's data depends on, likewise."""
         return {"datamodule": self.datamodule, **self.data.roots()}
 
+    def work(self, task: LocalTask) -> LocalWork:
+        """What a client works on; opens its data, and everybody's generators are the caller's to keep."""
+        loaders = self.data(task.client, task.round)
+        return LocalWork(self.module, self.datamodule, loaders, task, self.options)
+
     def look_ahead(self, weights: Weights, seed: int) -> None:
         """Looks, before the first round, at what ``configure_optimizers`` gives; raises as ``LookAhead.look``."""
         with random_states_kept():
-            LookAhead(self.module, self.datamodule, self.options, self.data, weights, seed).look()
+            first = LocalWork(
+                self.module, self.datamodule, ClientLoaders(), LocalTask(0, 1, seed, weights), self.options
+            )
+            LookAhead(first, self.data).look()
 
     def probe_vectorized(self, stages: Sequence[str], clients: int, weights: Weights, seed: int) -> None:
         """Finds out, before the first round, in which stages clients can be vectorized.
@@ -83,9 +90,9 @@ class ClientSide:
             ConfigurationError: If that is required and cannot be done.
         """
         if self.dispatcher is not None:
+            tasks = [LocalTask(client, 1, seed, weights) for client in range(min(clients, 2))]
             for stage in stages:
-                candidate = Candidate(self.module, self.datamodule, self.options, stage, bool(self.mods.get(stage)))
-                self.dispatcher.probe(candidate, self.data, clients, weights, seed)
+                self.dispatcher.probe(stage, tasks, self.work, bool(self.mods.get(stage)))
 
 
 @dataclass
@@ -146,7 +153,7 @@ class LocalClientApp(ClientApp):
         results: Sequence[LocalResult | None] = [None] * len(calls)
         if len(calls) > 1 and side.dispatcher is not None and not side.is_stale:
             tasks = [_task(stage, call.message, call.context, call.integers) for call in calls]
-            results = side.dispatcher.run(stage, side.module, side.datamodule, side.data, tasks, side.options)
+            results = side.dispatcher.run(stage, tasks, side.work)
         return [
             _serve(side, stage, call) if result is None else _with_extras(_reply(stage, call.message, result), result)
             for call, result in zip(calls, results, strict=True)
@@ -206,11 +213,11 @@ def _run(side: ClientSide, stage: str, message: Message, context: Context, integ
             f" ({side.is_stale}). Write engine='in_process', or change it in a hook of the local fit."
         )
     with random_states_kept():
-        work = (side.module, side.datamodule, side.data(task.client, task.round), task, side.options)
+        work = side.work(task)
         if not side.is_set_up:
-            set_up(*work)
+            set_up(work)
             side.is_set_up = True
-        result = local_fit(*work) if stage == "train" else local_evaluate(*work)
+        result = local_fit(work) if stage == "train" else local_evaluate(work)
     if stage == "train":
         messages.set_fit_state(context, result.state)
         messages.set_callback_states(context, result.callback_states)

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning_fed.callbacks import Partition
 from lightning_fed.callbacks.base import PartitionOwner
 from lightning_fed.client.local.isolation import making_data
-from lightning_fed.client.local.run import LocalOptions
+from lightning_fed.client.local.work import LocalOptions
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.server.view import user_train_dataloader

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_fed import checks
 from lightning_fed.callbacks import RichRoundBar, RoundPrinter
 from lightning_fed.callbacks.progress import is_terminal
-from lightning_fed.client.local.run import ClientState, LocalOptions
+from lightning_fed.client.local.work import ClientState, LocalOptions
 from lightning_fed.engines import ENGINES, Engine, made
 from lightning_fed.seeding import run_seed
 from lightning_fed.server import arguments

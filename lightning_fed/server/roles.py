@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed.callbacks.base import FederatedCallback
 from lightning_fed.callbacks.learning_rates import LearningRates
-from lightning_fed.client.local.run import LocalOptions
+from lightning_fed.client.local.work import LocalOptions
 from lightning_fed.server import arguments, owners, placement
 from lightning_fed.server.callback_views import VIEWS, TrainsOnClients
 from lightning_fed.views import laid_over

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fed.callbacks.base import CohortOwner, FailureOwner, FederatedCallback
-from lightning_fed.client.local.run import LocalOptions
+from lightning_fed.client.local.work import LocalOptions
 from lightning_fed.wire.fingerprint import describe
 
 Arguments = dict[str, str]

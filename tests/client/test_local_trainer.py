@@ -12,8 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 from lightning_fed.client.local.fit import local_evaluate, local_fit
-from lightning_fed.client.local.run import LocalOptions
-from lightning_fed.client.local.trainer import LocalTask
+from lightning_fed.client.local.work import LocalOptions, LocalTask, LocalWork
 from lightning_fed.testing import ToyModule, toy_data
 from lightning_fed.values.data import ClientLoaders
 from lightning_fed.values.weights import read
@@ -41,7 +40,8 @@ def run(module: Looks, what: Any) -> Any:
     Trainer(max_epochs=0, **QUIET, devices=1).fit(module, DataLoader(toy_data()))
     task = LocalTask(0, 1, 0, read(module))
     loaders = ClientLoaders(DataLoader(toy_data(16)), DataLoader(toy_data(8)))
-    return what(module, None, loaders, task, LocalOptions(trainer={"accelerator": "cpu", "devices": 1}))
+    options = LocalOptions(trainer={"accelerator": "cpu", "devices": 1})
+    return what(LocalWork(module, None, loaders, task, options))
 
 
 def test_no_random_states_are_kept_for_a_sanity_check_that_is_never_made(monkeypatch: pytest.MonkeyPatch) -> None:

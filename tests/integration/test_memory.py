@@ -17,8 +17,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from lightning_fed.client.local.fit import local_evaluate, local_fit
-from lightning_fed.client.local.run import LocalOptions
-from lightning_fed.client.local.trainer import LocalTask
+from lightning_fed.client.local.work import LocalOptions, LocalTask, LocalWork
 from lightning_fed.client.vectorized.fit import StackOptions, vectorized_evaluate, vectorized_fit
 from lightning_fed.testing import ToyModule, toy_data
 from lightning_fed.values.data import ClientLoaders
@@ -62,13 +61,11 @@ def _no_collection() -> Iterator[None]:
 
 
 def alone(run: Any) -> Any:
-    return lambda module, loaders, tasks, options: [
-        run(module, None, one, task, options) for one, task in zip(loaders, tasks, strict=True)
-    ]
+    return lambda works: [run(work) for work in works]
 
 
 def as_one(run: Any) -> Any:
-    return lambda module, loaders, tasks, options: run(module, None, loaders, tasks, options, StackOptions())
+    return lambda works: run(works, StackOptions())
 
 
 @pytest.mark.usefixtures("_no_collection")
@@ -88,9 +85,10 @@ def test_no_weights_are_left_to_the_garbage_collector(run: Any, apart: bool) -> 
     first = read(module)
     each = [first, read(module) if apart else first]
     tasks = [LocalTask(client, 1, 0, weights, set_up=False) for client, weights in enumerate(each)]
-    loaders = [ClientLoaders(DataLoader(toy_data(16)), DataLoader(toy_data(8)))] * 2
-    results = run(module, loaders, tasks, LocalOptions(trainer=own))
+    loaders = ClientLoaders(DataLoader(toy_data(16)), DataLoader(toy_data(8)))
+    works = [LocalWork(module, None, loaders, task, LocalOptions(trainer=own)) for task in tasks]
+    results = run(works)
     given = [tensor for result in results for tensor in result.weights.values()]
     left = [weakref.ref(tensor.untyped_storage()) for tensor in (*first.values(), *each[1].values(), *given)]
-    del first, each, tasks, results, given
+    del first, each, tasks, works, results, given
     assert not [ref for ref in left if ref() is not None]

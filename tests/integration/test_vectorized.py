@@ -159,10 +159,10 @@ class Counter:
                 dispatch, f"vectorized_{stage}", partial(self._count, stage, getattr(dispatch, f"vectorized_{stage}"))
             )
 
-    def _count(self, stage: str, function: Any, module: Any, datamodule: Any, loaders: Any, *args: Any) -> Any:
+    def _count(self, stage: str, function: Any, works: Any, *args: Any) -> Any:
         name = "train" if stage == "fit" else stage
-        setattr(self, name, getattr(self, name) + len(loaders))
-        return function(module, datamodule, loaders, *args)
+        setattr(self, name, getattr(self, name) + len(works))
+        return function(works, *args)
 
 
 @pytest.fixture
@@ -612,7 +612,7 @@ def test_what_would_be_slower_is_done_only_where_a_number_says_so(name: str, cou
 def test_how_many_at_once_follows_from_memory(monkeypatch: pytest.MonkeyPatch, counter: Counter) -> None:
     sizes: list[int] = []
     fit = dispatch.vectorized_fit
-    monkeypatch.setattr(dispatch, "vectorized_fit", lambda *args: sizes.append(len(args[2])) or fit(*args))
+    monkeypatch.setattr(dispatch, "vectorized_fit", lambda *args: sizes.append(len(args[0])) or fit(*args))
     loaders = [train for train, _ in data(sizes=[16] * 9)]
     run(CASES["MLP"], vectorize_clients=True, max_rounds=1, loaders=loaders)
     assert sizes == [9]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fed.client.local.catch_up import left_behind
@@ -15,7 +15,6 @@ from lightning_fed.client.local.fit_state import FitState
 from lightning_fed.client.local.isolation import put_back, quiet
 from lightning_fed.client.local.run import (
     LocalHooks,
-    LocalOptions,
     LocalResult,
     build_trainer,
     call,
@@ -24,78 +23,73 @@ from lightning_fed.client.local.run import (
     put_back_optimizers,
     scalars,
 )
-from lightning_fed.client.local.trainer import LocalTask
+from lightning_fed.client.local.trainer import LocalTrainer
 from lightning_fed.client.local.views import ClientDataView, client_view
+from lightning_fed.client.local.work import LocalWork
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.state.snapshot import DataSnapshot
 from lightning_fed.values import weights
-from lightning_fed.values.data import ClientLoaders
 from lightning_fed.views import laid_over
 
 
-def set_up(
-    module: LightningModule,
-    datamodule: LightningDataModule | None,
-    loaders: ClientLoaders,
-    task: LocalTask,
-    options: LocalOptions,
-) -> None:
-    """Sets the module up in a process that has no server, in a fit of no epochs; takes the arguments of ``local_fit``.
+def set_up(work: LocalWork) -> None:
+    """Sets the module up in a process that has no server, in a fit of no epochs.
 
     Apart from local fits: what building draws must not shift a fit's draws, and what is built must stay.
     """
+    module, datamodule = work.module, work.datamodule
     with ExitStack() as stack:
         stack.enter_context(quiet())
         if datamodule is not None:
             stack.enter_context(put_back([DataSnapshot({"datamodule": datamodule})]))
             stack.enter_context(laid_over(datamodule, ClientDataView))
         stack.enter_context(laid_over(module, client_view(module)))
-        stack.enter_context(seeded(seed_for(task.seed, "setup")))
-        bare = replace(options, callbacks=())
-        trainer = build_trainer(replace(task, set_up=True), loaders, module, bare, [])
+        stack.enter_context(seeded(seed_for(work.task.seed, "setup")))
+        bare = replace(work, task=replace(work.task, set_up=True), options=replace(work.options, callbacks=()))
+        trainer = build_trainer(LocalTrainer, bare, [])
         stack.callback(put_back_optimizers, module)
         trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = 0, -1
-        call(trainer.fit, trainer, module, datamodule, train=True)
+        call(trainer, bare, train=True)
         trainer.let_go(module)
     module.trainer = None
 
 
-def local_fit(
-    module: LightningModule,
-    datamodule: LightningDataModule | None,
-    loaders: ClientLoaders,
-    task: LocalTask,
-    options: LocalOptions,
-) -> LocalResult:
-    """Trains ``module`` on one client's data, from the round's weights, and leaves it as it was but for its weights.
+def local_fit(work: LocalWork) -> LocalResult:
+    """Trains the module on one client's data, from the round's weights, and leaves it as it was but for its weights.
 
     Args:
-        module: The module; the server's own within one process.
-        datamodule: The server's datamodule, whose hooks apply to the client's batches, or ``None``.
-        loaders: The client's data.
-        task: Client, round, seed and weights.
-        options: What all local fits have in common.
+        work: What the client works on.
 
     Raises:
         ClientError: If the client has no batch to train on, or a scheduler monitors what clients do not log.
     """
-    known, counter = examples_in(loaders.train), CountExamples()
-    if known == 0:
-        raise nothing_to_train_on(loaders.train)
-    first_epoch = options.first_epoch(task.round)
-    hooks = LocalHooks(options, first_epoch)
-    callbacks: list[Callback] = [hooks, *options.method_callbacks()]
-    if known is None:
+    if examples_in(work.loaders.train) == 0:
+        raise nothing_to_train_on(work.loaders.train)
+    hooks = LocalHooks(work.options, work.first_epoch)
+    result, state = _trained(work, hooks)
+    if hooks.hand_steps is not None and hooks.hand_steps.misled(state.by_hand):
+        # Now it is known how the user's code steps schedules: once more, from the right place.
+        rates = FitState.load(work.task.state).rates
+        again = replace(work.task, state=FitState(by_hand=state.by_hand, rates=rates).dump())
+        return local_fit(replace(work, task=again))
+    return result
+
+
+def _trained(work: LocalWork, hooks: LocalHooks) -> tuple[LocalResult, FitState]:
+    """What one fit gives, and what it leaves to the client's next one."""
+    module, loaders, counter = work.module, work.loaders, CountExamples()
+    callbacks: list[Callback] = [hooks, *work.options.method_callbacks()]
+    if examples_in(loaders.train) is None:
         callbacks.append(counter)
-    with local_run(module, datamodule, task, options, "train", own=loaders.datamodule) as data:
-        trainer = build_trainer(task, loaders, module, options, callbacks, datamodule=datamodule)
+    with local_run(work, "train") as data:
+        trainer = build_trainer(LocalTrainer, work, callbacks)
         trainer.data = data
-        start_at_epoch(trainer, first_epoch)
+        start_at_epoch(trainer, work.first_epoch)
         try:
-            call(trainer.fit, trainer, module, datamodule, train=True)
+            call(trainer, work, train=True)
         except MisconfigurationException as error:
             raise explain_monitor(error, trainer) or error from None
-        state = left_behind(trainer, options.client_state, hooks.hand_steps)
+        state = left_behind(trainer, work.options.client_state, hooks.hand_steps)
         notes: list[str] = []
         if hooks.hand_rates is not None:
             state.rates, notes = hooks.hand_rates.left(), hooks.hand_rates.notes
@@ -104,37 +98,26 @@ def local_fit(
         if not examples or trainer.limit_train_batches == 0:
             raise nothing_to_train_on(trainer.train_dataloader, trainer.limit_train_batches)
         kept = state.dump(), trainer.task.callback_states
-        result = LocalResult(weights.read(module), examples, scalars(trainer), trainer.caught, *kept, notes)
-    if hooks.hand_steps is not None and hooks.hand_steps.misled(state.by_hand):
-        # Now it is known how the user's code steps schedules: once more, from the right place.
-        rates = FitState.load(task.state).rates
-        again = replace(task, state=FitState(by_hand=state.by_hand, rates=rates).dump())
-        return local_fit(module, datamodule, loaders, again, options)
-    return result
+        return LocalResult(weights.read(module), examples, scalars(trainer), trainer.caught, *kept, notes), state
 
 
-def local_evaluate(
-    module: LightningModule,
-    datamodule: LightningDataModule | None,
-    loaders: ClientLoaders,
-    task: LocalTask,
-    options: LocalOptions,
-) -> LocalResult:
+def local_evaluate(work: LocalWork) -> LocalResult:
     """Validates the round's weights on one client's held-out data; ``num_examples`` is 0 where it has none.
 
-    Takes the arguments of ``local_fit``.
+    Args:
+        work: What the client works on.
     """
+    loaders, counter = work.loaders, CountExamples()
     if not loaders.has_val():
         return LocalResult({}, 0, {}, [])
-    callbacks: list[Callback] = [LocalHooks(options, 0)]
-    counter = CountExamples()
+    callbacks: list[Callback] = [LocalHooks(work.options, 0)]
     if examples_in(loaders.val) is None:
         callbacks.append(counter)
-    with local_run(module, datamodule, task, options, "evaluate", own=loaders.datamodule) as data:
-        trainer = build_trainer(task, loaders, module, options, callbacks, validates=True, datamodule=datamodule)
+    with local_run(work, "evaluate") as data:
+        trainer = build_trainer(LocalTrainer, work, callbacks, validates=True)
         trainer.data = data
-        stand_after(trainer, module, task.round, loaders.train)
-        call(trainer.validate, trainer, module, datamodule, train=False)
-        trainer.let_go(module)
+        stand_after(trainer, work.module, work.task.round, loaders.train)
+        call(trainer, work, train=False)
+        trainer.let_go(work.module)
         examples = examples_in(loaders.val, sum(trainer.validate_loop.max_batches)) or counter.count
         return LocalResult({}, examples, scalars(trainer), trainer.caught)

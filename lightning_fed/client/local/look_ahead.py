@@ -9,7 +9,7 @@ from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -20,7 +20,6 @@ from lightning_fed.client.local.catch_up import without_place
 from lightning_fed.client.local.examples import examples_in
 from lightning_fed.client.local.fit import local_fit
 from lightning_fed.client.local.run import (
-    LocalOptions,
     MissingMetric,
     build_trainer,
     data_of,
@@ -28,10 +27,11 @@ from lightning_fed.client.local.run import (
     missing_metric,
 )
 from lightning_fed.client.local.schedules import stands_still
-from lightning_fed.client.local.trainer import LocalTask, LocalTrainer
+from lightning_fed.client.local.trainer import LocalTrainer
+from lightning_fed.client.local.work import LocalWork
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.values.data import ClientLoaders
-from lightning_fed.values.weights import Weights, read
+from lightning_fed.values.weights import read
 
 # After so many batches a metric that a schedule follows should be there; else a whole local fit has to tell.
 _BATCHES = 2
@@ -42,20 +42,12 @@ class LookAhead:
     """Looks at the optimizers and schedulers that the first client would have. Nothing that it does stays.
 
     Attributes:
-        module: The module.
-        datamodule: The server's, or ``None``.
-        options: Those of local fits.
+        work: What the first client works on in the first round, without its data.
         data: ``data(client, round)`` gives a client's loaders; asked only where ``configure_optimizers`` needs them.
-        weights: The global weights.
-        seed: The run's seed.
     """
 
-    module: LightningModule
-    datamodule: LightningDataModule | None
-    options: LocalOptions
+    work: LocalWork
     data: Callable[[int, int], ClientLoaders]
-    weights: Weights
-    seed: int
 
     def look(self) -> None:
         """Looks.
@@ -64,12 +56,13 @@ class LookAhead:
             ConfigurationError: If a schedule follows a metric and has no place in the global round, or cannot see it.
             Exception: What ``configure_optimizers``, and Lightning of what it gives, raises in a plain ``Trainer``.
         """
-        if self.options.rounds != 1 and any(isinstance(callback, ModelPruning) for callback in self.options.callbacks):
+        options = self.work.options
+        if options.rounds != 1 and any(isinstance(callback, ModelPruning) for callback in options.callbacks):
             rank_zero_warn(
                 "ModelPruning begins anew on a client in each round: it does not know what it has pruned before, so"
                 " sparsity does not grow from round to round as it would in one long fit."
             )
-        _say_left_out(self.module)
+        _say_left_out(self.work.module)
         try:
             follows_metric = self._look(None)
         except ConfigurationError:
@@ -84,7 +77,7 @@ class LookAhead:
 
     def _look(self, loaders: ClientLoaders | None) -> bool:
         """Whether a schedule follows a metric; says what is to be said of the others."""
-        options = self.options
+        options = self.work.options
         with self._configured(loaders) as trainer:
             configs = trainer.lr_scheduler_configs
             if options.rounds != 1 and options.client_state == "global" and (placeless := without_place(configs)):
@@ -98,7 +91,7 @@ class LookAhead:
 
     def _loaders(self) -> ClientLoaders | None:
         try:
-            loaders = self.data(0, 1)
+            loaders = self.data(self.work.task.client, self.work.task.round)
         except Exception:  # that is the client's own, when its turn comes
             return None
         return None if examples_in(loaders.train) == 0 else loaders
@@ -106,15 +99,13 @@ class LookAhead:
     @contextmanager
     def _configured(self, loaders: ClientLoaders | None) -> Iterator[LocalTrainer]:
         """The first client's trainer, as far as a fit has got when optimizers are made."""
-        task, own = self._task(), loaders or ClientLoaders()
-        with local_run(self.module, self.datamodule, task, self.options, "train", own=own.datamodule) as data:
-            callbacks = list(self.options.method_callbacks())
-            trainer = build_trainer(task, own, self.module, self.options, callbacks, datamodule=self.datamodule)
+        work = self.work if loaders is None else replace(self.work, loaders=loaders)
+        with local_run(work, "train") as data:
+            trainer = build_trainer(LocalTrainer, work, list(work.options.method_callbacks()))
             trainer.data = data
             trainer.state.fn, trainer.state.status, trainer.training = TrainerFn.FITTING, TrainerStatus.RUNNING, True
-            trainer.strategy.connect(self.module)
-            given = data_of(trainer, self.module, self.datamodule, train=True)
-            attach_data(trainer, self.module, **given)
+            trainer.strategy.connect(work.module)
+            attach_data(trainer, work.module, **data_of(work, train=True))
             if loaders is None:
                 trainer.fit_loop.setup_data = _closed  # type: ignore[method-assign]
             with catch_warnings():  # a fit gives them, too
@@ -134,7 +125,7 @@ class LookAhead:
         Args:
             quickly: On a few batches, and without the user's client callbacks, which may note what they see.
         """
-        options = self.options
+        options = self.work.options
         if quickly:
             limit = options.trainer.get("limit_train_batches")
             few = {"limit_train_batches": min(limit, _BATCHES) if type(limit) is int else _BATCHES}
@@ -144,15 +135,12 @@ class LookAhead:
         if (loaders := self._loaders()) is None:
             return None
         try:
-            local_fit(self.module, self.datamodule, loaders, self._task(), options)
+            local_fit(replace(self.work, loaders=loaders, options=options))
         except MissingMetric as error:
             return error
         except Exception:  # that is the client's own, when its turn comes
             pass
         return None
-
-    def _task(self) -> LocalTask:
-        return LocalTask(client=0, round=1, seed=self.seed, weights=self.weights)
 
 
 class _Insists(Callback):

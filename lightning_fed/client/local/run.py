@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -17,12 +17,10 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_fed._compat.lightning import trainer_of
 from lightning_fed.client.local.catch_up import catch_up
-from lightning_fed.client.local.elapsed import Plan
 from lightning_fed.client.local.fit_state import FitState
 from lightning_fed.client.local.hand_rates import HandRates, finetunes
 from lightning_fed.client.local.hand_steps import HandSteps
 from lightning_fed.client.local.isolation import (
-    Isolation,
     LocalData,
     put_back,
     quiet,
@@ -30,51 +28,18 @@ from lightning_fed.client.local.isolation import (
     signal_handlers,
 )
 from lightning_fed.client.local.own_callbacks import CallbackStates, keeps_state, own_copies
-from lightning_fed.client.local.trainer import LocalTask, LocalTrainer
+from lightning_fed.client.local.trainer import LocalTrainer
 from lightning_fed.client.local.views import BuildingClientView, ClientDataView, ClientView, OwnDataView, client_view
+from lightning_fed.client.local.work import LocalOptions, LocalWork
 from lightning_fed.errors import ClientError
 from lightning_fed.seeding import seed_all
 from lightning_fed.state.snapshot import DataSnapshot
 from lightning_fed.values import weights
-from lightning_fed.values.data import ClientLoaders
 from lightning_fed.values.metrics import MetricState
 from lightning_fed.values.weights import Weights
 from lightning_fed.views import laid_over
 
-ClientState = Literal["reset", "carry", "global"]
-
-
-@dataclass
-class LocalOptions:
-    """What all local fits of a run have in common.
-
-    Attributes:
-        trainer: Arguments for each client's ``Trainer``.
-        epochs: Local epochs a round, or ``None`` where ``steps`` counts.
-        steps: Local optimizer steps a round, or ``None``.
-        callbacks: The user's client callbacks, copied for each fit.
-        method_callbacks: Builds the callbacks that federated methods bring, outermost first.
-        client_state: What becomes of optimizers and schedulers from round to round.
-        local_validation: Whether a fit validates on the client's held-out part.
-        rounds: The rounds of the run, or -1 for no limit.
-        isolation: Puts module and datamodule back after each local run.
-        log_dir: The server's ``log_dir``.
-    """
-
-    trainer: dict[str, Any] = field(default_factory=dict)
-    epochs: int | None = 1
-    steps: int | None = None
-    callbacks: Sequence[Callback] = ()
-    method_callbacks: Callable[[], Sequence[Callback]] = list
-    client_state: ClientState = "global"
-    local_validation: bool = False
-    rounds: int = -1
-    isolation: Isolation = field(default_factory=Isolation)
-    log_dir: str | None = None
-
-    def first_epoch(self, round: int) -> int:
-        """The number of the first epoch of a round: a client's epochs count on from round to round."""
-        return (round - 1) * (self.epochs or 1)
+Kind = TypeVar("Kind", bound=LocalTrainer)
 
 
 @dataclass
@@ -137,34 +102,15 @@ def scalars(trainer: LocalTrainer) -> dict[str, float]:
     return {name: float(v) for name, v in trainer.callback_metrics.items() if name in names and v.numel() == 1}
 
 
-def build_trainer(
-    task: LocalTask,
-    loaders: ClientLoaders,
-    module: LightningModule,
-    options: LocalOptions,
-    callbacks: Sequence[Callback],
-    validates: bool = False,
-    kind: type[LocalTrainer] = LocalTrainer,
-    datamodule: LightningDataModule | None = None,
-) -> LocalTrainer:
+def build_trainer(kind: type[Kind], work: LocalWork, callbacks: Sequence[Callback], validates: bool = False) -> Kind:
     """A trainer of a ``kind`` for one local run, with ``callbacks`` before the user's own."""
-    # The epochs of the whole run, as current_epoch counts them; LocalHooks end the fit after the round's. A server
-    # that runs more rounds than this side was told of must not find that there is nothing left to train.
-    rounds = options.rounds if options.rounds == -1 else max(options.rounds, task.round)
-    plan = Plan(options.epochs, options.steps, rounds, options.client_state == "reset")
-    limit = {"max_epochs": plan.limits(rounds)[0], "max_steps": options.steps or -1}
-    arguments = {**copy.deepcopy(options.trainer), **limit}
-    if is_silent := not validates and not (options.local_validation and loaders.has_val()):
-        arguments["limit_val_batches"] = 0
-    callbacks = [*callbacks, *own_copies(options.callbacks, module, datamodule)]
+    options = work.options
+    callbacks = [*callbacks, *own_copies(options.callbacks, work.module, work.datamodule)]
     if stateful := [callback for callback in callbacks if keeps_state(callback)]:
         callbacks.append(CallbackStates(stateful))
+    is_silent = not validates and not (options.local_validation and work.loaders.has_val())
     trainer = kind(
-        task,
-        loaders,
-        module,
-        plan,
-        options.log_dir,
+        work,
         callbacks=callbacks,
         # Modules that write to self.logger.experiment go on working; what they write goes nowhere.
         logger=DummyLogger(),
@@ -173,26 +119,28 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        **arguments,
+        **_limited(work, is_silent),
     )
     if is_silent:
         trainer.limit_val_batches = 0  # which overfit_batches sets, too
     return trainer
 
 
-def call(
-    run: Callable[..., Any],
-    trainer: LocalTrainer,
-    module: LightningModule,
-    datamodule: LightningDataModule | None,
-    train: bool,
-) -> None:
-    """Calls ``trainer.fit`` or ``trainer.validate`` with the data that the trainer was made for."""
-    data = data_of(trainer, module, datamodule, train)
-    if not train:
-        data["verbose"] = False
+def _limited(work: LocalWork, is_silent: bool) -> dict[str, Any]:
+    """The user's arguments for a client's trainer, with the limits of the run; a silent one does not validate."""
+    # The epochs of the whole run, as current_epoch counts them; LocalHooks end the fit after the round's.
+    plan = work.options.plan(work.task.round)
+    limit = {"max_epochs": plan.limits(plan.rounds)[0], "max_steps": plan.steps or -1}
+    return {**copy.deepcopy(work.options.trainer), **limit, **({"limit_val_batches": 0} if is_silent else {})}
+
+
+def call(trainer: LocalTrainer, work: LocalWork, train: bool) -> None:
+    """Calls ``trainer.fit`` or ``trainer.validate`` with the client's data."""
     try:
-        run(module, **data)
+        if train:
+            trainer.fit(work.module, **data_of(work, train))
+        else:
+            trainer.validate(work.module, verbose=False, **data_of(work, train))
     except SystemExit as error:
         # Lightning answers Ctrl-C in a fit with sys.exit(1); to the server it must still be Ctrl-C.
         if isinstance(error.__context__, KeyboardInterrupt):
@@ -200,49 +148,40 @@ def call(
         raise
 
 
-def data_of(
-    trainer: LocalTrainer, module: LightningModule, datamodule: LightningDataModule | None, train: bool
-) -> dict[str, Any]:
-    """The data that a trainer was made for, as the arguments of ``fit`` or ``validate``."""
-    loaders = trainer.loaders
+def data_of(work: LocalWork, train: bool) -> dict[str, Any]:
+    """The client's data as the arguments of ``fit`` or ``validate``."""
+    loaders = work.loaders
     if loaders.datamodule is not None:
         return {"datamodule": loaders.datamodule}
-    if datamodule is not None:
-        return {"datamodule": datamodule}
+    if work.datamodule is not None:
+        return {"datamodule": work.datamodule}
     if not train:
         return {"dataloaders": loaders.val}
     # None would mean the module's own val_dataloader, which is the server's.
     val = loaders.val
-    if val is None and is_overridden("validation_step", module, LightningModule):
+    if val is None and is_overridden("validation_step", work.module, LightningModule):
         val = []
     return {"train_dataloaders": loaders.train, "val_dataloaders": val}
 
 
 @contextmanager
-def local_run(
-    module: LightningModule,
-    datamodule: LightningDataModule | None,
-    task: LocalTask,
-    options: LocalOptions,
-    purpose: str,
-    view: type[ClientView] | None = None,
-    own: LightningDataModule | None = None,
-) -> Iterator[LocalData]:
+def local_run(work: LocalWork, purpose: str, view: type[ClientView] | None = None) -> Iterator[LocalData]:
     """Views, seeds, signal handlers and all that is not weights, put back at the end; random states are the caller's.
 
     Gives what the run's loaders go through when Lightning asks for them.
     """
-    seed_of, handlers = task.seed_of(purpose), signal_handlers()
-    data = LocalData(seed_of, options.isolation)
+    module, datamodule, isolation = work.module, work.datamodule, work.options.isolation
+    seed_of, handlers = work.task.seed_of(purpose), signal_handlers()
+    data = LocalData(seed_of, isolation)
     with ExitStack() as stack:
         stack.callback(restore_handlers, handlers)
         stack.enter_context(quiet())
-        held = stack.enter_context(options.isolation.around(module, datamodule))
-        stack.callback(options.isolation.say_grown, data.snapshots)
+        held = stack.enter_context(isolation.around(module, datamodule))
+        stack.callback(isolation.say_grown, data.snapshots)
         stack.enter_context(put_back(data.snapshots))
         stack.push(partial(_without_gradients, module))
         stack.callback(put_back_optimizers, module)
-        if own is not None:
+        if (own := work.loaders.datamodule) is not None:
             stack.enter_context(put_back([DataSnapshot({"datamodule": own})]))
             stack.enter_context(laid_over(own, OwnDataView))
         elif datamodule is not None:
@@ -250,7 +189,7 @@ def local_run(
         view = view or client_view(module)
         stack.enter_context(laid_over(module, view))
         if view is not BuildingClientView:
-            weights.load(module, task.weights)
+            weights.load(module, work.task.weights)
         for snapshot in held:
             snapshot.seed(seed_of)
         seed_all(seed_of(""))

@@ -1,10 +1,10 @@
-"""A client's task, and its trainer."""
+"""A client's trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,56 +21,15 @@ from lightning_fed._compat.lightning import (
 )
 from lightning_fed._compat.quick_trainer import QuickTrainer
 from lightning_fed.client.local.as_configured import AsConfigured, held_by
-from lightning_fed.client.local.elapsed import Plan, TrainerInARun
+from lightning_fed.client.local.elapsed import TrainerInARun
 from lightning_fed.client.local.fast_loop import use_fast_loops
-from lightning_fed.client.local.isolation import LocalData, making_data
+from lightning_fed.client.local.isolation import LocalData
 from lightning_fed.client.local.logged import LoggedValues
 from lightning_fed.client.local.shown import shown
-from lightning_fed.seeding import seed_for
-from lightning_fed.state.snapshot import DataSnapshot
-from lightning_fed.values.data import ClientLoaders, gathering
+from lightning_fed.client.local.work import LocalWork
+from lightning_fed.values.data import gathering
 from lightning_fed.values.metrics import MetricState, catch
-from lightning_fed.values.weights import Weights
 from lightning_fed.views import wrote
-
-
-@dataclass
-class LocalTask:
-    """What one client does in one round.
-
-    Attributes:
-        client: The client's index.
-        round: The round, from 1.
-        seed: The run's seed.
-        weights: The round's weights.
-        state: What the client kept of its last fit, by ``FitState.dump``.
-        callback_states: What its callbacks kept, by ``fit_state.dump_callbacks``.
-        set_up: Whether the module has to be set up.
-    """
-
-    client: int
-    round: int
-    seed: int
-    weights: Weights
-    state: bytes | None = None
-    callback_states: bytes | None = None
-    set_up: bool = False
-
-    def seed_of(self, purpose: str) -> Callable[[str], int]:
-        """Gives the seed of what draws for a purpose: of the generator at a path, of everybody's for an empty path."""
-        seed, round, client = self.seed, self.round, self.client  # and not the task, which has weights
-        return lambda path: seed_for(seed, f"{purpose}/{path}" if path else purpose, round=round, client=client)
-
-    @contextmanager
-    def making_data(self, maker: object) -> Iterator[None]:
-        """In the block the user's code makes the client's data: a random split is the same in each round and stage.
-
-        Args:
-            maker: What holds that code, and maybe generators of its own.
-        """
-        with making_data(DataSnapshot({"data": maker}), self.seed, self.client):
-            yield
-
 
 # How many arguments of ``log`` may stand without a name: those before ``enable_graph``.
 _IN_ORDER = 5
@@ -85,11 +44,7 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
     """A client's trainer. On a client ``self.trainer.current_round`` and ``self.trainer.client_id`` exist.
 
     Args:
-        task: What the client does.
-        loaders: Its data.
-        module: The module that it trains.
-        plan: How the run divides a client's training into rounds.
-        log_dir: The server's; ``None`` for ``default_root_dir``.
+        work: What the client works on.
         fast_dev_run: Whether the run is one, which the user's code may ask. That alone: Lightning's would end the fit.
         **kwargs: As ``Trainer``.
 
@@ -97,23 +52,14 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
         as_configured: Optimizers and schedulers as ``configure_optimizers`` gave them.
     """
 
-    def __init__(
-        self,
-        task: LocalTask,
-        loaders: ClientLoaders,
-        module: LightningModule,
-        plan: Plan,
-        log_dir: str | None = None,
-        fast_dev_run: int | bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.task, self.loaders = task, loaders
+    def __init__(self, work: LocalWork, fast_dev_run: int | bool = False, **kwargs: Any) -> None:
+        self.task, self.loaders = work.task, work.loaders
         self.as_configured = AsConfigured()
         self.caught: list[MetricState] = []
         self.computed: set[str] = set()
-        self.module_metrics = [child for child in module.modules() if isinstance(child, Metric)]
-        self.logs_its_way = wrote(module, LightningModule, "log")
-        super().__init__(plan, task.round - 1, log_dir, **kwargs)
+        self.module_metrics = [child for child in work.module.modules() if isinstance(child, Metric)]
+        self.logs_its_way = wrote(work.module, LightningModule, "log")
+        super().__init__(work.options.plan(work.task.round), work.task.round - 1, work.options.log_dir, **kwargs)
         self.fast_dev_run = fast_dev_run
         self._logs_fast = use_fast_loops(self)
         self.data: LocalData | None = None

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_fed.client.local.run import LocalOptions, LocalResult
-from lightning_fed.client.local.trainer import LocalTask
+from lightning_fed.client.local.run import LocalResult
+from lightning_fed.client.local.work import LocalTask, LocalWork, WorkOf
 from lightning_fed.client.vectorized.compiled_step import CompiledStep
 from lightning_fed.client.vectorized.fit import StackOptions, vectorized_evaluate, vectorized_fit
 from lightning_fed.client.vectorized.malloc_trim import Heap
 from lightning_fed.client.vectorized.probe import Candidate, ProbeResult, count_batches, explain, run_probe
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import random_states_kept
-from lightning_fed.values.data import ClientLoaders
-from lightning_fed.values.weights import Weights
-
-Data = Callable[[int, int], ClientLoaders]
 
 
 class Dispatcher:
@@ -41,25 +35,30 @@ class Dispatcher:
         self._said: set[str] = set()
         self._heap = Heap()
 
-    def probe(self, candidate: Candidate, data: Data, clients: int, weights: Weights, seed: int) -> None:
+    def probe(self, stage: str, tasks: Sequence[LocalTask], work_of: WorkOf, has_mods: bool) -> None:
         """Finds out, before the first round.
+
+        Args:
+            stage: ``"train"`` or ``"evaluate"``.
+            tasks: Those of the first two clients, or of the only one.
+            work_of: Gives what a client works on.
+            has_mods: Whether there are client mods in this stage.
 
         Raises:
             ConfigurationError: If clients cannot be vectorized, and that is required.
         """
         with random_states_kept():
-            self._probe(candidate, data, clients, weights, seed)
+            try:
+                works = [work_of(task) for task in tasks]
+            except Exception as error:  # that is the client's own, when its turn comes
+                self._give_up(stage, ProbeResult(explain(error)))
+                return
+            loaders = [one.loaders for one in works]
+            if stage == "train" or any(one.val is not None or one.datamodule is not None for one in loaders):
+                self._probe(Candidate(works, stage, has_mods, must_pay=self.wanted is True))
 
-    def _probe(self, candidate: Candidate, data: Data, clients: int, weights: Weights, seed: int) -> None:
-        try:
-            loaders = [data(client, 1) for client in range(min(clients, 2))]
-        except Exception as error:  # that is the client's own, when its turn comes
-            self._give_up(candidate.stage, ProbeResult(explain(error)))
-            return
-        if candidate.stage == "evaluate" and all(one.val is None and one.datamodule is None for one in loaders):
-            return
-        candidate = replace(candidate, must_pay=self.wanted is True)
-        result = self._probed[candidate.stage] = run_probe(candidate, loaders, weights, seed)
+    def _probe(self, candidate: Candidate) -> None:
+        result = self._probed[candidate.stage] = run_probe(candidate)
         if result.reason is None:
             memory = _memory(candidate.device) // self._workers
             self._most[candidate.stage] = result.cost.at_once(candidate.device, memory, candidate.must_pay)
@@ -88,49 +87,32 @@ class Dispatcher:
             return self.wanted
         return self._most[stage]
 
-    def run(
-        self,
-        stage: str,
-        module: LightningModule,
-        datamodule: LightningDataModule | None,
-        data: Data,
-        tasks: Sequence[LocalTask],
-        options: LocalOptions,
-    ) -> list[LocalResult | None]:
+    def run(self, stage: str, tasks: Sequence[LocalTask], work_of: WorkOf) -> list[LocalResult | None]:
         """Each client's result; ``None`` for one that has to be served alone, where also its errors are its own."""
         with random_states_kept():
-            return self._run(stage, module, datamodule, data, tasks, options)
+            return self._run(stage, tasks, work_of)
 
-    def _run(
-        self,
-        stage: str,
-        module: LightningModule,
-        datamodule: LightningDataModule | None,
-        data: Data,
-        tasks: Sequence[LocalTask],
-        options: LocalOptions,
-    ) -> list[LocalResult | None]:
+    def _run(self, stage: str, tasks: Sequence[LocalTask], work_of: WorkOf) -> list[LocalResult | None]:
         results: list[LocalResult | None] = [None] * len(tasks)
-        loaders: dict[int, ClientLoaders] = {}
+        works: dict[int, LocalWork] = {}
         groups: dict[int, list[int]] = {}
         for i, task in enumerate(tasks):
             try:
-                loaders[i] = data(task.client, task.round)
-                groups.setdefault(count_batches(loaders[i], stage), []).append(i)
+                works[i] = work_of(task)
+                groups.setdefault(count_batches(works[i].loaders, stage), []).append(i)
             except Exception:
                 continue
         together = vectorized_fit if stage == "train" else vectorized_evaluate
         draws = self._probed[stage].draws
         how = StackOptions(draws, None if draws else self._compiled)
-        if len(loaders) > 1 and all(len(members) == 1 for members in groups.values()):
+        if len(works) > 1 and all(len(members) == 1 for members in groups.values()):
             alone = f"vectorize_clients: clients {stage} one after the other"
             self._say(f"{alone}: no two of them have equally many batches an epoch.", f"{stage} uneven")
         for members in groups.values():
             if len(members) == 1:
                 continue
-            own = [loaders[i] for i in members], [tasks[i] for i in members]
             try:
-                found = together(module, datamodule, *own, options, how)
+                found = together([works[i] for i in members], how)
             except Exception as error:
                 here, reason = f"in round {tasks[0].round} clients", explain(error)
                 self._say(f"vectorize_clients: {here} {stage} one after the other: {reason}.", f"{stage} {reason}")

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback
 
 from lightning_fed.client.local.elapsed import stand_after, start_at_epoch
 from lightning_fed.client.local.examples import examples_in
 from lightning_fed.client.local.isolation import LocalData
 from lightning_fed.client.local.run import (
     LocalHooks,
-    LocalOptions,
     LocalResult,
     build_trainer,
     call,
     local_run,
 )
-from lightning_fed.client.local.trainer import LocalTask
+from lightning_fed.client.local.work import LocalWork
 from lightning_fed.client.vectorized.compiled_step import CompiledStep
 from lightning_fed.client.vectorized.data import StackedLoader
 from lightning_fed.client.vectorized.rng import NotStackable, Streams
@@ -44,97 +43,85 @@ class StackOptions:
     is_trial: bool = False
 
 
-def vectorized_fit(
-    module: LightningModule,
-    datamodule: LightningDataModule | None,
-    loaders: Sequence[ClientLoaders],
-    tasks: Sequence[LocalTask],
-    options: LocalOptions,
-    how: StackOptions,
-) -> list[LocalResult]:
+def vectorized_fit(works: Sequence[LocalWork], how: StackOptions) -> list[LocalResult]:
     """Trains clients with equally many batches as one stacked model; else as ``local_fit``.
 
     Args:
-        module: As in ``local_fit``.
-        datamodule: As in ``local_fit``.
-        loaders: Each client's data.
-        tasks: Each client's task, of one round.
-        options: As in ``local_fit``.
+        works: What each client works on, in one round; they differ in loaders and task alone.
         how: How they are run.
 
     Raises:
         NotStackable: If it cannot be done; the module is as it was.
     """
-    first_epoch = options.first_epoch(tasks[0].round)
-    callbacks: list[Callback] = [CohortHooks(options, first_epoch), *options.method_callbacks()]
-    with local_run(module, datamodule, tasks[0], options, "train", CohortView) as data:
-        trainer = _cohort_trainer(module, loaders, tasks, options, callbacks, "train", how, data)
+    work = _of_all(works)
+    callbacks: list[Callback] = [CohortHooks(work.options, work.first_epoch), *work.options.method_callbacks()]
+    with local_run(work, "train", CohortView) as data:
+        trainer = _cohort_trainer(work, works, callbacks, "train", how, data)
         trainer.compiled = how.compiled
-        start_at_epoch(trainer, first_epoch)
+        start_at_epoch(trainer, work.first_epoch)
         try:
             with nullcontext() if how.compiled is None else how.compiled.configured():
-                call(trainer.fit, trainer, module, datamodule, train=True)
+                call(trainer, work, train=True)
             trainer.stack.streams.check()
             weights = trainer.stack.results()
         finally:
-            trainer.let_go(module)
-        counts = [examples_in(one.train, trainer.num_training_batches) or 0 for one in loaders]
+            trainer.let_go(work.module)
+        counts = [examples_in(one.loaders.train, trainer.num_training_batches) or 0 for one in works]
         return [
             LocalResult(own, count, _scalars(states), states)
             for own, count, states in zip(weights, counts, trainer.each_caught, strict=True)
         ]
 
 
-def vectorized_evaluate(
-    module: LightningModule,
-    datamodule: LightningDataModule | None,
-    loaders: Sequence[ClientLoaders],
-    tasks: Sequence[LocalTask],
-    options: LocalOptions,
-    how: StackOptions,
-) -> list[LocalResult]:
+def vectorized_evaluate(works: Sequence[LocalWork], how: StackOptions) -> list[LocalResult]:
     """Validates clients with equally many batches as one stacked model; takes the arguments of ``vectorized_fit``.
 
     Raises:
         NotStackable: If it cannot be done, or the clients have not been sent the same weights.
     """
-    if not share_weights([task.weights for task in tasks]):
+    if not share_weights([one.task.weights for one in works]):
         raise NotStackable("clients evaluate weights of their own")
-    with local_run(module, datamodule, tasks[0], options, "evaluate", CohortView) as data:
-        trainer = _cohort_trainer(module, loaders, tasks, options, [LocalHooks(options, 0)], "evaluate", how, data)
-        stand_after(trainer, module, tasks[0].round, loaders[0].train)
-        call(trainer.validate, trainer, module, datamodule, train=False)
-        trainer.let_go(module)
+    work = _of_all(works)
+    with local_run(work, "evaluate", CohortView) as data:
+        trainer = _cohort_trainer(work, works, [LocalHooks(work.options, 0)], "evaluate", how, data)
+        stand_after(trainer, work.module, work.task.round, works[0].loaders.train)
+        call(trainer, work, train=False)
+        trainer.let_go(work.module)
         (batches,) = trainer.validate_loop.max_batches
         return [
-            LocalResult({}, examples_in(one.val, batches) or 0, _scalars(states), states)
-            for one, states in zip(loaders, trainer.each_caught, strict=True)
+            LocalResult({}, examples_in(one.loaders.val, batches) or 0, _scalars(states), states)
+            for one, states in zip(works, trainer.each_caught, strict=True)
         ]
 
 
+def _of_all(works: Sequence[LocalWork]) -> LocalWork:
+    """What the clients work on as one: the first one's task, and loaders that are yet to be stacked."""
+    return replace(works[0], loaders=ClientLoaders())
+
+
 def _cohort_trainer(
-    module: LightningModule,
-    loaders: Sequence[ClientLoaders],
-    tasks: Sequence[LocalTask],
-    options: LocalOptions,
+    work: LocalWork,
+    works: Sequence[LocalWork],
     callbacks: Sequence[Callback],
     stage: str,
     how: StackOptions,
     data: LocalData,
 ) -> CohortTrainer:
-    trainer = build_trainer(tasks[0], ClientLoaders(), module, options, callbacks, stage != "train", CohortTrainer)
-    assert isinstance(trainer, CohortTrainer)
+    trainer = build_trainer(CohortTrainer, work, callbacks, validates=stage == "evaluate")
     trainer.is_trial = how.is_trial
-    seeds = [task.seed_of(stage)("") for task in tasks]
+    seeds = [one.task.seed_of(stage)("") for one in works]
     streams = Streams(seeds, trainer.strategy.root_device)
-    trainer.stack = Stack(module, [task.weights for task in tasks], streams, how.draws)
-    own = [one.train if stage == "train" else one.val for one in loaders]
-    for client, (loader, task) in enumerate(zip(own, tasks, strict=True)):
-        snapshot = data.take(loader, task.seed_of(stage))
+    trainer.stack = Stack(work.module, [one.task.weights for one in works], streams, how.draws)
+    own = [one.loaders.train if stage == "train" else one.loaders.val for one in works]
+    for client, (loader, one) in enumerate(zip(own, works, strict=True)):
+        snapshot = data.take(loader, one.task.seed_of(stage))
         if snapshot.seeds_itself:
             raise NotStackable("its transforms are seeded by a method of their own")
         streams.hold(client, snapshot.generators)
-    setattr(trainer.loaders, "train" if stage == "train" else "val", StackedLoader(own, streams))
+    if stage == "train":
+        work.loaders.train = StackedLoader(own, streams)
+    else:
+        work.loaders.val = StackedLoader(own, streams)
     return trainer
 
 

@@ -7,7 +7,7 @@ such as a norm over all gradients in a callback, is found out.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,15 @@ from lightning_fed._compat.lightning import optimizes_automatically
 from lightning_fed.client.local.examples import examples_in
 from lightning_fed.client.local.fit import local_evaluate, local_fit
 from lightning_fed.client.local.own_callbacks import keeps_state
-from lightning_fed.client.local.run import LocalOptions, LocalResult
-from lightning_fed.client.local.trainer import LocalTask
+from lightning_fed.client.local.run import LocalResult
+from lightning_fed.client.local.work import LocalWork
 from lightning_fed.client.vectorized.cost import Kept, StackCost, Written, weight_bytes
 from lightning_fed.client.vectorized.data import batches_of
 from lightning_fed.client.vectorized.fit import StackOptions, vectorized_evaluate, vectorized_fit
 from lightning_fed.client.vectorized.likeness import apart, compare
 from lightning_fed.client.vectorized.rng import NotStackable
 from lightning_fed.values.data import ClientLoaders
-from lightning_fed.values.weights import Weights, parameter_names
+from lightning_fed.values.weights import parameter_names
 from lightning_fed.views import wrote
 
 # Hooks that see a stacked batch, a summed loss or all clients' numbers at once.
@@ -73,23 +73,24 @@ class ProbeResult:
 
 @dataclass
 class Candidate:
-    """What is tried: everything that a client's work has in common with the others'.
+    """What is tried.
 
     Attributes:
-        module: The module.
-        datamodule: The server's, or ``None``.
-        options: Those of local runs.
+        works: What the first two clients work on in the first round, or the only one.
         stage: ``"train"`` or ``"evaluate"``.
         has_mods: Whether there are client mods in this stage.
         must_pay: Refuse also what can be done but is expected to be slower.
     """
 
-    module: LightningModule
-    datamodule: LightningDataModule | None
-    options: LocalOptions
+    works: Sequence[LocalWork]
     stage: str
     has_mods: bool = False
     must_pay: bool = False
+
+    @property
+    def work(self) -> LocalWork:
+        """What clients work on, so far as they have it in common."""
+        return self.works[0]
 
     def refuse(self) -> None:
         """Looks at what is written.
@@ -101,7 +102,8 @@ class Candidate:
             raise NotStackable(reason)
 
     def _reasons(self) -> Iterator[str]:
-        module, arguments = self.module, self.options.trainer
+        module, datamodule, options = self.work.module, self.work.datamodule, self.work.options
+        arguments = options.trainer
         if not is_known():
             yield why_slower().partition(":")[0]
         if self.has_mods:
@@ -111,17 +113,17 @@ class Candidate:
         yield from (f"{name} writes {hook}" for hook in names if wrote(module, LightningModule, hook))
         if self.stage == "train":
             yield from _undeclared(module, LightningModule, name)
-        if self.datamodule is not None:
+        if datamodule is not None:
             hooks = (hook for hook in _OF_BOTH if hasattr(LightningDataModule, hook))
-            kind = type(self.datamodule).__name__
-            yield from (f"{kind} writes {hook}" for hook in hooks if wrote(self.datamodule, LightningDataModule, hook))
+            kind = type(datamodule).__name__
+            yield from (f"{kind} writes {hook}" for hook in hooks if wrote(datamodule, LightningDataModule, hook))
         for child in module.modules():
             if isinstance(child, nn.RNNBase):
                 yield f"nn.{type(child).__name__} keeps its weights where they cannot be stacked"
         yield from (f"{argument}={arguments[argument]!r}" for argument in _ARGUMENTS if arguments.get(argument))
         if str(arguments.get("precision")) in ("16", "16-mixed"):
             yield f"precision={arguments['precision']!r} scales the loss of all clients by one number"
-        for callback in (*self.options.callbacks, *self.options.method_callbacks()):
+        for callback in (*options.callbacks, *options.method_callbacks()):
             kind = f"the client callback {type(callback).__name__}"
             if self.stage == "train" and isinstance(callback, BaseFinetuning):
                 yield f"{kind} freezes and unfreezes layers by epoch"
@@ -136,9 +138,9 @@ class Candidate:
             return
         if not optimizes_automatically(module):  # the server's view has none
             yield f"{name} optimizes manually"
-        if self.options.client_state == "carry":
+        if options.client_state == "carry":
             yield "client_state='carry' keeps optimizers apart"
-        if self.options.local_validation:
+        if options.local_validation:
             yield "local_validation=True"
 
     def check_cost(self, kept: int = 0) -> StackCost:
@@ -147,7 +149,7 @@ class Candidate:
         Raises:
             NotStackable: If training so is expected to be slower, and it must pay.
         """
-        cost = StackCost(weight_bytes(self.module), kept)
+        cost = StackCost(weight_bytes(self.work.module), kept)
         reason = cost.why_slower(self.device) if self.must_pay and self.stage == "train" else None
         if reason is not None:
             raise NotStackable(reason)
@@ -156,7 +158,7 @@ class Candidate:
     @property
     def device(self) -> torch.device:
         """Where clients train."""
-        trainer: Any = self.module.trainer
+        trainer: Any = self.work.module.trainer
         return trainer.strategy.root_device  # type: ignore[no-any-return]
 
 
@@ -167,53 +169,58 @@ def _undeclared(instance: object, base: type, name: str) -> Iterator[str]:
                 yield f"{name} writes {hook}, and does not say acts_elementwise = True"
 
 
-def run_probe(candidate: Candidate, loaders: Sequence[ClientLoaders], weights: Weights, seed: int) -> ProbeResult:
-    """Tries two clients vectorized against each alone, on their first batches.
-
-    Args:
-        candidate: What is tried.
-        loaders: The data of two clients, or of one.
-        weights: The global weights.
-        seed: The run's seed.
-    """
+def run_probe(candidate: Candidate) -> ProbeResult:
+    """Tries two clients vectorized against each alone, on their first batches."""
     try:
         candidate.refuse()
         candidate.check_cost()
-        loaders = _two(loaders, candidate.stage)
-        draws, together, kept = _measure(candidate, loaders, weights, seed)
+        works = _two(candidate)
+        draws, together, kept = _measure(candidate.stage, works)
         cost = candidate.check_cost(kept // 2)
-        alone = _run(candidate, loaders, weights, seed, draws=None)
+        alone = _run(candidate.stage, works, draws=None)
+        weights = candidate.work.task.weights
         try:
-            trained = parameter_names(candidate.module)
+            trained = parameter_names(candidate.work.module)
             compare(together, alone, weights, trained)
         except NotStackable:
             if not draws:
                 raise
             # The same numbers may be drawn in another order (of a transposed tensor). Nobody else may matter, though.
-            among_others = _run(candidate, [loaders[0]] * 2, weights, seed, draws=True, clients=(0, 2))
+            other = replace(works[1], loaders=works[0].loaders, task=replace(works[1].task, client=2))
+            among_others = _run(candidate.stage, [works[0], other], draws=True)
             compare(together[:1], among_others[:1], weights, trained)
     except Exception as error:
         return ProbeResult(reason=explain(error))
     return ProbeResult(draws=draws, cost=cost)
 
 
-def _measure(
-    candidate: Candidate, loaders: Sequence[ClientLoaders], weights: Weights, seed: int, draws: bool = False
-) -> tuple[bool, list[LocalResult], int]:
+def _measure(stage: str, works: Sequence[LocalWork], draws: bool = False) -> tuple[bool, list[LocalResult], int]:
     """Whether steps draw random numbers, two clients' results, vectorized, and the bytes a pass keeps of both."""
-    passes = Kept() if candidate.stage == "train" else Written()
+    passes = Kept() if stage == "train" else Written()
     try:
         with passes:
-            return draws, _run(candidate, loaders, weights, seed, draws), passes.bytes
+            return draws, _run(stage, works, draws), passes.bytes
     except RuntimeError as error:
         if draws or "randomness" not in str(error):
             raise
-    return _measure(candidate, loaders, weights, seed, draws=True)
+    return _measure(stage, works, draws=True)
 
 
-def _two(loaders: Sequence[ClientLoaders], stage: str) -> list[ClientLoaders]:
-    counts = [count_batches(one, stage) for one in loaders]
-    return list(loaders) if len(counts) == 2 and counts[0] == counts[1] else [loaders[0], loaders[0]]
+def _two(candidate: Candidate) -> list[LocalWork]:
+    """Two clients with equally many batches, on few of them and with weights of their own."""
+    stage, first = candidate.stage, candidate.work
+    counts = [count_batches(one.loaders, stage) for one in candidate.works]
+    second = candidate.works[1] if len(counts) == 2 and counts[0] == counts[1] else first
+    weights = apart(first.task.weights, stage)
+    limit = "limit_train_batches" if stage == "train" else "limit_val_batches"
+    given = first.options.trainer.get(limit)
+    few = {limit: min(given, _BATCHES) if type(given) is int else _BATCHES}
+    steps = first.options.steps and min(first.options.steps, _BATCHES)
+    options = replace(first.options, trainer={**first.options.trainer, **few}, steps=steps)
+    return [
+        replace(one, task=replace(one.task, client=client, weights=own), options=options)
+        for client, (one, own) in enumerate(zip((first, second), weights, strict=True))
+    ]
 
 
 def count_batches(loaders: ClientLoaders, stage: str) -> int:
@@ -233,28 +240,13 @@ def count_batches(loaders: ClientLoaders, stage: str) -> int:
     return count
 
 
-def _run(
-    candidate: Candidate,
-    loaders: Sequence[ClientLoaders],
-    weights: Weights,
-    seed: int,
-    draws: bool | None,
-    clients: tuple[int, int] = (0, 1),
-) -> list[LocalResult]:
+def _run(stage: str, works: Sequence[LocalWork], draws: bool | None) -> list[LocalResult]:
     """Two clients' results, vectorized, or each alone where ``draws`` is ``None``."""
-    stage = candidate.stage
-    tasks = [LocalTask(client, 1, seed, own) for client, own in zip(clients, apart(weights, stage), strict=True)]
-    limit = "limit_train_batches" if stage == "train" else "limit_val_batches"
-    given = candidate.options.trainer.get(limit)
-    few = {limit: min(given, _BATCHES) if type(given) is int else _BATCHES}
-    steps = candidate.options.steps and min(candidate.options.steps, _BATCHES)
-    options = replace(candidate.options, trainer={**candidate.options.trainer, **few}, steps=steps)
-    common = candidate.module, candidate.datamodule
     if draws is None:
-        alone: Callable[..., LocalResult] = local_fit if stage == "train" else local_evaluate
-        return [alone(*common, one, task, options) for one, task in zip(loaders, tasks, strict=True)]
+        alone = local_fit if stage == "train" else local_evaluate
+        return [alone(work) for work in works]
     together = vectorized_fit if stage == "train" else vectorized_evaluate
-    return together(*common, loaders, tasks, options, StackOptions(draws, is_trial=True))
+    return together(works, StackOptions(draws, is_trial=True))
 
 
 def explain(error: Exception) -> str:

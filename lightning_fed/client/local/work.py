@@ -1,0 +1,123 @@
+"""What a client works on: the module, its data, its task and the options of all local fits, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+
+from lightning_fed.client.local.elapsed import Plan
+from lightning_fed.client.local.isolation import Isolation, making_data
+from lightning_fed.seeding import seed_for
+from lightning_fed.state.snapshot import DataSnapshot
+from lightning_fed.values.data import ClientLoaders
+from lightning_fed.values.weights import Weights
+
+ClientState = Literal["reset", "carry", "global"]
+
+
+@dataclass
+class LocalOptions:
+    """What all local fits of a run have in common.
+
+    Attributes:
+        trainer: Arguments for each client's ``Trainer``.
+        epochs: Local epochs a round, or ``None`` where ``steps`` counts.
+        steps: Local optimizer steps a round, or ``None``.
+        callbacks: The user's client callbacks, copied for each fit.
+        method_callbacks: Builds the callbacks that federated methods bring, outermost first.
+        client_state: What becomes of optimizers and schedulers from round to round.
+        local_validation: Whether a fit validates on the client's held-out part.
+        rounds: The rounds of the run, or -1 for no limit.
+        isolation: Puts module and datamodule back after each local run.
+        log_dir: The server's ``log_dir``.
+    """
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    epochs: int | None = 1
+    steps: int | None = None
+    callbacks: Sequence[Callback] = ()
+    method_callbacks: Callable[[], Sequence[Callback]] = list
+    client_state: ClientState = "global"
+    local_validation: bool = False
+    rounds: int = -1
+    isolation: Isolation = field(default_factory=Isolation)
+    log_dir: str | None = None
+
+    def first_epoch(self, round: int) -> int:
+        """The number of the first epoch of a round: a client's epochs count on from round to round."""
+        return (round - 1) * (self.epochs or 1)
+
+    def plan(self, round: int) -> Plan:
+        """How the run divides a client's training into rounds, of which this is one."""
+        # A server that runs more rounds than this side was told of must not find that there is nothing left to train.
+        rounds = self.rounds if self.rounds == -1 else max(self.rounds, round)
+        return Plan(self.epochs, self.steps, rounds, self.client_state == "reset")
+
+
+@dataclass
+class LocalTask:
+    """What one client does in one round.
+
+    Attributes:
+        client: The client's index.
+        round: The round, from 1.
+        seed: The run's seed.
+        weights: The round's weights.
+        state: What the client kept of its last fit, by ``FitState.dump``.
+        callback_states: What its callbacks kept, by ``fit_state.dump_callbacks``.
+        set_up: Whether the module has to be set up.
+    """
+
+    client: int
+    round: int
+    seed: int
+    weights: Weights
+    state: bytes | None = None
+    callback_states: bytes | None = None
+    set_up: bool = False
+
+    def seed_of(self, purpose: str) -> Callable[[str], int]:
+        """Gives the seed of what draws for a purpose: of the generator at a path, of everybody's for an empty path."""
+        seed, round, client = self.seed, self.round, self.client  # and not the task, which has weights
+        return lambda path: seed_for(seed, f"{purpose}/{path}" if path else purpose, round=round, client=client)
+
+    @contextmanager
+    def making_data(self, maker: object) -> Iterator[None]:
+        """In the block the user's code makes the client's data: a random split is the same in each round and stage.
+
+        Args:
+            maker: What holds that code, and maybe generators of its own.
+        """
+        with making_data(DataSnapshot({"data": maker}), self.seed, self.client):
+            yield
+
+
+@dataclass
+class LocalWork:
+    """What a client works on.
+
+    Attributes:
+        module: The module; the server's own within one process.
+        datamodule: The server's datamodule, whose hooks apply to the client's batches, or ``None``.
+        loaders: The client's data.
+        task: Client, round, seed and weights.
+        options: What all local fits have in common.
+    """
+
+    module: LightningModule
+    datamodule: LightningDataModule | None
+    loaders: ClientLoaders
+    task: LocalTask
+    options: LocalOptions
+
+    @property
+    def first_epoch(self) -> int:
+        """The number of the round's first epoch."""
+        return self.options.first_epoch(self.task.round)
+
+
+WorkOf = Callable[[LocalTask], LocalWork]
