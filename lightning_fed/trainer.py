@@ -29,6 +29,7 @@ from lightning_fed.server.federation import Federation
 from lightning_fed.server.plan import Given, resolve
 from lightning_fed.server.roles import Roles
 from lightning_fed.server.rounds import quiet_flower
+from lightning_fed.server.session import Settings
 from lightning_fed.server.trainer import ServerTrainer
 from lightning_fed.server.view import RoundLoader, ServerView
 from lightning_fed.server.wording import speaking_of_rounds
@@ -126,7 +127,7 @@ class FederatedTrainer(ServerTrainer):
         self.engine, self.seed, self.local_options = plan.engine, plan.seed, plan.local
         self._vectorize, self._compile = plan.vectorize, plan.compiles
         self._roles = Roles(plan.callbacks, plan.local, plan.num_clients)
-        self.federation = Federation(self.owners, plan.seed, plan.timeout, plan.max_clients, plan.engine.name)
+        self.federation = Federation(self.owners, Settings(plan.seed, plan.timeout, plan.max_clients, plan.engine.name))
         kwargs = plan.server  # by this name, for LightningCLI reads here that a Trainer's arguments are ours, too
         with taken_from_environment(type(self)), speaking_of_rounds(clients_validate=False):
             super().__init__(callbacks=[self.federation, *plan.callbacks], **kwargs)

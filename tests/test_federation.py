@@ -36,7 +36,7 @@ class Clipping(FederatedCallback):
 )
 def test_summary_tells_who_takes_part_and_by_which_method(quiet, monkeypatch, callbacks, max_rounds, expected):
     said = []
-    monkeypatch.setattr("lightning_fed.server.federation.rank_zero_info", said.append)
+    monkeypatch.setattr("lightning_fed.server.session.rank_zero_info", said.append)
     trainer = FederatedTrainer(max_rounds=max_rounds, callbacks=callbacks, seed=5, **quiet)
     trainer.fit(ToyModule(), DataLoader(toy_data(48), batch_size=8), DataLoader(toy_data(16), batch_size=8))
     assert said == [f"Federation\n  {expected}  engine      in_process on cpu, seed 5"]

@@ -66,7 +66,9 @@ def rounds_on(grid, strategy=None, **kwargs) -> Rounds:
         "seed": 0,
         "timeout": 60.0,
     }
-    return Rounds(grid, strategy or WeightedMean(), **{**defaults, **kwargs})
+    arguments = {**defaults, **kwargs}
+    known = roster.RollCall(grid, arguments["timeout"], arguments["cohorts"].min_available_clients)
+    return Rounds(grid, known, strategy or WeightedMean(), **arguments)
 
 
 def run(app, strategy=None, round=1, weights=None, evaluate=False, grid=None, **kwargs):

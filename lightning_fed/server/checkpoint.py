@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import RecordDict
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -42,14 +41,16 @@ class RunState:
     Args:
         seed: The run's seed.
         num_clients: How many clients there are.
-        grid: Where they are reached; ours can tell and take what clients keep.
+        clients: The grid, where it can tell and take what clients keep, or ``None``.
         strategy: The strategy as it was built.
         script: How the run is set up.
     """
 
-    def __init__(self, seed: int, num_clients: int, grid: Grid, strategy: Strategy, script: Script) -> None:
+    def __init__(
+        self, seed: int, num_clients: int, clients: LocalGrid | None, strategy: Strategy, script: Script
+    ) -> None:
         self.seed, self.num_clients, self.script = seed, num_clients, script
-        self._clients = grid if isinstance(grid, LocalGrid) else None
+        self._clients = clients
         self._strategy = state_of(strategy)
         self._snapshot: dict[str, Any] | None = None
         self._said: list[str] = []

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from flwr.clientapp.typing import Mod
+from flwr.serverapp.strategy import Strategy
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
 from lightning_fed.callbacks import FedAvg, Partition
 from lightning_fed.callbacks.base import (
@@ -19,6 +21,11 @@ from lightning_fed.callbacks.base import (
     PartitionOwner,
     Stage,
 )
+from lightning_fed.errors import ConfigurationError
+from lightning_fed.strategies import ServerOptimizer
+from lightning_fed.values.weights import parameter_names
+
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass
@@ -32,8 +39,46 @@ class Owners:
 
     def mods(self) -> dict[str, Sequence[Mod]]:
         """The client mods of all methods by stage, outermost first."""
-        stages: tuple[Stage, ...] = ("train", "evaluate")
-        return {stage: [mod for method in self.callbacks for mod in method.client_mods(stage)] for stage in stages}
+        return {stage: [mod for method in self.callbacks for mod in method.client_mods(stage)] for stage in STAGES}
+
+    def build_strategy(self, module: nn.Module) -> Strategy:
+        """The strategy of the run: that of the owner of the aggregation, as the other methods wrap it.
+
+        Raises:
+            ConfigurationError: If a callback gives none.
+        """
+
+        def built(callback: FederatedCallback, before: Strategy | None) -> Strategy:
+            strategy = callback.server_strategy(before)
+            if strategy is None:
+                raise ConfigurationError(f"{type(callback).__name__}.server_strategy() gave no strategy.")
+            if isinstance(strategy, ServerOptimizer) and strategy.parameters is None:
+                strategy.parameters = parameter_names(module)
+            return strategy
+
+        owner, *others = sorted(self.callbacks, key=lambda callback: "aggregation" not in callback.decides)
+        strategy = built(owner, None)
+        for callback in others:
+            strategy = built(callback, strategy)
+        return strategy
+
+    def check_cohort(self, clients: int, max_clients: int | None) -> None:
+        """Checks who takes part in a round.
+
+        Args:
+            clients: How many clients there are.
+            max_clients: Truncates cohorts.
+
+        Raises:
+            ConfigurationError: If there can be no cohort, or never as many good replies as a round needs.
+        """
+        cohort, _ = (self.cohorts.size(stage, clients) for stage in STAGES)
+        cohort = min(cohort, max_clients or cohort)
+        if (needed := self.failures.min_results(cohort)) > cohort:
+            raise ConfigurationError(
+                f"{type(self.failures).__name__}(min_results={needed}) can never be met: {cohort} clients train"
+                " in a round."
+            )
 
     def training(self) -> list[FederatedCallback]:
         """Those that have a part in local training.

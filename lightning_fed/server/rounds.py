@@ -33,11 +33,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_fed.callbacks.base import CLIENT_METRICS, CohortOwner, FailureOwner, FederatedCallback, Stage
-from lightning_fed.engines.base import LocalGrid
 from lightning_fed.errors import ClientError, FederationError, RoundError
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.server.exchange import About, Exchange, Terms, name_of
-from lightning_fed.server.roster import RollCall, Roster
+from lightning_fed.server.roster import Roster
 from lightning_fed.strategies.own_metrics import own_metrics
 from lightning_fed.tracebacks import words
 from lightning_fed.values import metrics
@@ -65,6 +64,7 @@ class Rounds:
 
     Args:
         grid: Where the clients are reached.
+        roster: Who is behind Flower's addresses.
         strategy: The Flower strategy; it sees only the cohort.
         callbacks: All federated callbacks, in the user's order.
         cohorts: Decides who takes part.
@@ -72,13 +72,14 @@ class Rounds:
         trainer: The server's trainer, handed to the callbacks' hooks.
         module: The server's module; its metrics tell how metric states merge.
         seed: The run's seed.
-        timeout: Seconds to wait for the replies of one stage, and for clients to connect.
+        timeout: Seconds to wait for the replies of one stage.
         max_clients: Truncates cohorts (``fast_dev_run``).
     """
 
     def __init__(
         self,
         grid: Grid,
+        roster: Roster,
         strategy: Strategy,
         *,
         callbacks: Sequence[FederatedCallback],
@@ -93,12 +94,8 @@ class Rounds:
         self.grid, self.strategy, self.callbacks, self.cohorts = grid, strategy, callbacks, cohorts
         self.trainer, self.module = trainer, module
         self.seed, self.timeout, self.max_clients = seed, timeout, max_clients
-        self.roster: Roster
-        if isinstance(grid, LocalGrid):
-            self.roster = grid
-        else:
-            self.roster = RollCall(grid, timeout, cohorts.min_available_clients)
-        self._terms = Terms(strategy, self.roster, failures, self._tell, seed, timeout)
+        self.roster = roster
+        self._terms = Terms(strategy, roster, failures, self._tell, seed, timeout)
         self._said: set[str] = set()
 
     def run(self, round: int, weights: Weights, evaluate: bool) -> RoundResult:

@@ -118,7 +118,7 @@ class ServerTrainer(Trainer):
 
     def run_round(self) -> None:
         """One round; called by the server view of the module."""
-        self.federation.run_round(self)
+        self.federation.run_round()
 
     def take_over_weights(self) -> None:
         """The server optimizer's step; called by the server view of the module."""

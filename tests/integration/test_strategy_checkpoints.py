@@ -148,7 +148,7 @@ def test_the_moments_of_our_own_strategies_are_not_copied(tmp_path):
         def on_round_start(self, trainer, round, stage, cohort):
             if round == 2:
                 snapshot = trainer.federation._state._snapshot["moments"]["m"]
-                kept = trainer.federation._rounds.strategy.moments["m"]
+                kept = trainer.federation.session.rounds.strategy.moments["m"]
                 self.same = all(snapshot[name] is kept[name] for name in kept) and bool(kept)
 
     look = Look()

@@ -1,0 +1,230 @@
+"""One fit: the rounds of its clients over a grid, from the time when the module is set up to the fit's end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flwr.serverapp import Grid
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_fed.callbacks.base import CLIENT_METRICS
+from lightning_fed.client.app import ClientSide
+from lightning_fed.engines.base import LocalGrid
+from lightning_fed.seeding import seed_all, seed_for
+from lightning_fed.server import placement
+from lightning_fed.server.checkpoint import Found, RunState
+from lightning_fed.server.deal import Deal
+from lightning_fed.server.owners import Owners
+from lightning_fed.server.roster import RollCall
+from lightning_fed.server.rounds import RoundResult, Rounds
+from lightning_fed.server.script import Script, arguments_of
+from lightning_fed.server.summary import summary
+from lightning_fed.strategies.client_part import require_client_part
+from lightning_fed.values import weights
+
+if TYPE_CHECKING:
+    from lightning_fed.server.trainer import ServerTrainer
+
+
+@dataclass
+class Settings:
+    """What all fits of a trainer have in common, besides who decides what.
+
+    Attributes:
+        seed: The run's seed.
+        timeout: Seconds to wait for replies.
+        max_clients: Truncates cohorts (``fast_dev_run``).
+        engine: The engine's name, for the summary.
+    """
+
+    seed: int
+    timeout: float
+    max_clients: int | None
+    engine: str
+
+
+@dataclass
+class Resumed:
+    """What a run goes on from.
+
+    Attributes:
+        found: What the checkpoint holds.
+        script: How the script sets the run up, before callbacks load what the checkpoint holds.
+    """
+
+    found: Found
+    script: Script
+
+
+@dataclass
+class FitInputs:
+    """What a fit works with.
+
+    Attributes:
+        grid: Where the clients are reached.
+        deal: Which data each has.
+        side: All else that they work with.
+        resumed: What the run goes on from, or ``None``.
+    """
+
+    grid: Grid
+    deal: Deal
+    side: ClientSide
+    resumed: Resumed | None = None
+
+
+@dataclass
+class RunningRound:
+    """The round that runs: until its new weights are taken over, a checkpoint holds what it began with.
+
+    Attributes:
+        before: The global weights that it began with.
+        new: Those that it gave; as ``before`` while it has given none.
+    """
+
+    before: weights.Weights
+    new: weights.Weights
+
+
+class Session:
+    """The rounds of one fit. Builds the strategy, and takes up what a checkpoint holds.
+
+    Args:
+        given: What the fit was given.
+        owners: Who decides what.
+        settings: What all fits of the trainer have in common.
+        trainer: The server's trainer; its module is set up.
+
+    Attributes:
+        state: What the run keeps from round to round.
+
+    Raises:
+        ConfigurationError: If strategy, clients and checkpoint do not fit together.
+    """
+
+    def __init__(self, given: FitInputs, owners: Owners, settings: Settings, trainer: ServerTrainer) -> None:
+        self._side, self._owners, self._settings, self._trainer = given.side, owners, settings, trainer
+        self._module = given.side.module
+        # Clients in this process, with their data and their state; a grid that is not ours can only carry messages.
+        local = given.grid if isinstance(given.grid, LocalGrid) else None
+        self._has_clients, self._has_probed = local is not None, local is None
+        if self._has_clients:
+            given.deal.open()
+        strategy = owners.build_strategy(self._module)
+        require_client_part(strategy, self._side.mods["train"], knows_clients=self._has_clients)
+        roster = local or RollCall(given.grid, settings.timeout, owners.cohorts.min_available_clients)
+        self._clients = roster.num_clients
+        self.rounds = Rounds(
+            given.grid,
+            roster,
+            strategy,
+            callbacks=owners.callbacks,
+            cohorts=owners.cohorts,
+            failures=owners.failures,
+            trainer=trainer,
+            module=self._module,
+            seed=settings.seed,
+            timeout=settings.timeout,
+            max_clients=settings.max_clients,
+        )
+        owners.check_cohort(self._clients, settings.max_clients)
+        self._warn_of_monitors()
+        script = given.resumed.script if given.resumed else self.script_of(given.side, owners, trainer)
+        self.state = RunState(settings.seed, self._clients, local, strategy, script)
+        if given.resumed and given.resumed.found.state != {}:
+            self.state.restore(given.resumed.found, arguments_of(trainer.callbacks))
+        self._running: RunningRound | None = None
+
+    @staticmethod
+    def script_of(side: ClientSide, owners: Owners, trainer: ServerTrainer) -> Script:
+        """How the script sets the run up."""
+        return Script.of(side.options, side.module, owners.callbacks, trainer.callbacks)
+
+    def start(self) -> None:
+        """Before the first round: does ``configure_optimizers`` give what can work? Says who takes part."""
+        if self._has_clients:
+            with self._weights_kept() as before:
+                self._side.look_ahead(before, self._settings.seed)
+        trainer = self._trainer
+        where = f"{self._settings.engine} on {trainer.strategy.root_device}, seed {self._settings.seed}"
+        evaluates = self._evaluates(trainer.check_val_every_n_epoch or 1)
+        rank_zero_info(summary(self._owners, self._clients, trainer.max_epochs, where, evaluates, self._has_clients))
+        for callback in self._owners.callbacks:
+            callback.on_federation_start(trainer)
+
+    def run_round(self) -> RoundResult:
+        """One round; if it fails the module has the weights of before."""
+        round, before = self._trainer.current_round, weights.read(self._module)
+        self._running = running = RunningRound(before, before)
+        self.state.begin_round()
+        if not self._has_probed:
+            self._has_probed = True
+            self._probe_vectorized()
+        evaluates = self._evaluates(round)
+        try:
+            result = self.rounds.run(round, before, evaluates)
+        except BaseException:
+            weights.load(self._module, before)
+            raise
+        running.new = result.weights
+        self._trainer.forget_earlier(result.metrics, evaluates)
+        # What the server draws from here on (its validation) depends on the round alone, also after a restart.
+        seed_all(seed_for(self._settings.seed, "server", round=round))
+        return result
+
+    def take_over(self) -> None:
+        """Loads the round's new weights into the module."""
+        if self._running is not None:
+            weights.load(self._module, self._running.new)
+            self._running = None
+            self.state.end_round()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """While a checkpoint is saved, also in the middle of a round, the module has the global weights."""
+        if self._running is None:
+            yield
+            return
+        with self._weights_kept():
+            weights.load(self._module, self._running.before)
+            yield
+
+    @contextmanager
+    def _weights_kept(self) -> Iterator[weights.Weights]:
+        """Gives the module's weights, which it has again after the block."""
+        present = weights.read(self._module)
+        try:
+            yield present
+        finally:
+            weights.load(self._module, present)
+
+    def _probe_vectorized(self) -> None:
+        """Can clients be vectorized?"""
+        stages = ["train", "evaluate"] if self._evaluates(self._trainer.check_val_every_n_epoch or 1) else ["train"]
+        with self._weights_kept() as before:
+            self._side.probe_vectorized(stages, self._owners.partition.num_clients, before, self._settings.seed)
+
+    def _evaluates(self, round: int) -> bool:
+        """Whether clients evaluate in a round."""
+        every = self._trainer.check_val_every_n_epoch or 1
+        return (
+            round % every == 0
+            and self._owners.partition.can_evaluate()
+            and is_overridden("validation_step", self._module, LightningModule)
+        )
+
+    def _warn_of_monitors(self) -> None:
+        """Clients that change from round to round are no measure of it."""
+        evaluate = self._owners.cohorts.size("evaluate", self._clients)
+        monitors = placement.monitors_of_a_part(self._trainer.callbacks, CLIENT_METRICS)
+        if monitors and 0 < evaluate < self._clients:
+            rank_zero_warn(
+                f"{' and '.join(monitors)}: {evaluate} of {self._clients} clients evaluate in a round, each round"
+                " others, so the metric jumps with who they are. Let all evaluate, fraction_evaluate=1.0, or monitor"
+                " the server's own validation."
+            )
