@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from flwr.serverapp.strategy import FedAvg, strategy_utils
 
 from lightning_fed.values.metrics import MEAN, METRIC, MetricState
-from lightning_fed.wire import messages
+from lightning_fed.wire import beside, messages
 from lightning_fed.wire.messages import pack, unpack
 from tests.helpers import in_flower, over_the_wire
 
@@ -152,9 +152,9 @@ def test_integer_tensors_travel_beside_what_mods_and_strategies_see():
     def main():
         shared = RecordDict({"arrays": pack({"w": torch.ones(1)})})  # one for all, as Flower's strategies do
         sent = [message(shared), message(shared)]
-        messages.attach_integers(sent, {"n": torch.tensor(2**53 + 1)})
+        beside.Apart({"n": torch.tensor(2**53 + 1)}).attach(sent)
         got = [Message(messages.copy_for_delivery(m.content), 1, MessageType.TRAIN) for m in sent]
-        integers = [messages.detach_integers(m) for m in got]
+        integers = [beside.detach(m) for m in got]
         return integers, [set(m.content) for m in got]
 
     integers, seen = in_flower(main)
@@ -165,8 +165,8 @@ def test_integer_tensors_travel_beside_what_mods_and_strategies_see():
 def test_message_without_integers_has_none():
     def main():
         sent = message()
-        messages.attach_integers([sent], {})
-        return set(sent.content), messages.detach_integers(sent)
+        beside.Apart({}).attach([sent])
+        return set(sent.content), beside.detach(sent)
 
     assert in_flower(main) == (set(), {})
 
@@ -239,10 +239,10 @@ def test_metric_states_and_integers_travel_and_are_gone_before_a_strategy_sees_t
     def main():
         reply = messages.train_reply(message(), {"w": torch.ones(1)}, 2, {})
         before = set(reply.content)
-        messages.attach_extras(reply, messages.Extras({"n": torch.tensor(5)}, STATES))
+        beside.attach_extras(reply, beside.Extras({"n": torch.tensor(5)}, STATES))
         if wired:
             reply.content = over_the_wire(reply.content)
-        return before, messages.detach_extras(reply), set(reply.content)
+        return before, beside.detach_extras(reply), set(reply.content)
 
     before, extras, after = in_flower(main)
     assert after == before
@@ -256,7 +256,7 @@ def test_metric_states_and_integers_travel_and_are_gone_before_a_strategy_sees_t
 
 
 def test_reply_of_a_client_that_is_not_ours_has_no_extras():
-    extras = in_flower(lambda: messages.detach_extras(messages.evaluate_reply(message(), 1, {})))
+    extras = in_flower(lambda: beside.detach_extras(messages.evaluate_reply(message(), 1, {})))
     assert (extras.integers, extras.states) == ({}, [])
 
 

@@ -22,7 +22,7 @@ from lightning_fed.server.rounds import Rounds, quiet_flower
 from lightning_fed.strategies import WeightedMean
 from lightning_fed.testing import counting_client, failing_client, toy_weights
 from lightning_fed.values.metrics import COMPUTED, MetricState
-from lightning_fed.wire import messages
+from lightning_fed.wire import beside, messages
 from tests.helpers import SuperLinkLike, in_flower
 
 NODES = {9_000_000_017: 2, 31: 0, 5_555_555_555_555: 3, 77: 1}  # address -> client
@@ -138,9 +138,9 @@ def test_round_gives_the_weighted_mean_in_every_dtype(ours):
         return messages.train_reply(message, {n: t + (k + 1) for n, t in got.items()}, k + 1, {"loss": float(k)})
 
     def train_with_integers(k, message):
-        integers = messages.detach_integers(message)
+        integers = beside.detach(message)
         reply = train(k, message)
-        messages.attach_extras(reply, messages.Extras({n: t if n == "on" else t + k for n, t in integers.items()}))
+        beside.attach_extras(reply, beside.Extras({n: t if n == "on" else t + k for n, t in integers.items()}))
         return reply
 
     if ours:
@@ -576,7 +576,7 @@ def test_metric_that_cannot_be_merged_is_said_once_by_name():
     def train(k, message):
         reply = messages.train_reply(message, messages.read_instruction(message).weights, k + 1, {})
         state = MetricState("f1", COMPUTED, {"value": torch.tensor(float(k))})
-        messages.attach_extras(reply, messages.Extras(states=[state]))
+        beside.attach_extras(reply, beside.Extras(states=[state]))
         return reply
 
     def main():

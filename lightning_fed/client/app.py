@@ -23,9 +23,9 @@ from lightning_fed.errors import ClientError
 from lightning_fed.seeding import random_states_kept
 from lightning_fed.state.snapshot import DataSnapshot, Snapshot
 from lightning_fed.values.data import ClientLoaders
-from lightning_fed.values.weights import Weights, split
+from lightning_fed.values.weights import Weights
 from lightning_fed.views import hand_over
-from lightning_fed.wire import messages
+from lightning_fed.wire import beside, messages
 
 
 class DataSource(Protocol):
@@ -97,11 +97,11 @@ class ClientSide:
 
 @dataclass
 class _Call:
-    """A message to a client; the integer tensors that came with it are beside it, where mods do not see them."""
+    """A message to a client, and what was detached from it, where mods do not see it."""
 
     message: Message
     context: Context
-    integers: Weights
+    detached: Weights
 
 
 class LocalClientApp(ClientApp):
@@ -149,10 +149,10 @@ class LocalClientApp(ClientApp):
     def serve(self, received: Sequence[tuple[Message, Context]]) -> list[Message]:
         """The replies to messages of one type, in their order."""
         side, stage = self._side, received[0][0].metadata.message_type
-        calls = [_Call(message, context, messages.detach_integers(message)) for message, context in received]
+        calls = [_Call(message, context, beside.detach(message)) for message, context in received]
         results: Sequence[LocalResult | None] = [None] * len(calls)
         if len(calls) > 1 and side.dispatcher is not None and not side.is_stale:
-            tasks = [_task(stage, call.message, call.context, call.integers) for call in calls]
+            tasks = [_task(stage, call.message, call.context, call.detached) for call in calls]
             results = side.dispatcher.run(stage, tasks, side.work)
         return [
             _serve(side, stage, call) if result is None else _with_extras(_reply(stage, call.message, result), result)
@@ -185,7 +185,7 @@ def _serve(side: ClientSide, stage: str, call: _Call) -> Message:
     results: list[LocalResult] = []
 
     def run(message: Message, context: Context) -> Message:
-        results[:] = [_run(side, stage, message, context, call.integers)]
+        results[:] = [_run(side, stage, message, context, call.detached)]
         return _reply(stage, message, results[0])
 
     try:
@@ -205,8 +205,8 @@ def _wrap(inner: ClientAppCallable, mod: Mod) -> ClientAppCallable:
     return lambda message, context: mod(message, context, inner)
 
 
-def _run(side: ClientSide, stage: str, message: Message, context: Context, integers: Weights) -> LocalResult:
-    task = _task(stage, message, context, integers)
+def _run(side: ClientSide, stage: str, message: Message, context: Context, detached: Weights) -> LocalResult:
+    task = _task(stage, message, context, detached)
     if side.is_stale:
         raise ClientError(
             "was not trained: what the server changed between rounds could not be changed in its process"
@@ -224,13 +224,13 @@ def _run(side: ClientSide, stage: str, message: Message, context: Context, integ
     return result
 
 
-def _task(stage: str, message: Message, context: Context, integers: Weights) -> LocalTask:
+def _task(stage: str, message: Message, context: Context, detached: Weights) -> LocalTask:
     instruction = messages.read_instruction(message)
     return LocalTask(
         client=int(context.node_config[messages.CLIENT]),
         round=instruction.round,
         seed=instruction.seed,
-        weights={**instruction.weights, **integers},
+        weights=beside.merge(instruction.weights, detached),
         state=messages.get_fit_state(context) if stage == "train" else None,
         callback_states=messages.get_callback_states(context),
     )
@@ -238,7 +238,7 @@ def _task(stage: str, message: Message, context: Context, integers: Weights) -> 
 
 def _reply(stage: str, message: Message, result: LocalResult) -> Message:
     if stage == "train":
-        return messages.train_reply(message, split(result.weights)[0], result.num_examples, result.scalars)
+        return messages.train_reply(message, beside.visible(result.weights), result.num_examples, result.scalars)
     return messages.evaluate_reply(message, result.num_examples, result.scalars)
 
 
@@ -246,5 +246,5 @@ def _with_extras(reply: Message, *results: LocalResult) -> Message:
     """A reply that mods have done with, and what they must not see."""
     if not reply.has_error():
         for result in results:
-            messages.attach_extras(reply, messages.Extras(split(result.weights)[1], result.metrics, result.notes))
+            beside.attach_extras(reply, beside.Extras.of(result.weights, result.metrics, result.notes))
     return reply

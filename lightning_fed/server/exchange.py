@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -14,12 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_fed.callbacks.base import ClientReport, FailureOwner, Stage
 from lightning_fed.errors import ClientError, FederationError, RoundError
 from lightning_fed.server.roster import CohortGrid, Roster
+from lightning_fed.strategies import WeightedMean
 from lightning_fed.tracebacks import let_go, words
 from lightning_fed.values import metrics
-from lightning_fed.values.running_mean import RunningMean
-from lightning_fed.values.weights import Weights, check_reply, split
-from lightning_fed.wire import messages
-from lightning_fed.wire.messages import Reply
+from lightning_fed.values.weights import Weights, check_update
+from lightning_fed.wire import beside, messages
 
 
 @dataclass
@@ -72,7 +71,7 @@ class Exchange:
     def __init__(self, terms: Terms, stage: Stage, round: int, cohort: Sequence[int], weights: Weights) -> None:
         self.terms, self.stage, self.round, self.cohort = terms, stage, round, cohort
         self.weights = weights
-        self.integers = RunningMean()
+        self._apart = beside.Apart(weights)
         self.states: list[tuple[float, list[metrics.MetricState]]] = []
         self.reported: list[tuple[float, dict[str, float]]] = []
         self.notes: dict[str, None] = {}
@@ -86,12 +85,11 @@ class Exchange:
             RoundError: If the strategy raises.
         """
         strategy, roster = self.terms.strategy, self.terms.roster
-        averaged, integers = split(self.weights)
         configure = strategy.configure_train if self.stage == "train" else strategy.configure_evaluate
         cohort_grid = CohortGrid(grid, [roster.node_of(client) for client in self.cohort])
         config = messages.round_config(self.round, self.terms.seed)
         try:
-            sent = list(configure(self.round, messages.pack(averaged), config, cohort_grid))
+            sent = list(configure(self.round, messages.pack(self._apart.averaged), config, cohort_grid))
         except FederationError:
             raise
         except Exception as error:
@@ -100,7 +98,7 @@ class Exchange:
                 round=self.round,
                 stage=self.stage,
             ) from error
-        messages.attach_integers(sent, integers)
+        self._apart.attach(sent)
         sent.sort(key=lambda message: roster.client_of(message.metadata.dst_node_id))
         self.cohort = [roster.client_of(message.metadata.dst_node_id) for message in sent]
         return sent
@@ -161,20 +159,47 @@ class Exchange:
                 stage=self.stage,
             )
 
+    def new_weights(self, arrays: ArrayRecord | None) -> Weights:
+        """The global weights that the round gives, of what the strategy made of the replies.
+
+        Raises:
+            RoundError: If the strategy gave none, or some that cannot be used.
+        """
+        name = name_of(self.terms.strategy)
+        if arrays is None:
+            raise RoundError(
+                f"Round {self.round}: {name} gave no new weights. It says why in Flower's log (FLWR_LOG_LEVEL=INFO);"
+                " robust strategies need a minimum of replies.",
+                round=self.round,
+            )
+        try:
+            new = self._apart.merged(messages.unpack(arrays))
+            check_update(new, self.weights)
+        except ClientError as error:
+            raise RoundError(
+                f"Round {self.round}: {name} gave weights that {error}", round=self.round, tensor=error.tensor
+            ) from None
+        except Exception as error:
+            raise RoundError(
+                f"Round {self.round}: {name} gave weights that cannot be read: {words(error)}", round=self.round
+            ) from error
+        return {key: new[key] for key in self.weights}
+
     def _accept(self, client: int, reply: Message) -> float:
         if reply.has_error():
             said, exception = messages.raised(reply)
             raise self._error(client, _explain(said, exception)) from exception
         try:
-            read = messages.read_reply(reply)
+            read = beside.read_reply(reply)
             self._check(read)
         except ClientError as error:
             raise self._error(client, str(error), type(error), error.tensor) from error.__cause__
         self.notes.update(dict.fromkeys(read.extras.notes))
-        if self.stage == "train" and read.extras.integers:
-            # A strategy that weighs all clients alike (ours say so) gets it for these, too.
-            alike = getattr(self.terms.strategy, "uniform", False)
-            self.integers.add(read.extras.integers, 1.0 if alike else read.num_examples)
+        if self.stage == "train":
+            # Where a strategy of ours weighs all clients alike, so are these.
+            strategy = self.terms.strategy
+            alike = isinstance(strategy, WeightedMean) and strategy.uniform
+            self._apart.add(read.extras, 1.0 if alike else read.num_examples)
         if read.num_examples:
             self.states.append((read.num_examples, metrics.with_own(read.extras.states, read.scalars)))
             self.reported.append((read.num_examples, read.scalars))
@@ -182,7 +207,7 @@ class Exchange:
             self.terms.tell("on_client_end", self.round, self.stage, report)
         return read.num_examples
 
-    def _check(self, read: Reply) -> None:
+    def _check(self, read: beside.Reply) -> None:
         """Raises:
         ClientError: If a reply cannot be used.
         """
@@ -192,11 +217,8 @@ class Exchange:
             raise ClientError(
                 f"reports {count:g} examples; it cannot be averaged: their number must be finite and {least}."
             )
-        if not trains:
-            return
-        if read.arrays is None:
-            raise ClientError("sent no weights.")
-        check_reply(read.arrays, read.extras.integers, self.weights)
+        if trains:
+            beside.check(read, self.weights)
 
     def _leave_out(self, reply: Message) -> None:
         rank_zero_warn(

@@ -33,14 +33,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_fed.callbacks.base import CLIENT_METRICS, CohortOwner, FailureOwner, FederatedCallback, Stage
-from lightning_fed.errors import ClientError, FederationError, RoundError
+from lightning_fed.errors import FederationError, RoundError
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.server.exchange import About, Exchange, Terms, name_of
 from lightning_fed.server.roster import Roster
 from lightning_fed.strategies.own_metrics import own_metrics
 from lightning_fed.tracebacks import words
 from lightning_fed.values import metrics
-from lightning_fed.values.weights import Weights, check_update
+from lightning_fed.values.weights import Weights
 from lightning_fed.wire import messages
 
 
@@ -111,9 +111,10 @@ class Rounds:
             RoundError: If there are too few good replies, or the strategy gave no usable weights.
         """
         with quiet_flower():
-            trained = self._stage("train", round, weights)
+            trained = self._stage("train", round, weights)  # 1. to 3.
             if trained is None:
                 raise RoundError(f"Round {round}: no client was chosen to train.", round=round, stage="train")
+            # 4. Clients evaluate the new weights: the same three steps.
             evaluated = self._stage("evaluate", round, trained.weights) if evaluate else None
         logged, about = trained.metrics, trained.about
         if evaluated is not None:
@@ -128,12 +129,15 @@ class Rounds:
             return None
         exchange = Exchange(self._terms, stage, round, cohort, weights)
         with seeded(seed_for(self.seed, f"strategy/{stage}", round=round)):
+            # 1. The strategy makes the messages.
             sent = exchange.messages(self.grid)
             if not sent:
                 return None
             self._tell("on_round_start", round, stage, exchange.cohort)
+            # 2. The grid takes them to the clients, who work one by one as their replies are read.
             with _closed(self.grid.send_and_receive(sent, timeout=self.timeout)) as received:
                 replies = exchange.replies(received)
+                # 3. The strategy aggregates the replies, in client order.
                 averaged, extra = self._aggregate(exchange, replies)
                 for _ in replies:  # a strategy that stopped reading must not hide a failure
                     pass
@@ -147,8 +151,7 @@ class Rounds:
         logged = {**extra, **merged.values, **own}
         if stage == "evaluate":
             return RoundResult({}, logged, exchange.about())
-        new = self._new_weights(round, weights, averaged, exchange.integers.value())
-        return RoundResult(new, logged, exchange.about())
+        return RoundResult(exchange.new_weights(averaged), logged, exchange.about())
 
     def _aggregate(self, exchange: Exchange, replies: Iterator[Message]) -> tuple[ArrayRecord | None, dict[str, float]]:
         stage, round = exchange.stage, exchange.round
@@ -167,27 +170,6 @@ class Rounds:
                 stage=stage,
             ) from error
         return arrays, messages.scalars(record)
-
-    def _new_weights(self, round: int, old: Weights, arrays: ArrayRecord | None, integers: Weights) -> Weights:
-        name = name_of(self.strategy)
-        if arrays is None:
-            raise RoundError(
-                f"Round {round}: {name} gave no new weights. It says why in Flower's log (FLWR_LOG_LEVEL=INFO); robust"
-                " strategies need a minimum of replies.",
-                round=round,
-            )
-        try:
-            new = {**messages.unpack(arrays), **integers}
-            check_update(new, old)
-        except ClientError as error:
-            raise RoundError(
-                f"Round {round}: {name} gave weights that {error}", round=round, tensor=error.tensor
-            ) from None
-        except Exception as error:
-            raise RoundError(
-                f"Round {round}: {name} gave weights that cannot be read: {words(error)}", round=round
-            ) from error
-        return {key: new[key] for key in old}
 
     def _tell(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks:

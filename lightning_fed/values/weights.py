@@ -128,12 +128,6 @@ def is_averaged(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def split(weights: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
-    """Parts ``weights`` into what strategies average and the integer and bool tensors, which are averaged apart."""
-    averaged = {name: value for name, value in weights.items() if is_averaged(value)}
-    return averaged, {name: value for name, value in weights.items() if name not in averaged}
-
-
 def is_finite(tensor: Tensor) -> bool:
     """Whether all of a tensor's elements are finite."""
     if not is_averaged(tensor) or tensor.numel() == 0:
@@ -153,29 +147,6 @@ def _is_finite_where(tensor: Tensor, reference: Tensor) -> bool:
     """Whether a tensor is finite where the global one is. There are masks of -Inf, and what is NaN until it is set."""
     tensor, reference = (one.double() if one.element_size() == 1 else one for one in (tensor, reference))
     return not bool((torch.isfinite(reference.to(tensor.device)) & ~torch.isfinite(tensor)).any())
-
-
-def check_reply(
-    averaged: Mapping[str, Tensor], integers: Mapping[str, Tensor], reference: Mapping[str, Tensor]
-) -> None:
-    """Checks a client's weights, which come in two parts, against the global ones.
-
-    Args:
-        averaged: What strategies average.
-        integers: The integer and bool tensors, which would take the place of an averaged tensor of their name.
-        reference: The global weights.
-
-    Raises:
-        InvalidUpdateError: If a tensor came in the wrong part, or as ``check_update`` says.
-    """
-    for part, what, belongs in ((averaged, "floating and complex", True), (integers, "integer and bool", False)):
-        for name in part:
-            if name in reference and is_averaged(reference[name]) is not belongs:
-                raise InvalidUpdateError(
-                    f"sent {name!r} among its {what} tensors, the global model has it as {_dtype(reference[name])}.",
-                    tensor=name,
-                )
-    check_update({**averaged, **integers}, reference)
 
 
 def _dtype(tensor: Tensor) -> str:

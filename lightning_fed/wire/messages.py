@@ -1,16 +1,13 @@
-"""The one file that knows the keys of Flower's records.
+"""Flower's records as its own strategies and mods expect them.
 
-What travels in a message is what Flower's own strategies and mods expect: one ArrayRecord ``arrays`` with all floating
-tensors, one ConfigRecord ``config`` to the client, one MetricRecord ``metrics`` with ``num-examples`` back. What they
-must not see travels beside these: integer and bool tensors (a clip norm must not count them), and metric states. The
-loop and the client app put it on and take it off.
+One ArrayRecord ``arrays`` with all floating tensors, one ConfigRecord ``config`` to the client, one MetricRecord
+``metrics`` with ``num-examples`` back. What they must not see travels beside these (``wire/beside.py``).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -18,9 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from torch import Tensor
 
 from lightning_fed._compat.flower import filled
-from lightning_fed.errors import ClientError
 from lightning_fed.tracebacks import frames, words
-from lightning_fed.values.metrics import MetricState
 from lightning_fed.values.weights import Weights
 from lightning_fed.wire.tensor_array import TensorArray
 
@@ -29,8 +24,6 @@ Kind = TypeVar("Kind", ArrayRecord, MetricRecord, ConfigRecord)
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NUM_EXAMPLES, ROUND, SEED = "num-examples", "server-round", "run-seed"
 CLIENT = "partition-id"
-_INTEGERS, _STATES, _SPECS = "lightning-fed.integers", "lightning-fed.states", "lightning-fed.specs"
-_NOTES = "lightning-fed.notes"
 _FIT_STATE, _CALLBACK_STATES = "lightning-fed.fit-state", "lightning-fed.callback-states"
 CLIENT_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
@@ -86,27 +79,6 @@ def round_config(round: int, seed: int) -> ConfigRecord:
     return ConfigRecord({ROUND: round, SEED: seed})
 
 
-def attach_integers(messages: Sequence[Message], integers: Weights) -> None:
-    """Puts the integer and bool tensors beside what the strategy sends (which often is one shared RecordDict)."""
-    if integers:
-        record = pack(integers)
-        for message in messages:
-            message.content[_INTEGERS] = record
-
-
-def detach_integers(message: Message) -> Weights:
-    """Takes off what ``attach_integers`` put on, before mods see the message."""
-    record = _take(message.content, _INTEGERS, ArrayRecord)
-    return {} if record is None else unpack(record)
-
-
-def _take(content: RecordDict, key: str, kind: type[Kind]) -> Kind | None:
-    record = content.pop(key, None)
-    if record is not None and not isinstance(record, kind):
-        raise TypeError(f"{key} is a {type(record).__name__} and should be a {kind.__name__}")
-    return record
-
-
 @dataclass
 class Instruction:
     """What a client is told: the round, the run's seed and the weights that strategies average."""
@@ -131,15 +103,6 @@ def _int(value: Any) -> int:
 # ---------------------------------------------------------------------------------------------- client to server
 
 
-@dataclass
-class Extras:
-    """What travels back beside the records that strategies see."""
-
-    integers: Weights = field(default_factory=dict)
-    states: list[MetricState] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
 def train_reply(message: Message, weights: Weights, num_examples: int, scalars: Mapping[str, float]) -> Message:
     """The reply to a train message, as strategies and mods expect it."""
     content = RecordDict({ARRAYS: pack(weights), METRICS: MetricRecord({**scalars, NUM_EXAMPLES: num_examples})})
@@ -162,77 +125,6 @@ def error_reply(message: Message, exception: BaseException) -> Message:
 def raised(reply: Message) -> tuple[str, BaseException | None]:
     """What an error reply says, and the exception itself where it is at hand."""
     return (reply.error.reason or "unknown error").strip(), reply.error.__dict__.get("exception")
-
-
-def attach_extras(reply: Message, extras: Extras) -> None:
-    """Puts integer tensors, metric states and notes to the user on a reply that the mods have done with."""
-    if extras.notes:
-        reply.content[_NOTES] = ConfigRecord({"texts": extras.notes})
-    if extras.integers:
-        reply.content[_INTEGERS] = pack(extras.integers)
-    if extras.states:
-        arrays = {f"{i}/{key}": t for i, state in enumerate(extras.states) for key, t in state.tensors.items()}
-        specs = [[s.name, s.kind, s.attribute, s.updates, s.logged, s.on_bar] for s in extras.states]
-        reply.content[_STATES] = pack(arrays)
-        reply.content[_SPECS] = ConfigRecord({"json": json.dumps(specs)})
-
-
-def detach_extras(reply: Message) -> Extras:
-    """Takes off what ``attach_extras`` put on, before a strategy sees the reply."""
-    extras, notes = Extras(integers=detach_integers(reply)), _take(reply.content, _NOTES, ConfigRecord)
-    extras.notes = [] if notes is None else [str(text) for text in notes["texts"]]  # type: ignore[union-attr]
-    specs = _take(reply.content, _SPECS, ConfigRecord)
-    record = _take(reply.content, _STATES, ArrayRecord)
-    _require((specs is None) == (record is None), "half of its metric states")
-    if specs is not None and record is not None:
-        extras.states = _states(json.loads(str(specs["json"])), unpack(record))
-    return extras
-
-
-def _states(specs: Any, arrays: Weights) -> list[MetricState]:
-    tensors: dict[int, Weights] = {}
-    for key, tensor in arrays.items():
-        index, name = key.split("/", 1)
-        tensors.setdefault(int(index), {})[name] = tensor
-    _require(set(tensors) <= set(range(len(specs))), "metric states without a name")
-    states = []
-    for i, (name, kind, attribute, updates, *where) in enumerate(specs):
-        words = all(isinstance(word, str) for word in (name, kind, attribute))
-        _require(words and isinstance(updates, int), f"{specs[i]} for the name of a metric state")
-        logged, on_bar = map(bool, where)
-        states.append(MetricState(name, kind, tensors.get(i, {}), attribute, updates, logged=logged, on_bar=on_bar))
-    return states
-
-
-def _require(good: bool, instead: str) -> None:
-    if not good:
-        raise ValueError(instead)
-
-
-@dataclass
-class Reply:
-    """A client's reply, read; ``arrays`` is ``None`` where it has none."""
-
-    arrays: Weights | None
-    extras: Extras
-    num_examples: float
-    scalars: dict[str, float]
-
-
-def read_reply(reply: Message) -> Reply:
-    """Reads a reply, and takes off it what strategies must not see.
-
-    Raises:
-        ClientError: If something in it is not of the form in which it travels.
-    """
-    try:
-        extras, arrays = detach_extras(reply), first(reply.content, ArrayRecord)
-        record = first(reply.content, MetricRecord) or MetricRecord()
-        _require(not isinstance(record.get(NUM_EXAMPLES), list), f"{NUM_EXAMPLES}={record.get(NUM_EXAMPLES)}")
-        weights = None if arrays is None else unpack(arrays)
-        return Reply(weights, extras, num_examples(reply), reply_scalars(reply))
-    except Exception as error:  # whatever it was that the client sent
-        raise ClientError(f"sent what cannot be read: {words(error)}") from error
 
 
 def num_examples(reply: Message, key: str = NUM_EXAMPLES) -> float:

@@ -1,0 +1,203 @@
+"""What travels beside the records that strategies and mods see: integer and bool tensors, metric states, notes.
+
+The one place that knows of integer and bool tensors. No strategy averages them and no mod counts them (a clip norm must
+not): they are split off the weights here, have a mean of their own, and are merged with what the strategy made of the
+rest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from lightning_fed.errors import ClientError, InvalidUpdateError
+from lightning_fed.tracebacks import words
+from lightning_fed.values.metrics import MetricState
+from lightning_fed.values.running_mean import RunningMean
+from lightning_fed.values.weights import Weights, check_update, is_averaged
+from lightning_fed.wire.messages import NUM_EXAMPLES, first, num_examples, pack, reply_scalars, unpack
+
+Kind = TypeVar("Kind", ArrayRecord, ConfigRecord)
+
+_INTEGERS, _STATES, _SPECS = "lightning-fed.integers", "lightning-fed.states", "lightning-fed.specs"
+_NOTES = "lightning-fed.notes"
+
+
+def split(weights: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
+    """Parts ``weights`` into what strategies average and the integer and bool tensors, which are averaged apart."""
+    averaged = {name: value for name, value in weights.items() if is_averaged(value)}
+    return averaged, {name: value for name, value in weights.items() if name not in averaged}
+
+
+# ---------------------------------------------------------------------------------------------- server to client
+
+
+class Apart:
+    """The integer and bool tensors of one stage of a round.
+
+    Args:
+        weights: The global weights.
+
+    Attributes:
+        averaged: All others, which the strategy sends and averages.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.averaged, self._sent = split(weights)
+        self._mean = RunningMean()
+
+    def attach(self, messages: Sequence[Message]) -> None:
+        """Puts them beside what the strategy sends (which often is one shared RecordDict)."""
+        if self._sent:
+            record = pack(self._sent)
+            for message in messages:
+                message.content[_INTEGERS] = record
+
+    def add(self, extras: Extras, coefficient: float) -> None:
+        """Takes in what came beside a client's reply, with its averaging coefficient."""
+        if extras.integers:
+            self._mean.add(extras.integers, coefficient)
+
+    def merged(self, averaged: Weights) -> Weights:
+        """What the strategy made of the others, and the mean of these."""
+        return {**averaged, **self._mean.value()}
+
+
+def detach(message: Message) -> Weights:
+    """Takes off what came beside a message, before mods see it."""
+    record = _take(message.content, _INTEGERS, ArrayRecord)
+    return {} if record is None else unpack(record)
+
+
+def merge(seen: Weights, detached: Weights) -> Weights:
+    """All weights of a message: those that mods have seen, and what ``detach`` gave."""
+    return {**seen, **detached}
+
+
+def _take(content: RecordDict, key: str, kind: type[Kind]) -> Kind | None:
+    record = content.pop(key, None)
+    if record is not None and not isinstance(record, kind):
+        raise TypeError(f"{key} is a {type(record).__name__} and should be a {kind.__name__}")
+    return record
+
+
+# ---------------------------------------------------------------------------------------------- client to server
+
+
+@dataclass
+class Extras:
+    """What travels back beside the records that strategies see."""
+
+    integers: Weights = field(default_factory=dict)
+    states: list[MetricState] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, weights: Weights, states: list[MetricState], notes: list[str]) -> Extras:
+        """Those of a client's result: what ``visible`` leaves out of its weights, and all that is not weights."""
+        return cls(split(weights)[1], states, notes)
+
+
+def visible(weights: Mapping[str, Tensor]) -> Weights:
+    """What strategies and mods see of a client's weights."""
+    return split(weights)[0]
+
+
+def attach_extras(reply: Message, extras: Extras) -> None:
+    """Puts integer tensors, metric states and notes to the user on a reply that the mods have done with."""
+    if extras.notes:
+        reply.content[_NOTES] = ConfigRecord({"texts": extras.notes})
+    if extras.integers:
+        reply.content[_INTEGERS] = pack(extras.integers)
+    if extras.states:
+        arrays = {f"{i}/{key}": t for i, state in enumerate(extras.states) for key, t in state.tensors.items()}
+        specs = [[s.name, s.kind, s.attribute, s.updates, s.logged, s.on_bar] for s in extras.states]
+        reply.content[_STATES] = pack(arrays)
+        reply.content[_SPECS] = ConfigRecord({"json": json.dumps(specs)})
+
+
+def detach_extras(reply: Message) -> Extras:
+    """Takes off what ``attach_extras`` put on, before a strategy sees the reply."""
+    extras, notes = Extras(integers=detach(reply)), _take(reply.content, _NOTES, ConfigRecord)
+    extras.notes = [] if notes is None else [str(text) for text in cast(list[str], notes["texts"])]
+    specs = _take(reply.content, _SPECS, ConfigRecord)
+    record = _take(reply.content, _STATES, ArrayRecord)
+    _require((specs is None) == (record is None), "half of its metric states")
+    if specs is not None and record is not None:
+        extras.states = _states(json.loads(str(specs["json"])), unpack(record))
+    return extras
+
+
+def _states(specs: Any, arrays: Weights) -> list[MetricState]:
+    tensors: dict[int, Weights] = {}
+    for key, tensor in arrays.items():
+        index, name = key.split("/", 1)
+        tensors.setdefault(int(index), {})[name] = tensor
+    _require(set(tensors) <= set(range(len(specs))), "metric states without a name")
+    states = []
+    for i, (name, kind, attribute, updates, *where) in enumerate(specs):
+        words = all(isinstance(word, str) for word in (name, kind, attribute))
+        _require(words and isinstance(updates, int), f"{specs[i]} for the name of a metric state")
+        logged, on_bar = map(bool, where)
+        states.append(MetricState(name, kind, tensors.get(i, {}), attribute, updates, logged=logged, on_bar=on_bar))
+    return states
+
+
+def _require(good: bool, instead: str) -> None:
+    if not good:
+        raise ValueError(instead)
+
+
+@dataclass
+class Reply:
+    """A client's reply, read; ``arrays`` is ``None`` where it has none."""
+
+    arrays: Weights | None
+    extras: Extras
+    num_examples: float
+    scalars: dict[str, float]
+
+
+def read_reply(reply: Message) -> Reply:
+    """Reads a reply, and takes off it what strategies must not see.
+
+    Raises:
+        ClientError: If something in it is not of the form in which it travels.
+    """
+    try:
+        extras, arrays = detach_extras(reply), first(reply.content, ArrayRecord)
+        record = first(reply.content, MetricRecord) or MetricRecord()
+        _require(not isinstance(record.get(NUM_EXAMPLES), list), f"{NUM_EXAMPLES}={record.get(NUM_EXAMPLES)}")
+        weights = None if arrays is None else unpack(arrays)
+        return Reply(weights, extras, num_examples(reply), reply_scalars(reply))
+    except Exception as error:  # whatever it was that the client sent
+        raise ClientError(f"sent what cannot be read: {words(error)}") from error
+
+
+def check(read: Reply, reference: Weights) -> None:
+    """Checks a client's weights, which come in two parts, against the global ones.
+
+    Args:
+        read: The reply; an integer tensor would take the place of an averaged one of its name.
+        reference: The global weights.
+
+    Raises:
+        ClientError: If there are none.
+        InvalidUpdateError: If a tensor came in the wrong part, or as ``check_update`` says.
+    """
+    if read.arrays is None:
+        raise ClientError("sent no weights.")
+    parts = ((read.arrays, "floating and complex", True), (read.extras.integers, "integer and bool", False))
+    for part, what, belongs in parts:
+        for name in part:
+            if name in reference and is_averaged(reference[name]) is not belongs:
+                kind = str(reference[name].dtype).removeprefix("torch.")
+                raise InvalidUpdateError(
+                    f"sent {name!r} among its {what} tensors, the global model has it as {kind}.", tensor=name
+                )
+    check_update({**read.arrays, **read.extras.integers}, reference)
