@@ -52,7 +52,12 @@ def _new(cls: Any, *args: Any) -> Any:
 
 def user_class(instance: object) -> type:
     """The class that the user wrote, whichever view lies over the instance."""
-    return getattr(type(instance), _CLASS, type(instance))
+    return below(type(instance))
+
+
+def below(cls: type) -> type:
+    """The class that the user wrote, where a class is that of a view over it."""
+    return getattr(cls, _CLASS, cls)
 
 
 def wrote(instance: object, base: type, name: str) -> bool:

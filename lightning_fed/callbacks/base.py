@@ -99,6 +99,8 @@ class PartitionOwner(FederatedCallback):
     """A callback that decides which data each client has."""
 
     decides = frozenset({"partition"})
+    #: Whether what it deals out is the user's train loader, which then there has to be.
+    deals_out: ClassVar[bool] = False
 
     @property
     def num_clients(self) -> int:

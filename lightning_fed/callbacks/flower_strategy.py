@@ -16,7 +16,7 @@ from lightning_fed import checks
 from lightning_fed.callbacks.base import FederatedCallback, Stage
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.wire import messages
-from lightning_fed.wire.strategy_state import StrategyState
+from lightning_fed.wire.strategy_state import StandIn
 
 
 class FlowerStrategy(FederatedCallback):
@@ -74,17 +74,8 @@ class FlowerStrategy(FederatedCallback):
         return self.mods if stage == "train" else []
 
 
-class Adaptor(Strategy):
-    """The boundary to a strategy that expects all replies at once, with the same metrics in each.
-
-    Args:
-        inner: The strategy.
-    """
-
-    def __init__(self, inner: Strategy) -> None:
-        self.inner = inner
-        self.name = type(inner).__name__
-        self.checkpoint_state = StrategyState(inner)
+class Adaptor(StandIn):
+    """The boundary to a strategy that expects all replies at once, with the same metrics in each."""
 
     def summary(self) -> None:
         """As the strategy."""

@@ -50,6 +50,8 @@ class Partition(PartitionOwner):
         ConfigurationError: If an argument is out of its range.
     """
 
+    deals_out = True
+
     def __init__(
         self,
         partitioner: Partitioner | int,
@@ -58,11 +60,11 @@ class Partition(PartitionOwner):
         cache: bool = False,
     ) -> None:
         if checks.is_number(partitioner, whole=True):
-            if partitioner < 1:  # type: ignore[operator]
+            if partitioner < 1:
                 raise ConfigurationError(f"num_clients={partitioner} must be at least 1.")
             from flwr_datasets.partitioner import IidPartitioner
 
-            partitioner = IidPartitioner(int(partitioner))  # type: ignore[arg-type]
+            partitioner = IidPartitioner(int(partitioner))
         if inspect.isclass(partitioner) or not hasattr(partitioner, "load_partition"):
             raise ConfigurationError(
                 f"Partition({checks.as_typed(partitioner)}): write a number of clients, or a partitioner of"
@@ -70,7 +72,7 @@ class Partition(PartitionOwner):
             )
         if not (checks.is_number(val_fraction) and 0 <= val_fraction < 1):
             raise ConfigurationError(f"Partition(val_fraction={val_fraction!r}) must be in [0, 1).")
-        self.partitioner: Partitioner = partitioner  # type: ignore[assignment]
+        self.partitioner: Partitioner = partitioner
         self.val_fraction = val_fraction
         self._labels, self.cache = labels, cache
         self._read: dict[tuple[str, int], Any] = {}

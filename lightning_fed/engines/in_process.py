@@ -11,8 +11,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from lightning_fed._compat.flower import Run, make_message, new_run, number, server_identity
-from lightning_fed.client.app import LocalClientApp
 from lightning_fed.engines.base import Engine, LocalGrid
+from lightning_fed.engines.served import answer, served
 from lightning_fed.wire import messages
 
 T = TypeVar("T")
@@ -31,22 +31,6 @@ class InProcess(Engine):
             return main(grid)
 
 
-def at_once(app: ClientApp, message: Message) -> int:
-    """How many messages like this one to give to ``answer``: several where the app serves clients together."""
-    return app.at_once(message.metadata.message_type) if isinstance(app, LocalClientApp) else 1
-
-
-def answer(app: ClientApp, received: Sequence[tuple[Message, Context]]) -> list[Message]:
-    """The replies to messages of one type, in their order; an exception is a reply."""
-    if len(received) > 1 and isinstance(app, LocalClientApp):
-        return app.serve(received)
-    message, context = received[0]
-    try:
-        return [app(message, context)]
-    except Exception as exception:
-        return [messages.error_reply(message, exception)]
-
-
 def deliver(metadata: Metadata, content: RecordDict) -> Message:
     """A message as it reaches a client, with records of its own that the client may write to."""
     return make_message(metadata=metadata, content=messages.copy_for_delivery(content))
@@ -56,7 +40,7 @@ class InProcessGrid(LocalGrid):
     """A Grid over clients ``0..n-1`` whose node ids are ``1..n``; a client's ``Context`` lives as long as the grid."""
 
     def __init__(self, client_app: ClientApp, num_clients: Callable[[], int]) -> None:
-        self._app = client_app
+        self.app = served(client_app)
         self._count = num_clients
         self._run = new_run()
         self._contexts: dict[int, Context] = {}
@@ -109,7 +93,7 @@ class InProcessGrid(LocalGrid):
     def _call(self, sent: Sequence[Message]) -> list[Message]:
         contexts = [self._context_of(message) for message in sent]
         delivered = [deliver(message.metadata, message.content) for message in sent]
-        replies = answer(self._app, list(zip(delivered, contexts, strict=True)))
+        replies = answer(self.app, list(zip(delivered, contexts, strict=True)))
         for reply in replies:
             number(reply)
         return replies
@@ -118,7 +102,7 @@ class InProcessGrid(LocalGrid):
         """Runs the clients as the replies are read, in the order of the messages; nothing to time out on."""
         waiting = iter(messages)
         for first in waiting:
-            together = [first, *islice(waiting, at_once(self._app, first) - 1)]
+            together = [first, *islice(waiting, self.app.at_once(first.metadata.message_type) - 1)]
             for message in together:
                 number(message)
             replies = self._call(together)

@@ -3,7 +3,7 @@
 ::
 
     engine                                          worker
-    Start(client_app)                       ->      has module, data and options, once a run
+    Start(app)                              ->      has module, data and options, once a run
     Shared(arrays)                          ->      the round's weights, in memory that all workers map
     Task(message, context)                  ->      the client app, as in process
                                             <-      Done(reply, what the client keeps)
@@ -27,7 +27,6 @@ from flwr.serverapp import Grid
 from lightning_fed._compat.flower import server_identity
 from lightning_fed.engines import transport
 from lightning_fed.engines.base import Engine
-from lightning_fed.engines.in_process import at_once
 from lightning_fed.engines.pool import Pool, StartMethod, Worker, prepare, start_method
 from lightning_fed.engines.remote import AHEAD, Deadline, RemoteGrid
 from lightning_fed.engines.worker import Shared, Start
@@ -101,7 +100,7 @@ class ProcessGrid(RemoteGrid):
     def __init__(self, client_app: ClientApp, num_clients: Callable[[], int], engine: Processes) -> None:
         super().__init__(client_app, num_clients)
         self._num_workers = engine.num_workers
-        start = Start(client_app, self.run.run_id, engine.threads)
+        start = Start(self.app, self.run.run_id, engine.threads)
         self.pool = Pool(start, engine.devices, engine.start_method, self.changes)
 
     def _exchange(self, sent: list[Message], call: int, timeout: float | None) -> Iterator[Message]:
@@ -123,7 +122,9 @@ class Delivery:
     def __init__(self, grid: ProcessGrid, sent: list[Message], call: int, timeout: float | None) -> None:
         self.grid, self.sent, self.call = grid, sent, call
         self.deadline = Deadline(timeout)
-        together = min(at_once(grid.client_app, sent[0]), -(-len(sent) // len(grid.pool.workers))) if sent else 1
+        together = (
+            min(grid.app.at_once(sent[0].metadata.message_type), -(-len(sent) // len(grid.pool.workers))) if sent else 1
+        )
         self.waiting = deque(range(first, min(first + together, len(sent))) for first in range(0, len(sent), together))
         self.ahead = max(AHEAD, together) * len(grid.pool.workers)
         self.at: dict[Worker, range] = {}  # what each busy worker does

@@ -98,7 +98,7 @@ class RayGrid(RemoteGrid):
     def __init__(self, ray: Any, client_app: ClientApp, num_clients: Callable[[], int], engine: Ray) -> None:
         super().__init__(client_app, num_clients)
         self._ray, self._engine = ray, engine
-        self._start = Start(client_app, self.run.run_id, max(1, int(engine.client_resources["num_cpus"])))
+        self._start = Start(self.app, self.run.run_id, max(1, int(engine.client_resources["num_cpus"])))
         self._actors: list[Any] = []
         self._made: Callable[[], Any] | None = None
         self._told: dict[Any, int] = {}  # how many changes each actor knows of
@@ -230,7 +230,7 @@ class _Actor:
             if (call, number) not in self._known:
                 self._known[call, number] = transport.from_bytes(arrays)
         with server_identity(self._start.run_id):
-            return _bytes(serve(self._start.client_app, told, self._known, transport.to_bytes))
+            return _bytes(serve(self._start.app, told, self._known, transport.to_bytes))
 
 
 # Ray reads these when it is imported. Without the first it listens on all interfaces, and no argument helps.

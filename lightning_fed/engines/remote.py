@@ -11,7 +11,6 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from lightning_fed._compat.flower import number
-from lightning_fed.client.app import LocalClientApp
 from lightning_fed.engines import transport
 from lightning_fed.engines.in_process import InProcessGrid
 from lightning_fed.engines.worker import Done, Start, Task
@@ -64,7 +63,6 @@ class RemoteGrid(InProcessGrid):
 
     def __init__(self, client_app: ClientApp, num_clients: Callable[[], int]) -> None:
         super().__init__(client_app, num_clients)
-        self.client_app = client_app
         self.changes: list[bytes] = []  # of what workers have copies of; each is told those that came after its start
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
@@ -73,7 +71,7 @@ class RemoteGrid(InProcessGrid):
         for message in sent:
             number(message)
         self._calls += 1
-        if isinstance(self.client_app, LocalClientApp) and (changes := self.client_app.changes()) is not None:
+        if (changes := self.app.changes()) is not None:
             self.changes.append(changes)
         yield from self._exchange(sent, self._calls, timeout)
 
@@ -123,8 +121,7 @@ def packed(start: Start, engine: str, pack: Callable[..., T]) -> T:
 
 def _unpicklable(start: Start) -> str:
     """The first attribute that cannot be pickled, as one would write it."""
-    roots = start.client_app.roots() if isinstance(start.client_app, LocalClientApp) else {}
-    for name, root in roots.items():
+    for name, root in start.app.roots().items():
         for key, value in (root if isinstance(root, dict) else getattr(root, "__dict__", {})).items():
             try:
                 transport.pack(value, by_value=True)

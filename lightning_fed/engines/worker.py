@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, Metadata, RecordDict
-from flwr.clientapp import ClientApp
 
 from lightning_fed._compat.flower import server_identity
 from lightning_fed.engines import transport
-from lightning_fed.engines.in_process import answer, deliver
+from lightning_fed.engines.in_process import deliver
+from lightning_fed.engines.served import Served, answer
 from lightning_fed.wire import messages
 
 T = TypeVar("T")
@@ -28,12 +28,12 @@ class Start:
     """The first thing that a worker is told.
 
     Attributes:
-        client_app: What it runs.
+        app: What it runs.
         run_id: Flower's number of the run.
         threads: How many threads torch may use.
     """
 
-    client_app: ClientApp
+    app: Served
     run_id: int
     threads: int
 
@@ -128,7 +128,7 @@ def _inherited(connection: socket.socket, start: Start) -> Start | None:
 
 def _told(connection: socket.socket) -> Start | None:
     try:
-        return transport.receive(connection)  # type: ignore[no-any-return]
+        return transport.receive(connection)
     except EOFError:
         raise
     except Exception:
@@ -147,11 +147,11 @@ def _serve(connection: socket.socket, start: Start) -> None:
                 known = {key: record for key, record in known.items() if key[0] == told.call}
                 known[told.call, told.key] = told.arrays
             else:
-                transport.send(connection, serve(start.client_app, told, known, transport.pack))
+                transport.send(connection, serve(start.app, told, known, transport.pack))
 
 
 def serve(
-    app: ClientApp,
+    app: Served,
     tasks: Sequence[Task],
     known: dict[tuple[int, int], ArrayRecord],
     pack: Callable[[list[Done]], T],
@@ -167,7 +167,7 @@ def serve(
     received = []
     for task in tasks:
         for changes in task.changes:
-            app.change(changes)  # type: ignore[attr-defined]
+            app.change(changes)
         records = {name: known[task.call, r] if isinstance(r, int) else r for name, r in task.content.items()}
         received.append((deliver(task.metadata, RecordDict(records)), task.context))
     try:

@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from lightning_fed.callbacks import Partition
 from lightning_fed.callbacks.base import PartitionOwner
 from lightning_fed.client.local.isolation import making_data
 from lightning_fed.client.local.work import LocalOptions
@@ -79,7 +78,7 @@ class Deal:
         return making_data(self._makers, self._seed, client, keeps)
 
     def _loader(self) -> Any:
-        deals = isinstance(self.owner, Partition)
+        deals = self.owner.deals_out
         if self._train is not None:
             return self._train
         if self._datamodule is not None:

@@ -38,6 +38,7 @@ from lightning_fed.state.generators import generator_kind, is_global
 from lightning_fed.state.nodes import Child, Container, Kind, Node, Step
 from lightning_fed.state.packages import is_library, is_machinery
 from lightning_fed.values.part import Part
+from lightning_fed.views import below
 
 # Whoever holds so many objects holds a data set or a cache: the walk stops there.
 MOST_NODES = 20_000
@@ -99,7 +100,7 @@ class Walk:
         if id(thing) in self._seen:
             return
         self._seen[id(thing)] = thing
-        kind = _BUILTIN.get(type(thing))  # type: ignore[arg-type]
+        kind = _BUILTIN.get(type(thing))
         if kind is not None and not thing:  # most of what a module holds
             self.empty.append(Container(thing, parent, step, kind))
             return
@@ -247,7 +248,7 @@ def _containers(cls: type) -> list[Kind]:
 
 def _own_classes(cls: type) -> list[Child]:
     """The classes of an object that are no library's."""
-    mro = getattr(cls, "_lightning_fed_class", cls).__mro__
+    mro = below(cls).__mro__
     return [(("class", i), one) for i, one in enumerate(mro) if not is_library(one.__module__)]
 
 

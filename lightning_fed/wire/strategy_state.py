@@ -155,10 +155,22 @@ class StrategyState:
             setattr(self.strategy, name, reader(plain))
 
 
+class StandIn(Strategy):
+    """The base of strategies that stand for another one: their name and state are those of the strategy behind them.
+
+    Args:
+        inner: The strategy behind it.
+    """
+
+    def __init__(self, inner: Strategy) -> None:
+        self.inner = inner
+        self.name = type(inner).__name__
+        self.checkpoint_state = StrategyState(inner)
+
+
 def state_of(strategy: Strategy) -> StrategyState:
-    """A strategy's state; an adaptor's is that of the strategy behind it."""
-    kept = getattr(strategy, "checkpoint_state", None)
-    return kept if isinstance(kept, StrategyState) else StrategyState(strategy)
+    """A strategy's state."""
+    return strategy.checkpoint_state if isinstance(strategy, StandIn) else StrategyState(strategy)
 
 
 def names_in(state: State) -> list[str]:

@@ -240,6 +240,14 @@ class FastEpochLoop(EpochLoop):
             raise SIGTERMException
 
 
+class PlacedBatch:
+    """The base of batches that know where they are."""
+
+    def is_at(self, device: torch.device) -> bool:
+        """Whether it is known to be on a device."""
+        raise NotImplementedError
+
+
 def use_fast_loops(trainer: Trainer) -> bool:
     """Gives a trainer that has not begun the loops of this file, the fast ones where they are known to be Lightning's.
 
@@ -268,5 +276,5 @@ def _zero_grad(optimizer: Optimizer) -> None:
 
 
 def _is_at(part: Any, device: torch.device) -> bool:
-    """Whether a part of a batch is known to be at a device; stacked batches know it."""
-    return part.device == device if type(part) is Tensor else hasattr(part, "is_at") and part.is_at(device)
+    """Whether a part of a batch is known to be at a device."""
+    return part.device == device if type(part) is Tensor else isinstance(part, PlacedBatch) and part.is_at(device)

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_fed._compat.torch import tree_flatten, tree_unflatten
+from lightning_fed.client.local.fast_loop import PlacedBatch
 from lightning_fed.client.vectorized.rng import NotStackable, Streams
 from lightning_fed.values.data import Gathered, TensorBatches, gathering
 
 
 @dataclass
-class StackedBatch:
+class StackedBatch(PlacedBatch):
     """Clients whose batches have the same shapes.
 
     Attributes:
@@ -28,7 +29,7 @@ class StackedBatch:
     batch: Any
 
     def is_at(self, device: torch.device) -> bool:
-        """Whether it is known to be on a device."""
+        """See ``PlacedBatch``."""
         return type(self.batch) is list and all(type(p) is Tensor and p.device == device for p in self.batch)
 
     def to(self, *args: Any, **kwargs: Any) -> StackedBatch:
