@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import nn
+
+from lightning_fed.caching import cached
 
 # Both packages are the same code, but neither takes the other's classes.
 _OTHER_LIGHTNING = (
@@ -47,7 +48,7 @@ def number_faults(values: Mapping[str, object]) -> list[str]:
     ]
 
 
-def is_number(value: object, *, whole: bool = False) -> bool:
+def is_number(value: object, *, whole: bool = False) -> TypeGuard[float]:
     """Whether a value is a number; ``True`` and ``False`` are none."""
     kind = numbers.Integral if whole else numbers.Real
     return isinstance(value, kind) and not isinstance(value, bool)
@@ -55,7 +56,7 @@ def is_number(value: object, *, whole: bool = False) -> bool:
 
 def time_faults(name: str, value: object) -> list[str]:
     """A sentence if a value is no time in seconds."""
-    good = is_number(value) and value > 0  # type: ignore[operator]  # which NaN is not
+    good = is_number(value) and value > 0  # which NaN is not
     return [] if good else [f"{name}={value!r} must be a number of seconds above 0."]
 
 
@@ -119,10 +120,10 @@ def why_not(value: Any) -> str:
 
 
 def _origins(value: Any) -> frozenset[str]:
-    return _origins_of(value if inspect.isclass(value) else type(value))  # type: ignore[arg-type]
+    return _origins_of(value if inspect.isclass(value) else type(value))
 
 
-@lru_cache(maxsize=4096)  # asked of each client's data, in each round
+@cached(4096)  # asked of each client's data, in each round
 def _origins_of(kind: type) -> frozenset[str]:
     modules = {one.__module__ for one in kind.__mro__}
     return frozenset(one for one in _ORIGINS if any(f"{module}.".startswith(f"{one}.") for module in modules))

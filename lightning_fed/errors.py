@@ -6,6 +6,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable
+from typing import TypeGuard
 
 
 class FederationError(RuntimeError):
@@ -58,15 +59,16 @@ def require(owner: object, **arguments: tuple[object, Callable[[float], bool], s
     """
     faults = []
     for name, (value, is_good, rule) in arguments.items():
-        if not _is_finite_number(value):
+        if _is_finite_number(value):
+            if not is_good(value):
+                faults.append(f"{name}={value!r} must be {rule}")
+        else:
             faults.append(f"{name}={value!r} must be a finite number {rule}{_way_out(owner, name, value)}")
-        elif not is_good(value):  # type: ignore[arg-type]
-            faults.append(f"{name}={value!r} must be {rule}")
     if faults:
         raise ConfigurationError(f"{type(owner).__name__}: {'; '.join(faults)}.")
 
 
-def _is_finite_number(value: object) -> bool:
+def _is_finite_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
@@ -71,6 +71,12 @@ def toy_weights() -> Weights:
     }
 
 
+def _weights_in(message: Message) -> Weights:
+    record = messages.first(message.content, ArrayRecord)
+    assert record is not None
+    return messages.unpack(record)
+
+
 def counting_client() -> ClientApp:
     """Client ``k`` adds ``k + 1`` to all it gets, counts ``k + 1`` examples, and keeps how often it was called."""
     app = ClientApp()
@@ -79,9 +85,9 @@ def counting_client() -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         client = int(context.node_config[messages.CLIENT])
         kept = context.state.get("calls", ConfigRecord({"n": 0}))
-        calls = int(kept["n"]) + 1  # type: ignore[arg-type, call-overload]
+        calls = int(cast(int, kept["n"])) + 1
         context.state["calls"] = ConfigRecord({"n": calls})
-        got = messages.unpack(message.content[messages.ARRAYS])  # type: ignore[arg-type]
+        got = _weights_in(message)
         added = {name: tensor + (client + 1) for name, tensor in got.items()}
         return messages.train_reply(message, added, client + 1, {"client": client, "calls": calls})
 
@@ -159,7 +165,7 @@ def case_every_client_answers(engine: Engine) -> None:
     replies = engine.run(send, counting_client(), lambda: 4)
     assert sorted(_metric(reply, "client") for reply in replies) == [0, 1, 2, 3]
     for reply in replies:
-        got = messages.unpack(reply.content[messages.ARRAYS])  # type: ignore[arg-type]
+        got = _weights_in(reply)
         for name, tensor in toy_weights().items():
             expected = tensor + (_metric(reply, "client") + 1)
             assert torch.equal(got[name].to(tensor.dtype), expected), name
@@ -193,7 +199,7 @@ def case_scribbling_changes_nobody(engine: Engine) -> None:
     replies = engine.run(lambda grid: send(grid, weights=weights), scribbling_client(), lambda: 3)
     for reply in replies:
         assert not reply.has_error(), reply.error
-        got = messages.unpack(reply.content[messages.ARRAYS])  # type: ignore[arg-type]
+        got = _weights_in(reply)
         assert all(torch.equal(got[name].to(tensor.dtype), tensor) for name, tensor in toy_weights().items())
     assert all(torch.equal(weights[name], tensor) for name, tensor in toy_weights().items())
 

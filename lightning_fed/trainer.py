@@ -10,6 +10,7 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.compile import from_compiled
 
 from lightning_fed import checks
@@ -136,8 +137,8 @@ class FederatedTrainer(ServerTrainer):
         explain_errors(self)
         if plan.dev_run:  # Lightning's own makes n batches of it; here they are n rounds
             self.fit_loop.max_epochs, self.fit_loop.epoch_loop.max_steps = plan.dev_run, -1
-        if getattr(self.precision_plugin, "scaler", None) is not None:
-            self.precision_plugin.scaler = None  # type: ignore[attr-defined]  # the server has no gradients to scale
+        if isinstance(self.precision_plugin, MixedPrecision):
+            self.precision_plugin.scaler = None  # the server has no gradients to scale
 
     def fit(
         self,

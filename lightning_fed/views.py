@@ -9,10 +9,10 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 from lightning_fed._compat.lightning import COMPILER
+from lightning_fed.caching import cached
 
 _HIDDEN = "_lightning_fed_hidden"
 _CLASS = "_lightning_fed_class"
@@ -76,7 +76,7 @@ def users_own(instance: Any, name: str) -> Any:
 
 
 # Kept, because torch.compile guards on the class: a new one each round would compile anew each round.
-@lru_cache(maxsize=256)
+@cached(256)
 def _view_class(view: type, cls: type) -> type:
     names = {_CLASS: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     made: type = type(cls)(cls.__name__, (view, cls), names)
@@ -84,7 +84,7 @@ def _view_class(view: type, cls: type) -> type:
     return made
 
 
-@lru_cache(maxsize=256)
+@cached(256)
 def _names(view: type) -> frozenset[str]:
     every = (name for cls in view.__mro__ if issubclass(cls, View) for name in vars(cls))
     return frozenset(name for name in every if not name.startswith("__"))
@@ -113,8 +113,8 @@ def laid_over(instance: Any, view: type[View]) -> Iterator[None]:
     state = instance.__dict__
     uncovered = dict(state.get(_HIDDEN, {}))
     state.update(uncovered)
-    hidden = {name: state.pop(name) for name in _names(view) if name in state}  # type: ignore[arg-type]
-    instance.__class__ = _view_class(view, user_class(instance))  # type: ignore[arg-type]
+    hidden = {name: state.pop(name) for name in _names(view) if name in state}
+    instance.__class__ = _view_class(view, user_class(instance))
     previous = state.get(_HIDDEN)
     state[_HIDDEN] = hidden
     try:

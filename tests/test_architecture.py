@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent / "lightning_fed"
 # By package, or by file for those at the top ("" is the package itself). A module imports from its own layer and from
 # those before it, and nowhere do imports go in a circle, neither of modules nor of packages.
 LAYERS = {
-    "foundation": ["_compat", "_version", "checks", "errors", "seeding", "tracebacks", "views"],
+    "foundation": ["_compat", "_version", "caching", "checks", "errors", "seeding", "tracebacks", "views"],
     "values": ["values", "state"],
     "wire": ["wire"],
     "parts": ["strategies", "client", "engines"],

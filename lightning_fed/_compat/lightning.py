@@ -59,7 +59,7 @@ def attach(module: LightningModule, trainer: Trainer | None) -> None:
 
 def running_hook(module: Any) -> str | None:
     """The hook in which a module is, by which Lightning tells what may be logged."""
-    return module._current_fx_name  # type: ignore[no-any-return]
+    return module._current_fx_name
 
 
 def set_running_hook(module: Any, name: str | None) -> None:
@@ -112,7 +112,7 @@ def to_device(trainer: Trainer, batch: Any) -> Any:
 def clip_gradients(trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
     """Clips gradients as the trainer is told to, by the module's hook."""
     clipping = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-    trainer.precision_plugin._clip_gradients(module, optimizer, *clipping)  # type: ignore[arg-type]
+    trainer.precision_plugin._clip_gradients(module, optimizer, *clipping)
 
 
 def attach_data(trainer: Trainer, module: LightningModule, **given: Any) -> None:
@@ -255,12 +255,12 @@ def count_step(loop: LightningEpochLoop) -> None:
 
 def data_fetcher(loop: Any) -> DataFetcher | None:
     """What gives the batches of a fit that has begun."""
-    return loop._data_fetcher  # type: ignore[no-any-return]
+    return loop._data_fetcher
 
 
 def combined_loader(loop: Any) -> CombinedLoader | None:
     """All loaders of a fit or of an evaluation that has begun."""
-    return loop._combined_loader  # type: ignore[no-any-return]
+    return loop._combined_loader
 
 
 def is_in_turn(loaders: CombinedLoader) -> bool:

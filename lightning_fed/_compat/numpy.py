@@ -7,4 +7,4 @@ import numpy as np
 
 def everybodys_generator() -> np.random.RandomState:
     """The generator from which the functions of ``np.random`` draw."""
-    return np.random.mtrand._rand  # type: ignore[no-any-return]
+    return np.random.mtrand._rand

@@ -55,7 +55,7 @@ class QuickTrainer(Trainer):
         if self.state.fn is not TrainerFn.FITTING or _verified.get(model) is not model.automatic_optimization:
             return super()._run(model, *args, **kwargs)
         # To read the signatures of a module's steps takes as long as a small step.
-        lightning_trainer._verify_loop_configurations = _is_verified  # type: ignore[assignment]
+        lightning_trainer._verify_loop_configurations = _is_verified
         try:
             return super()._run(model, *args, **kwargs)
         finally:

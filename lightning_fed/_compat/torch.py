@@ -96,12 +96,12 @@ def gradient_hooks(tensor: Tensor) -> tuple[Any, Any]:
 
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a transform of ``torch.func`` is at work on a tensor."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined, no-any-return]
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_mutable(operator: Any) -> bool:
     """Whether an operator writes to one of its arguments."""
-    return operator._schema.is_mutable  # type: ignore[no-any-return]
+    return operator._schema.is_mutable
 
 
 def allow_saved_tensor_hooks() -> None:

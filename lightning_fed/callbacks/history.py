@@ -71,9 +71,9 @@ class History(FederatedCallback):
         self.rows.append({"round": round})
         self._take_round(metrics)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *args: Any) -> None:
         """Completes the round's row with what callbacks after this one added to the metrics."""
-        self._take_round(trainer.round_metrics)  # type: ignore[attr-defined]
+        self._take_round(trainer.round_metrics)
 
     def _take_round(self, metrics: Mapping[str, float]) -> None:
         found = self._metrics(metrics, _OF_ROUNDS)

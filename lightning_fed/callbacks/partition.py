@@ -163,15 +163,16 @@ class Partition(PartitionOwner):
 
     def _given(self, dataset: Any) -> np.ndarray[Any, Any]:
         """The labels that the user gave, (n,)."""
-        labels, what = self._labels, "Partition(labels=...) is a"
+        labels: Any = self._labels
+        what = "Partition(labels=...) is a"
         if callable(labels):
             labels = labels(dataset)
             what += " function that gave" if labels is None else " function, which gave a"
         if not hasattr(labels, "__len__"):
             kind = "None" if labels is None else f"{type(labels).__name__}, which has no length"
             raise ConfigurationError(f"{what} {kind}: write a list, array or tensor with the label of each example.")
-        if len(labels) != len(dataset):  # type: ignore[arg-type]
-            raise ConfigurationError(f"Partition got {len(labels)} labels for {len(dataset)} training examples.")  # type: ignore[arg-type]
+        if len(labels) != len(dataset):
+            raise ConfigurationError(f"Partition got {len(labels)} labels for {len(dataset)} training examples.")
         array = np.asarray(labels)
         if array.ndim > 1:
             raise ConfigurationError(

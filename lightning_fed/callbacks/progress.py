@@ -60,7 +60,7 @@ class TQDMRoundBar(RoundProgress, TQDMProgressBar):
         bar.n = done
         bar.refresh()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Shows the round's metrics; the clients have moved the bar."""
         self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
@@ -82,7 +82,7 @@ class RichRoundBar(RoundProgress, LightningRichBar):
         self.progress.update(self.train_progress_bar_id, **changed)
         self.refresh()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Shows the round's metrics; the clients have moved the bar."""
         show_metrics(self, trainer, pl_module)
         self.refresh()

@@ -183,7 +183,7 @@ def _follow(roots: Mapping[str, Any], steps: tuple[Step, ...]) -> Any:
     return thing
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+class _Pickler(cloudpickle.Pickler):
     def __init__(self, stream: io.BytesIO, known: Mapping[int, Node]) -> None:
         super().__init__(stream, protocol=5)
         self._known = known

@@ -126,7 +126,7 @@ class Worker:
             raise ConfigurationError(f"A worker process cannot start:\n{said.traceback}")
         if said is None:
             self.ready, self._failures = True, 0
-        return said  # type: ignore[no-any-return]
+        return said
 
     def replace(self) -> str:
         """Ends the process, says how it ended, and starts another.

@@ -192,7 +192,7 @@ class AbsentTrainer:
         return AbsentTrainer, ()
 
 
-class _ByValue(_Tensors, cloudpickle.Pickler):  # type: ignore[misc]
+class _ByValue(_Tensors, cloudpickle.Pickler):
     def _other(self, thing: Any) -> Any:
         if isinstance(thing, Trainer):
             return AbsentTrainer, ()

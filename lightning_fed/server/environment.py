@@ -8,7 +8,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lightning.pytorch import Trainer
 
@@ -38,7 +38,7 @@ def defaults_from_environment(init: Init) -> Init:
     def with_defaults(self: object, **kwargs: Any) -> None:
         init(self, **{**given_in_environment(type(self)), **kwargs})
 
-    return with_defaults  # type: ignore[return-value]
+    return cast(Init, with_defaults)
 
 
 @contextmanager

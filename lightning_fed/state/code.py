@@ -5,9 +5,9 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import lru_cache
 from typing import Any
 
+from lightning_fed.caching import cached
 from lightning_fed.state.generators import generator_kind
 from lightning_fed.state.nodes import Child
 from lightning_fed.state.packages import is_library
@@ -109,10 +109,10 @@ def _around(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _is_generator(value: Any) -> bool:
-    return generator_kind(type(value)) is not None  # type: ignore[arg-type]
+    return generator_kind(type(value)) is not None
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _names_in(code: types.CodeType) -> tuple[str, ...]:
     inner = (name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names_in(const))
     return tuple(dict.fromkeys((*code.co_names, *inner)))

@@ -183,7 +183,7 @@ class Generator(Node):
 
     def __init__(self, thing: Any, parent: Node | None, step: Step) -> None:
         super().__init__(thing, parent, step)
-        kind = generator_kind(type(thing))  # type: ignore[arg-type]
+        kind = generator_kind(type(thing))
         assert kind is not None
         self.kind: GeneratorKind = kind
 

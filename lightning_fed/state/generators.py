@@ -6,13 +6,13 @@ import inspect
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from lightning_fed._compat.numpy import everybodys_generator
+from lightning_fed.caching import cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ _KINDS: dict[type, GeneratorKind] = {
 }
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def generator_kind(cls: type) -> GeneratorKind | None:
     """How generators of a class are handled; ``None`` for any other class, and for one that draws from the system."""
     if issubclass(cls, random.SystemRandom):
@@ -73,7 +73,7 @@ def is_global(generator: object) -> bool:
     return any(generator is one for one in everybodys)
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def seeding_method(cls: type) -> Callable[[Any, int], Any] | None:
     """The method by which objects of a class are seeded, with whatever they draw from, or ``None``.
 
@@ -86,5 +86,5 @@ def seeding_method(cls: type) -> Callable[[Any, int], Any] | None:
                 inspect.signature(method).bind(None, 0)
             except (TypeError, ValueError):
                 continue
-            return method  # type: ignore[no-any-return]
+            return method
     return None

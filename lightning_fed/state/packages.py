@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from functools import lru_cache
 
 from torch import nn
+
+from lightning_fed.caching import cached
 
 # Packages whose objects are machinery: no step's numbers are kept in them where they could be put back.
 _MACHINERY = frozenset(
@@ -37,7 +38,7 @@ _MACHINERY_WITHIN = (
 _LIBRARIES = frozenset({"torch", "torchvision", "torchmetrics", "lightning", "lightning_fed", "numpy"})
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def is_library(module: str | None) -> bool:
     """Whether a module's classes and functions hold nothing that a client changes."""
     package = (module or "builtins").partition(".")[0]

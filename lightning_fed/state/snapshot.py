@@ -124,7 +124,7 @@ class Snapshot:
             seed_of: Gives the seed of the generator that is found at a path.
         """
         for node in self._self_seeding:
-            method = seeding_method(type(node.thing))  # type: ignore[arg-type]
+            method = seeding_method(type(node.thing))
             assert method is not None
             method(node.thing, seed_of(node.path))
         for generator in self.generators:
@@ -136,7 +136,7 @@ def _is_longer(node: Container) -> bool:
 
 
 def _seeds_itself(node: Container) -> bool:
-    return node.kind is nodes.ATTRIBUTES and seeding_method(type(node.thing)) is not None  # type: ignore[arg-type]
+    return node.kind is nodes.ATTRIBUTES and seeding_method(type(node.thing)) is not None
 
 
 class DataSnapshot(Snapshot):

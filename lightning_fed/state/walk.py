@@ -9,7 +9,6 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from functools import lru_cache
 from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -30,6 +29,7 @@ from torch.utils.data import (
 
 from lightning_fed._compat.lightning import TO_TRAINER
 from lightning_fed._compat.torch import LOADERS_WORKERS
+from lightning_fed.caching import cached
 from lightning_fed.state import nodes
 from lightning_fed.state.access import ARRAY, BYTES, SPARSE, TENSOR
 from lightning_fed.state.code import of_class, of_function
@@ -136,12 +136,12 @@ class Walk:
         if node.kind is not nodes.SET and (node.kind is nodes.ATTRIBUTES or len(held) <= self._limits.elements):
             return False
         some = islice(held.values() if isinstance(held, dict) else held, 8)
-        if any(_sort(type(one))[0] not in ("", "class", "function") for one in some):  # type: ignore[arg-type]
+        if any(_sort(type(one))[0] not in ("", "class", "function") for one in some):
             self.unseen.append(node)
         return True
 
     def _nodes(self, thing: Any, parent: Node | None, step: Step) -> list[Node]:
-        sort, kinds, classes = _sort(type(thing))  # type: ignore[arg-type]
+        sort, kinds, classes = _sort(type(thing))
         if sort == "object":
             passage = [Passage(thing, parent, step, classes)] if classes else []
             return [*(Container(thing, parent, step, kind) for kind in kinds), *passage]
@@ -205,7 +205,7 @@ _BUILTIN: dict[type, Kind] = {
 }
 
 
-@lru_cache(maxsize=4096)
+@cached(4096)
 def _sort(cls: type) -> tuple[str, list[Kind], list[Child]]:
     """How objects of a class are looked at; for those that hold things, as which containers, and its classes."""
     if issubclass(cls, Tensor):
@@ -214,7 +214,7 @@ def _sort(cls: type) -> tuple[str, list[Kind], list[Child]]:
         return ("", [], []) if issubclass(cls, np.memmap) else ("array", _containers(cls), [])
     if issubclass(cls, (bytearray, array)):
         return "bytes", [], []
-    if generator_kind(cls) is not None:  # type: ignore[arg-type]
+    if generator_kind(cls) is not None:
         return "generator", [], []
     if issubclass(cls, type):
         return "class", [], []

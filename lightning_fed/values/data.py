@@ -183,7 +183,7 @@ class Gathered(TensorDataset):
         """Where in ``whole`` some of its examples are."""
         return indices if self._indices is None else self._indices[indices]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         return tuple(part[0] for part in self.__getitems__([index]))
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> list[Tensor]:
@@ -266,7 +266,8 @@ def labels_of(dataset: Any) -> np.ndarray[Any, Any] | None:
         return None if labels is None else labels[np.asarray(dataset.indices, dtype=np.int64)]
     if isinstance(dataset, ConcatDataset):
         parts = [labels_of(part) for part in dataset.datasets]
-        return None if any(part is None for part in parts) else np.concatenate(parts)  # type: ignore[arg-type]
+        found = [part for part in parts if part is not None]
+        return np.concatenate(found) if len(found) == len(parts) else None
     for name in ("targets", "labels"):
         labels = _one_each(getattr(dataset, name, None), dataset)
         if labels is not None:

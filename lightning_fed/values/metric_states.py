@@ -115,7 +115,7 @@ def _merged(metric: Metric, name: str, parts: list[Tensor], weights: Sequence[fl
     stacked = torch.stack(parts)
     if reduction is dim_zero_mean:
         return _mean(stacked, weights)
-    return stacked if reduction is None else reduction(stacked)  # type: ignore[operator]
+    return stacked if reduction is None else reduction(stacked)
 
 
 def _mean(stacked: Tensor, weights: Sequence[float]) -> Tensor:
@@ -160,7 +160,7 @@ def _require_neutral(metric: Metric, clients: Sequence[States]) -> None:
     Raises:
         ValueError: If it is not.
     """
-    empty = States(defaults(metric), 0)  # type: ignore[arg-type]
+    empty = States(defaults(metric), 0)
     own = {i: _value(metric, [client]) for i, client in enumerate(clients) if client.updates}
     known = next((i for i, value in own.items() if math.isfinite(value)), None)
     if known is None:

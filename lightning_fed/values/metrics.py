@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -87,7 +87,7 @@ def catch_each(results: Iterable[Accumulated], clients: int) -> list[list[Metric
         parts = [result.value, result.cumulated_batch_size, last_value(result)]
         rows = [[None] * clients if part is None else part.detach().expand(clients).unbind() for part in parts]
         for logged, value, examples, last in zip(each, *rows, strict=True):
-            logged.append(Accumulated(result.meta, value, examples, last))  # type: ignore[arg-type]
+            logged.append(Accumulated(result.meta, value, examples, last))
     return [_by_name(logged, _of_numbers) for logged in each]
 
 
@@ -235,9 +235,9 @@ def _exact(entries: Sequence[tuple[float, MetricState]], module: nn.Module) -> f
         if len(states) == 1 and states[0].own is not None:
             return states[0].own
         try:
-            metric = module.get_submodule(states[0].attribute)
+            metric = cast(Metric, module.get_submodule(states[0].attribute))
             clients = [States(state.tensors, state.updates, state.own, count) for count, state in entries]
-            return value_over(metric, clients)  # type: ignore[arg-type]
+            return value_over(metric, clients)
         except Exception:  # of the metric's own code, which may not be written for the states of several clients
             return None
     if len(kinds) > 1 or kinds == {COMPUTED}:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -170,7 +170,7 @@ def set_callback_states(context: Context, states: bytes | None) -> None:
 
 def _get(context: Context, key: str) -> bytes | None:
     record = context.state.get(key)
-    return bytes(record["bytes"]) if isinstance(record, ConfigRecord) else None  # type: ignore[arg-type]
+    return cast(bytes, record["bytes"]) if isinstance(record, ConfigRecord) else None
 
 
 def _set(context: Context, key: str, kept: bytes | None) -> None:

@@ -33,7 +33,7 @@ def _read_tensor(plain: list[Any], read: Any) -> Tensor:
     tensor, requires_grad, device = plain
     with suppress(RuntimeError, AssertionError):  # a machine without that device
         tensor = tensor.to(device)
-    return tensor.requires_grad_(requires_grad)  # type: ignore[no-any-return]
+    return tensor.requires_grad_(requires_grad)
 
 
 def _read_parameter(plain: list[Any], read: Any) -> nn.Parameter:
@@ -125,14 +125,14 @@ def _read_arrays(plain: dict[str, Any], read: Any) -> ArrayRecord:
 
 def _read_member(plain: list[Any], read: Any) -> Enum:
     cls, member = read.classes.find(plain[0], Enum), read(plain[1])
-    return cls(member) if issubclass(cls, Flag) else cls[member]  # type: ignore[no-any-return]
+    return cls(member) if issubclass(cls, Flag) else cls[member]
 
 
 def _read_dataclass(plain: list[Any], read: Any) -> Any:
-    cls = read.classes.find(plain[0], object)
+    cls: type = read.classes.find(plain[0], object)
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"{cls.__qualname__} is no data class.")
-    made: Any = object.__new__(cls)  # type: ignore[arg-type]
+    made: Any = object.__new__(cls)
     for name, value in read.pairs(plain[1]):
         object.__setattr__(made, name, value)
     return made

@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 from flwr.serverapp.strategy import Strategy
 
@@ -71,10 +71,11 @@ class StrategyState:
 
     def snapshot(self) -> State:
         """All that the strategy holds now, in memory of its own, for ``dump``."""
-        if self._is_ours:
-            return dict(self.strategy.state_dict())  # type: ignore[attr-defined]
-        if self._tells:
-            told, self._unsaved = self._write(self.strategy.state_dict())  # type: ignore[attr-defined]
+        strategy: object = self.strategy
+        if _has_state(strategy):
+            if self._is_ours:
+                return dict(strategy.state_dict())
+            told, self._unsaved = self._write(strategy.state_dict())
             return {_STATE_DICT: [[name, plain] for name, plain in told.items()]}
         state, self._unsaved = self._write(vars(self.strategy))
         return {**state, **{name: {_STRATEGY: inner.snapshot()} for name, inner in self.wrapped.items()}}
@@ -86,7 +87,7 @@ class StrategyState:
             snapshot: What the strategy held when ``snapshot`` was called; by default what it holds now.
         """
         snapshot = self.snapshot() if snapshot is None else snapshot
-        if self._tells:
+        if _has_state(self.strategy):
             return snapshot
         changed = {
             name: plain
@@ -105,9 +106,10 @@ class StrategyState:
         Raises:
             Exception: Whatever the strategy's own ``load_state_dict`` raises.
         """
-        if self._tells:
+        strategy: object = self.strategy
+        if _has_state(strategy):
             told = state.get(_STATE_DICT)
-            self.strategy.load_state_dict(state if told is None else dict(from_plain(told, self._classes)))  # type: ignore[attr-defined]
+            strategy.load_state_dict(state if told is None else dict(from_plain(told, self._classes)))
             return []
         failed = []
         reader = Reader(self._classes, None)
@@ -123,13 +125,9 @@ class StrategyState:
         return failed
 
     @property
-    def _tells(self) -> bool:
-        return _has_state(self.strategy)
-
-    @property
     def _is_ours(self) -> bool:
         """Ours hold tensors, which they replace and never write into: they need no copy. A user's subclass may."""
-        return self._tells and type(self.strategy).__module__.partition(".")[0] == __name__.partition(".")[0]
+        return type(self.strategy).__module__.partition(".")[0] == __name__.partition(".")[0]
 
     def _write(self, values: Mapping[str, Any]) -> tuple[State, list[str]]:
         """Named values as a checkpoint takes them, without code and wrapped strategies; and the names that fail."""
@@ -178,7 +176,12 @@ def names_in(state: State) -> list[str]:
     return [str(name) for name, _ in state[_STATE_DICT]] if _STATE_DICT in state else list(state)
 
 
-def _has_state(value: Any) -> bool:
+class _Stateful(Protocol):
+    def state_dict(self) -> State: ...
+    def load_state_dict(self, state: State) -> object: ...
+
+
+def _has_state(value: object) -> TypeGuard[_Stateful]:
     is_object = not isinstance(value, type)
     return is_object and all(callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict"))
 

@@ -27,7 +27,7 @@ class TensorArray(Array):
         held["shape"], held["stype"] = tuple(tensor.shape), "numpy.ndarray"
 
     @property
-    def data(self) -> bytes:  # type: ignore[override]
+    def data(self) -> bytes:
         """The array in NumPy's format, as Flower sends it."""
         if self.__dict__["tensor"] is None:
             return bytes(self.__dict__["_bytes"])

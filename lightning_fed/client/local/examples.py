@@ -7,9 +7,9 @@ comes is counted, in the first epoch of a local fit or while validating.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -33,12 +33,12 @@ def examples_in(loader: Any, batches: float = math.inf) -> int | None:
     """
     if isinstance(loader, (list, tuple)) and not loader:
         return 0
-    plan = _plan(loader)
+    if (plan := _plan(loader)) is None:
+        return None
     try:
-        count = len(plan.sampler)  # type: ignore[union-attr, arg-type]
+        count = len(cast(Sized, plan.sampler))
     except (AttributeError, TypeError, NotImplementedError):
         return None
-    assert plan is not None
     if plan.drop_last:
         count -= count % plan.batch_size
     return int(min(count, batches * plan.batch_size))
@@ -53,7 +53,7 @@ def _plan(loader: Any) -> BatchSampler | None:
     # Without a batch size each thing that the sampler gives is a batch.
     plan = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     usual = isinstance(plan, TensorBatches) or getattr(type(plan), "__iter__", None) is BatchSampler.__iter__
-    return plan if usual else None  # type: ignore[return-value]
+    return cast(BatchSampler, plan) if usual else None
 
 
 def _known(loaders: CombinedLoader) -> int | None:
@@ -62,7 +62,8 @@ def _known(loaders: CombinedLoader) -> int | None:
     if len(flat) > 1 and not is_in_turn(loaders):
         return None
     counts = [examples_in(*one) for one in zip(flat, loaders.limits or [math.inf] * len(flat), strict=True)]
-    return None if None in counts else sum(counts)  # type: ignore[arg-type]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def batch_size(batch: Any) -> int | None:
@@ -240,7 +241,7 @@ def nothing_to_train_on(loader: Any, limit: float | None = None) -> ClientError:
     if limit == 0:
         return ClientError("has nothing to train on: limit_train_batches=0 leaves no client a batch. Leave it out.")
     plan, why = _plan(loader), "has no training examples. Deal out fewer clients or"
-    if plan is not None and plan.drop_last and (count := len(plan.sampler)):  # type: ignore[arg-type]
+    if plan is not None and plan.drop_last and (count := len(cast(Sized, plan.sampler))):
         why = (
             f"has {count} training examples, fewer than batch_size={plan.batch_size}, and drop_last=True leaves them"
             " out: it would train on nothing. Write drop_last=False or a smaller batch_size, deal out"

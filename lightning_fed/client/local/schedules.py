@@ -239,9 +239,14 @@ def _step_from_memory(schedule: Any, times: int) -> None:
         schedule.step()
     reached[times] = pickle.dumps((schedule.state_dict(), _options(optimizer)))
     _memory[began] = reached
-    for kept in (reached, _memory):
-        if len(kept) > _MANY:
-            kept.pop(next(iter(kept)))  # type: ignore[call-overload]
+    _forget_first(reached)
+    _forget_first(_memory)
+
+
+def _forget_first(kept: dict[Any, Any]) -> None:
+    """Forgets the oldest of what is too much to keep."""
+    if len(kept) > _MANY:
+        kept.pop(next(iter(kept)))
 
 
 def stands_still(trainer: Any, config: Any) -> bool:

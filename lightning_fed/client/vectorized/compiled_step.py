@@ -55,7 +55,7 @@ class Ran:
     def differentiable(self) -> Tensor:
         """The loss, as one whose backward pass hands the gradients over."""
         parameters, gradients = zip(*self.gradients, strict=True)
-        return _Given.apply(self.loss, gradients, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+        return _Given.apply(self.loss, gradients, *parameters)
 
 
 class CompiledStep:
@@ -214,7 +214,7 @@ class _Given(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, factor: Tensor) -> Any:
         gradients, ctx.gradients = ctx.gradients, None
         if factor.device.type != "cpu" or float(factor) != 1.0:  # to look at a number on a device is to wait for it
             gradients = [gradient * factor for gradient in gradients]

@@ -47,9 +47,9 @@ def compare(
 def _compare_logged(one: Sequence[MetricState], other: Sequence[MetricState]) -> None:
     alone = {state.name: scalar(state) for state in other}
     for state in one:
-        values = scalar(state), alone[state.name]
-        if None not in values and not _is_near(*values):  # type: ignore[arg-type]
-            raise NotStackable(f"it logs {state.name}={values[0]:g} where one client alone logs {values[1]:g}")
+        value, expected = scalar(state), alone[state.name]
+        if value is not None and expected is not None and not _is_near(value, expected):
+            raise NotStackable(f"it logs {state.name}={value:g} where one client alone logs {expected:g}")
 
 
 def _is_near(one: float, other: float) -> bool:

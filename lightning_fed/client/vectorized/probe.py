@@ -159,7 +159,7 @@ class Candidate:
     def device(self) -> torch.device:
         """Where clients train."""
         trainer: Any = self.work.module.trainer
-        return trainer.strategy.root_device  # type: ignore[no-any-return]
+        return trainer.strategy.root_device
 
 
 def _undeclared(instance: object, base: type, name: str) -> Iterator[str]:

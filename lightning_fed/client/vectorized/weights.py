@@ -179,7 +179,7 @@ class Stack:
 
     def _held(self, slot: _Slot) -> Tensor:
         place, key = slot.places[0]
-        return place[key]  # type: ignore[no-any-return]
+        return place[key]
 
     def _stacked(self, slot: _Slot, transposed: bool) -> Tensor:
         name = next((name for name in slot.names if name in self._weights[0]), None)
