@@ -109,15 +109,8 @@ def slice_loader(
         part: These examples, where ``in_memory`` has them.
     """
     part = Part(loader.dataset, list(indices)) if part is None else part
-    whole: Any = _sampler(loader)
     batches: Any = loader if loader.batch_sampler is None else loader.batch_sampler
-    shuffled = isinstance(whole, RandomSampler) if shuffle is None else shuffle
-    sampler: Sampler[int] = SequentialSampler(part)  # type: ignore[arg-type]
-    if shuffled and len(indices):  # RandomSampler refuses to shuffle nothing
-        own = getattr(whole, "generator", None)
-        generator = None if own is None else torch.Generator().manual_seed(seed)
-        replacement = getattr(whole, "replacement", False)
-        sampler = RandomSampler(part, replacement, generator=generator)  # type: ignore[arg-type]
+    sampler = _sampler_over(part, _sampler(loader), seed, shuffle)
     drop_last = batches.drop_last and shuffle is not False
     # DataLoader refuses to change these attributes, and a subclass may not take them in __init__.
     changed: dict[str, Any] = {"dataset": part, "sampler": sampler, LOADERS_WORKERS: None, "drop_last": drop_last}
@@ -130,6 +123,16 @@ def slice_loader(
     sliced = copy.copy(loader)
     sliced.__dict__.update(changed)
     return sliced
+
+
+def _sampler_over(part: Any, like: Any, seed: int, shuffle: bool | None) -> Sampler[int]:
+    """A sampler over some examples that draws as the one over all does; arguments as ``slice_loader``."""
+    shuffled = isinstance(like, RandomSampler) if shuffle is None else shuffle
+    if not shuffled or not len(part):  # RandomSampler refuses to shuffle nothing
+        return SequentialSampler(part)
+    own = getattr(like, "generator", None)
+    generator = None if own is None else torch.Generator().manual_seed(seed)
+    return RandomSampler(part, getattr(like, "replacement", False), generator=generator)
 
 
 class _Examples(Dataset[Any]):

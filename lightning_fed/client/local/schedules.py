@@ -239,14 +239,10 @@ def _step_from_memory(schedule: Any, times: int) -> None:
         schedule.step()
     reached[times] = pickle.dumps((schedule.state_dict(), _options(optimizer)))
     _memory[began] = reached
-    _forget_first(reached)
-    _forget_first(_memory)
-
-
-def _forget_first(kept: dict[Any, Any]) -> None:
-    """Forgets the oldest of what is too much to keep."""
-    if len(kept) > _MANY:
-        kept.pop(next(iter(kept)))
+    if len(reached) > _MANY:
+        reached.pop(next(iter(reached)))
+    if len(_memory) > _MANY:
+        _memory.pop(next(iter(_memory)))
 
 
 def stands_still(trainer: Any, config: Any) -> bool:

@@ -149,12 +149,7 @@ class CompiledStep:
         except _Unknown:
             return None
         except Exception as error:
-            allow_saved_tensor_hooks()  # which a transform that broke off leaves disabled
-            self._updated = _NEVER  # gradients alone may be compiled
-            if update is not None and self._graph in self._known:  # it has begun to update weights
-                raise
-            if update is None or _is_too_often(error):
-                self._turn_off(_reason(error))
+            self._broke_off(error, update)
             return None
         finally:
             stack.module.__dict__.pop("_here", None)
@@ -166,6 +161,19 @@ class CompiledStep:
         if known.are_apart is None:
             known.are_apart = _are_apart([gradient for _, gradient in pairs])
         return Ran(loss, pairs, known.are_apart, known.entries, [values[entry.name] for entry in known.entries])
+
+    def _broke_off(self, error: Exception, update: SgdUpdate | None) -> None:
+        """Compiles less from now on.
+
+        Raises:
+            Exception: The error, if the step had begun to update weights.
+        """
+        allow_saved_tensor_hooks()  # which a transform that broke off leaves disabled
+        self._updated = _NEVER  # gradients alone may be compiled
+        if update is not None and self._graph in self._known:
+            raise error
+        if update is None or _is_too_often(error):
+            self._turn_off(_reason(error))
 
     def _turn_off(self, reason: str) -> None:
         self._is_off = True

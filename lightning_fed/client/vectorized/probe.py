@@ -124,16 +124,7 @@ class Candidate:
         if str(arguments.get("precision")) in ("16", "16-mixed"):
             yield f"precision={arguments['precision']!r} scales the loss of all clients by one number"
         for callback in (*options.callbacks, *options.method_callbacks()):
-            kind = f"the client callback {type(callback).__name__}"
-            if self.stage == "train" and isinstance(callback, BaseFinetuning):
-                yield f"{kind} freezes and unfreezes layers by epoch"
-            if keeps_state(callback):
-                yield f"{kind} keeps a state with each client"
-            for hook in _HOOKS[self.stage]:
-                if hasattr(Callback, hook) and wrote(callback, Callback, hook):
-                    yield f"{kind} writes {hook}"
-            if self.stage == "train":
-                yield from _undeclared(callback, Callback, kind)
+            yield from self._reasons_of(callback)
         if self.stage == "evaluate":
             return
         if not optimizes_automatically(module):  # the server's view has none
@@ -142,6 +133,18 @@ class Candidate:
             yield "client_state='carry' keeps optimizers apart"
         if options.local_validation:
             yield "local_validation=True"
+
+    def _reasons_of(self, callback: Callback) -> Iterator[str]:
+        kind = f"the client callback {type(callback).__name__}"
+        if self.stage == "train" and isinstance(callback, BaseFinetuning):
+            yield f"{kind} freezes and unfreezes layers by epoch"
+        if keeps_state(callback):
+            yield f"{kind} keeps a state with each client"
+        for hook in _HOOKS[self.stage]:
+            if hasattr(Callback, hook) and wrote(callback, Callback, hook):
+                yield f"{kind} writes {hook}"
+        if self.stage == "train":
+            yield from _undeclared(callback, Callback, kind)
 
     def check_cost(self, kept: int = 0) -> StackCost:
         """What a client costs, of whom a pass keeps so many bytes.
