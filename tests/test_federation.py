@@ -40,3 +40,12 @@ def test_summary_tells_who_takes_part_and_by_which_method(quiet, monkeypatch, ca
     trainer = FederatedTrainer(max_rounds=max_rounds, callbacks=callbacks, seed=5, **quiet)
     trainer.fit(ToyModule(), DataLoader(toy_data(48), batch_size=8), DataLoader(toy_data(16), batch_size=8))
     assert said == [f"Federation\n  {expected}  engine      in_process on cpu, seed 5"]
+
+
+def test_there_are_no_rounds_outside_of_a_fit(quiet):
+    trainer = FederatedTrainer(max_rounds=1, num_clients=2, **quiet)
+    trainer.fit(ToyModule(), DataLoader(toy_data(8)))
+    with pytest.raises(RuntimeError, match=r"rounds run within FederatedTrainer\.fit"):
+        trainer.run_round()
+    with trainer.federation.saving():
+        assert trainer.federation.state_dict()["num_clients"] == 2

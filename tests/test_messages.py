@@ -273,3 +273,23 @@ def test_fit_state_is_kept_replaced_and_dropped():
     messages.set_fit_state(context, None)
     assert messages.get_fit_state(context) is None
     assert not context.state
+
+
+# ------------------------------------------------------------------------------------------------- beside the records
+
+
+def test_what_mods_see_and_what_goes_beside_it_are_all_weights():
+    weights = {"w": torch.ones(2), "n": torch.tensor(3), "on": torch.tensor([True])}
+    seen, extras = beside.visible(weights), beside.Extras.of(weights, [], [])
+    assert set(seen) == {"w"}
+    assert beside.merge(seen, extras.integers) == weights
+
+
+def test_integers_have_a_mean_of_their_own_and_join_what_the_strategy_made():
+    apart = beside.Apart({"w": torch.zeros(2), "n": torch.tensor(0)})
+    assert set(apart.averaged) == {"w"}
+    apart.add(beside.Extras(integers={"n": torch.tensor(2)}), 1.0)
+    apart.add(beside.Extras(integers={"n": torch.tensor(6)}), 3.0)
+    apart.add(beside.Extras(), 1.0)  # of a client that sent none
+    merged = apart.merged({"w": torch.ones(2)})
+    assert (merged["w"].tolist(), merged["n"].item(), merged["n"].dtype) == ([1.0, 1.0], 5, torch.int64)
