@@ -120,7 +120,7 @@ class Federation(Callback):
         if not is_known():
             rank_zero_warn(why_slower())
         self._session = Session(self._given, self.owners, self.settings, trainer)
-        self._state = self._session.state
+        self._state, self._given.resumed = self._session.state, None
         self._session.start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

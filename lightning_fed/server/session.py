@@ -92,7 +92,7 @@ class RunningRound:
 
 
 class Session:
-    """The rounds of one fit. Builds the strategy, and takes up what a checkpoint holds.
+    """The rounds of one fit. Builds the strategy; before the first round, ``start`` takes up what a checkpoint holds.
 
     Args:
         given: What the fit was given.
@@ -104,7 +104,7 @@ class Session:
         state: What the run keeps from round to round.
 
     Raises:
-        ConfigurationError: If strategy, clients and checkpoint do not fit together.
+        ConfigurationError: If strategy, callbacks and clients do not fit together.
     """
 
     def __init__(self, given: FitInputs, owners: Owners, settings: Settings, trainer: ServerTrainer) -> None:
@@ -117,7 +117,8 @@ class Session:
             given.deal.open()
         strategy = owners.build_strategy(self._module)
         require_client_part(strategy, self._side.mods["train"], knows_clients=self._has_clients)
-        roster = local or RollCall(given.grid, settings.timeout, owners.cohorts.min_available_clients)
+        waits = given.grid, settings.timeout, owners.cohorts.min_available_clients
+        roster = RollCall(*waits) if local is None else local
         self._clients = roster.num_clients
         self.rounds = Rounds(
             given.grid,
@@ -136,8 +137,7 @@ class Session:
         self._warn_of_monitors()
         script = given.resumed.script if given.resumed else self.script_of(given.side, owners, trainer)
         self.state = RunState(settings.seed, self._clients, local, strategy, script)
-        if given.resumed and given.resumed.found.state != {}:
-            self.state.restore(given.resumed.found, arguments_of(trainer.callbacks))
+        self._found = given.resumed.found if given.resumed else None
         self._running: RunningRound | None = None
 
     @staticmethod
@@ -146,7 +146,14 @@ class Session:
         return Script.of(side.options, side.module, owners.callbacks, trainer.callbacks)
 
     def start(self) -> None:
-        """Before the first round: does ``configure_optimizers`` give what can work? Says who takes part."""
+        """Takes up what a checkpoint holds, looks whether ``configure_optimizers`` can work, and says who takes part.
+
+        Raises:
+            ConfigurationError: If checkpoint, strategy and module do not fit together.
+        """
+        found, self._found = self._found, None  # which is as large as the strategy's and the clients' state
+        if found is not None and found.state != {}:
+            self.state.restore(found, arguments_of(self._trainer.callbacks))
         if self._has_clients:
             with self._weights_kept() as before:
                 self._side.look_ahead(before, self._settings.seed)
