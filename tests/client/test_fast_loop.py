@@ -22,7 +22,7 @@ from lightning_fed.client.local import fast_loop
 from lightning_fed.client.local import trainer as local_trainer
 from lightning_fed.testing import ToyModule, toy_data
 from tests.helpers import QUIET
-from tests.integration.test_engines import MODULES, trained
+from tests.integration.modules import MODULES, trained
 
 HOOKS = fast_loop._OF_A_STEP
 SEEN: list[Any] = []

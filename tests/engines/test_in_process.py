@@ -11,6 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from lightning_fed.engines import Engine, InProcess
 from lightning_fed.testing import ENGINE_CASES, counting_client, failing_client, send, toy_weights
 from lightning_fed.wire import messages
+from tests.engines.clients import train_messages
 
 
 @pytest.mark.parametrize("case", ENGINE_CASES, ids=lambda case: case.__name__)
@@ -20,11 +21,6 @@ def test_engine_conforms(case):
 
 def identity() -> tuple[object, ...]:
     return tuple(getattr(TaskIdentity, name) for name in ("_task_id", "_run_id", "_node_id"))
-
-
-def train_messages(grid, nodes=None) -> list[Message]:
-    record = RecordDict({"arrays": messages.pack(toy_weights()), "config": messages.round_config(1, 0)})
-    return [Message(record, node, MessageType.TRAIN) for node in nodes or grid.get_node_ids()]
 
 
 def recording_client(ran: list[int]) -> ClientApp:

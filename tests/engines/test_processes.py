@@ -20,7 +20,7 @@ from lightning_fed.engines import Processes
 from lightning_fed.engines.pool import start_method
 from lightning_fed.testing import ENGINE_CASES, ToyModule, counting_client, send, toy_data
 from lightning_fed.wire.messages import CLIENT
-from tests.engines.test_in_process import train_messages
+from tests.engines.clients import Deadly, KeywordOnly, Otherwise, Picky, client_that, die, fit, train_messages
 from tests.helpers import QUIET
 
 pytestmark = [
@@ -46,22 +46,6 @@ def nothing_left():
 @pytest.mark.parametrize("case", ENGINE_CASES, ids=lambda case: case.__name__)
 def test_engine_conforms(case, method):
     case(Processes(num_workers=2, start_method=method))
-
-
-def client_that(act) -> ClientApp:
-    """A counting client that does something first, given its index."""
-    app, counting = ClientApp(), counting_client()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        act(int(context.node_config[CLIENT]))
-        return counting(message, context)
-
-    return app
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
@@ -218,21 +202,6 @@ def test_arguments_that_do_not_go_with_the_engine_are_refused(arguments, message
 # ------------------------------------------------------------------------------------------------------ whole fits
 
 
-class Deadly(ToyModule):
-    """Its process dies when client 2 trains in round 2."""
-
-    def on_train_start(self) -> None:
-        if (self.trainer.client_id, self.trainer.current_round) == (2, 2):
-            die()
-
-
-def fit(module, *callbacks, rounds=3, **options):
-    arguments = {"engine": "processes", "num_workers": 2, "num_clients": 4, **QUIET, **options}
-    trainer = FederatedTrainer(max_rounds=rounds, callbacks=list(callbacks), **arguments)
-    trainer.fit(module, DataLoader(toy_data(64), batch_size=8, shuffle=True))
-    return trainer
-
-
 def test_loaders_may_have_worker_processes_of_their_own():
     trainer = FederatedTrainer(max_rounds=1, num_clients=2, engine="processes", num_workers=2, **QUIET)
     trainer.fit(ToyModule(), DataLoader(toy_data(16), batch_size=8, num_workers=1))
@@ -270,30 +239,6 @@ def test_a_user_s_exception_comes_with_its_traceback():
 
     with pytest.raises(ClientError, match=r"(?s)client 0 raised ZeroDivisionError: in the user's code.*training_step"):
         fit(Raising())
-
-
-class KeywordOnly(Exception):
-    """Can be pickled and not read back."""
-
-    def __init__(self, *, code: int) -> None:
-        super().__init__(f"code {code}")
-
-
-class Otherwise(Exception):
-    """Reads back with other words."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"code {code}")
-
-
-class Picky(ToyModule):
-    """Client 1 raises in round 2."""
-
-    error: type[Exception] = KeywordOnly
-
-    def on_train_start(self) -> None:
-        if (self.trainer.client_id, self.trainer.current_round) == (1, 2):
-            raise KeywordOnly(code=7) if self.error is KeywordOnly else self.error(7)
 
 
 @pytest.mark.parametrize("error", [KeywordOnly, Otherwise])

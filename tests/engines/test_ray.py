@@ -14,13 +14,12 @@ from lightning_fed import ClientError, ConfigurationError, FederatedTrainer
 from lightning_fed.callbacks import ClientData, FaultTolerance, History
 from lightning_fed.engines import Ray
 from lightning_fed.testing import ENGINE_CASES, ToyModule, counting_client, toy_data
-from tests.engines.test_in_process import train_messages
-from tests.engines.test_processes import Deadly, KeywordOnly, Otherwise, Picky, client_that, die, fit
+from tests.engines.clients import Deadly, KeywordOnly, Otherwise, Picky, client_that, die, fit, train_messages
 from tests.helpers import QUIET
-from tests.integration import test_modules as modules
-from tests.integration.resume_script import run, stopped_run
-from tests.integration.test_client_callbacks import Freeze, Scales
-from tests.integration.test_engines import MODULES, assert_same, trained
+from tests.integration import modules
+from tests.integration.callbacks.stateful import Freeze, Scales
+from tests.integration.checkpointing.resume_script import run, stopped_run
+from tests.integration.modules import MODULES, assert_same, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*starts that many processes")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,59 +9,16 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from lightning_fed.callbacks import FedAdam, FedProx, FlowerStrategy, History
+from lightning_fed.callbacks import FedAdam, FedProx, FlowerStrategy
 from lightning_fed.engines import Processes
-from lightning_fed.testing import ToyModule, toy_data
-from tests.integration import test_modules as modules
-from tests.integration.resume_script import ROUNDS, run, stopped_run
-from tests.integration.test_modules import federated
+from tests.integration import modules
+from tests.integration.checkpointing.resume_script import ROUNDS, run, stopped_run
+from tests.integration.modules import MODULES, assert_same, federated, trained
 
 ENGINES = {
     "default": lambda: Processes(num_workers=2),
     "forkserver": lambda: Processes(num_workers=2, start_method="forkserver"),
 }
-
-
-def frozen() -> ToyModule:
-    module = ToyModule()
-    module.net[0].requires_grad_(False)
-    return module
-
-
-MODULES: dict[str, Callable[[], Any]] = {
-    "GAN": modules.GAN,
-    "epoch schedule": lambda: modules.Scheduled("epoch"),
-    "step schedule": lambda: modules.Scheduled("step"),
-    "plateau": lambda: modules.Scheduled("plateau"),
-    "dropout": modules.Dropping,
-    "tied": modules.Tied,
-    "frozen": frozen,
-    "bf16": lambda: ToyModule().to(torch.bfloat16),
-    "built in setup": lambda: modules.Late("setup"),
-    "built in configure_model": lambda: modules.Late("configure_model"),
-    "compiled inside": modules.CompiledInside,
-    "compiled around": lambda: torch.compile(ToyModule(), backend="eager"),
-    "closure": modules.Closure,
-    "transfer hooks": modules.Transfers,
-    "metric objects": modules.Measured,
-}
-
-
-def trained(build: Callable[[], Any], *callbacks: Any, **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
-    torch.manual_seed(0)
-    module, history = build(), History(per_client=True)
-    data = None
-    if build is MODULES["bf16"]:
-        data = TensorDataset(toy_data(50).tensors[0].bfloat16(), toy_data(50).tensors[1])
-    if build is MODULES["plateau"]:  # it has no place in the global round
-        options = {"client_state": "carry", **options}
-    federated(module, data=data, callbacks=[history, *callbacks], **options)
-    return {name: value.clone() for name, value in module.state_dict().items()}, (history.rows, history.clients)
-
-
-def assert_same(one: Any, other: Any) -> None:
-    torch.testing.assert_close(one[0], other[0], rtol=0, atol=0)
-    assert repr(one[1]) == repr(other[1])
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -11,74 +11,29 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-import torchmetrics
-import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import ClientData, FedAdam, History, Partition
+from lightning_fed.callbacks import FedAdam, History, Partition
 from lightning_fed.seeding import seed_all, seed_for
 from lightning_fed.testing import ToyModule, toy_data
 from tests.helpers import QUIET, real_data
-
-
-def federated(
-    module: Any, *, data: Any = None, rounds: int = 2, callbacks: Any = (), **kwargs: Any
-) -> FederatedTrainer:
-    """Three unequal clients with a held-out part each, and server-side validation."""
-    train = toy_data(50) if data is None else data
-    parts = [range(0, 8), range(8, 24), range(24, 48)]
-    loaders = [
-        (
-            DataLoader(torch.utils.data.Subset(train, list(part)[2:]), batch_size=4, shuffle=True),
-            DataLoader(torch.utils.data.Subset(train, list(part)[:2]), batch_size=2),
-        )
-        for part in parts
-    ]
-    trainer = FederatedTrainer(max_rounds=rounds, callbacks=[ClientData(loaders), *callbacks], **{**QUIET, **kwargs})
-    trainer.fit(module, val_dataloaders=DataLoader(train, batch_size=16))
-    return trainer
-
-
-def weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def moved(module: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
-
-
-class GAN(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.generator, self.discriminator = nn.Linear(4, 8), nn.Linear(8, 1)
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        real, noise = batch[0], torch.randn(len(batch[0]), 4)
-        opt_g, opt_d = self.optimizers()
-        bce = nn.functional.binary_cross_entropy_with_logits
-        ones, zeros = torch.ones(len(real), 1), torch.zeros(len(real), 1)
-        self.toggle_optimizer(opt_d)
-        loss_d = bce(self.discriminator(real), ones) + bce(self.discriminator(self.generator(noise).detach()), zeros)
-        opt_d.zero_grad()
-        self.manual_backward(loss_d)
-        opt_d.step()
-        self.untoggle_optimizer(opt_d)
-        self.toggle_optimizer(opt_g)
-        loss_g = bce(self.discriminator(self.generator(noise)), ones)
-        opt_g.zero_grad()
-        self.manual_backward(loss_g)
-        opt_g.step()
-        self.untoggle_optimizer(opt_g)
-        self.log_dict({"loss_d": loss_d, "loss_g": loss_g}, on_epoch=True, on_step=False)
-
-    def configure_optimizers(self) -> Any:
-        return (
-            torch.optim.Adam(self.generator.parameters(), lr=0.01),
-            torch.optim.SGD(self.discriminator.parameters(), lr=0.1),
-        )
+from tests.integration.modules import (
+    GAN,
+    Closure,
+    CompiledInside,
+    Dropping,
+    Late,
+    Measured,
+    ResNet,
+    Scheduled,
+    Tied,
+    Transfers,
+    federated,
+    moved,
+    weights,
+)
 
 
 def test_a_gan_with_manual_optimization_and_two_optimizers() -> None:
@@ -90,22 +45,6 @@ def test_a_gan_with_manual_optimization_and_two_optimizers() -> None:
     assert {"loss_d", "loss_g"} <= set(trainer.callback_metrics)
     assert not module.automatic_optimization
     assert trainer.global_step == 2
-
-
-class Scheduled(ToyModule):
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.rates: list[float] = []
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-        if self.kind == "plateau":
-            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
-            config = {"scheduler": scheduler, "monitor": "train_loss"}
-        else:
-            config = {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), "interval": self.kind}
-        return {"optimizer": optimizer, "lr_scheduler": config}
 
 
 class Rates(L.Callback):
@@ -129,18 +68,6 @@ def test_schedulers_step_in_local_training(kind: str, second: list[float]) -> No
         assert Rates.seen[2::3] == pytest.approx([0.001] * 3)
 
 
-class ResNet(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = torchvision.models.resnet18(num_classes=2)
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
 def test_resnet18_keeps_its_integer_buffers() -> None:
     torch.manual_seed(0)
     module = ResNet()
@@ -151,12 +78,6 @@ def test_resnet18_keeps_its_integer_buffers() -> None:
     assert counter.dtype == torch.int64
     assert counter.item() == round((6 * 2 + 14 * 4 + 22 * 6) / 42)
     assert module.net.bn1.running_mean.abs().sum() > 0
-
-
-class Dropping(ToyModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.5), nn.Linear(32, 2))
 
 
 def test_dropout_draws_from_each_clients_own_seed() -> None:
@@ -172,13 +93,6 @@ def test_dropout_draws_from_each_clients_own_seed() -> None:
 
 def moved_between(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return any(not torch.equal(a[name], b[name]) for name in a)
-
-
-class Tied(ToyModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
-        self.net[2].weight = self.net[0].weight
 
 
 @pytest.mark.parametrize("method", [(), (FedAdam(learning_rate=0.01),)], ids=["FedAvg", "FedAdam"])
@@ -210,24 +124,6 @@ def test_bf16_weights_stay_bf16_and_their_mean_is_exact() -> None:
     assert moved(module, before)
 
 
-class Late(ToyModule):
-    def __init__(self, hook: str) -> None:
-        super().__init__()
-        self.hook = hook
-        self.net = None
-
-    def build(self) -> None:
-        self.net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-
-    def setup(self, stage: str) -> None:
-        if self.hook == "setup" and self.net is None:
-            self.build()
-
-    def configure_model(self) -> None:
-        if self.hook == "configure_model" and self.net is None:
-            self.build()
-
-
 @pytest.mark.parametrize("hook", ["setup", "configure_model"])
 def test_layers_built_late_train(hook: str) -> None:
     module = Late(hook)
@@ -238,12 +134,6 @@ def test_layers_built_late_train(hook: str) -> None:
     federated(eager, rounds=3)
     assert trainer.global_step == 3
     torch.testing.assert_close(dict(module.state_dict()), dict(eager.state_dict()), rtol=0, atol=0)
-
-
-class CompiledInside(ToyModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = torch.compile(self.net, backend="eager")
 
 
 def compiled_around(module: ToyModule, backend: Any) -> Any:
@@ -284,16 +174,6 @@ def test_a_module_compiled_inside_trains_as_the_plain_one() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-class Closure(ToyModule):
-    def __init__(self) -> None:
-        super().__init__()
-        net = self.net
-        self.run = lambda x: net(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.run(x)
-
-
 def test_a_module_that_holds_a_closure_over_a_layer_trains_as_the_plain_one() -> None:
     torch.manual_seed(0)
     module = Closure()
@@ -302,17 +182,6 @@ def test_a_module_that_holds_a_closure_over_a_layer_trains_as_the_plain_one() ->
     federated(module)
     federated(plain)
     torch.testing.assert_close(dict(module.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
-
-
-class Transfers(ToyModule):
-    """Expects its batches as a dict, made from tuples on the way to the device."""
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        assert isinstance(batch, list)
-        return {"x": batch[0], "y": batch[1]}
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return [batch["x"] * 2, batch["y"]]
 
 
 class Doubled(ToyModule):
@@ -364,23 +233,6 @@ def test_a_modules_batch_transfer_hooks_act_beside_a_datamodule() -> None:
 def test_configure_callbacks_act_at_the_server_alone(tmp_path: Path) -> None:
     federated(Checkpointing(tmp_path), enable_checkpointing=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["epoch=0.ckpt", "epoch=1.ckpt"]
-
-
-class Measured(ToyModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.train_acc = torchmetrics.Accuracy("multiclass", num_classes=2)
-        self.val_acc = torchmetrics.Accuracy("multiclass", num_classes=2)
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        logits = self(batch[0])
-        self.train_acc(logits, batch[1])
-        self.log("train_acc", self.train_acc, on_step=True, on_epoch=True)
-        return nn.functional.cross_entropy(logits, batch[1])
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.val_acc(self(batch[0]), batch[1])
-        self.log("val_acc", self.val_acc)
 
 
 def test_metrics_logged_as_objects_in_both_steps() -> None:

@@ -17,7 +17,7 @@ from lightning_fed.callbacks import ClientData
 from lightning_fed.client.local import schedules
 from lightning_fed.testing import ToyModule, toy_data
 from tests.helpers import QUIET
-from tests.integration.test_schedules import (
+from tests.integration.schedules.runs import (
     BATCHES,
     Seen,
     Stream,

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, OnExceptionCheckpoint
 from torch import Tensor
 
-from tests.integration import resume_script
-from tests.integration.resume_script import ROUNDS, STOP_ROUND, StopAt, run, stopped_run
+from tests.integration.checkpointing import resume_script
+from tests.integration.checkpointing.resume_script import ROUNDS, STOP_ROUND, StopAt, run, stopped_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 

@@ -10,7 +10,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from lightning_fed.client.local import schedules
-from tests.integration.test_schedules import SCHEDULERS
+from tests.integration.schedules.runs import SCHEDULERS
 
 
 def made(name: str, lr: float = 0.1) -> tuple[Any, Any]:

@@ -30,14 +30,18 @@ from lightning_fed.callbacks import ClientData, FederatedCallback, History, Part
 from lightning_fed.engines import Processes
 from lightning_fed.testing import ToyModule, toy_data
 from tests.helpers import QUIET
-from tests.integration.resume_script import StopAt, Stopped
-from tests.integration.test_schedules import FromRound
+from tests.integration.callbacks.stateful import Decays, Freeze, Scales
+from tests.integration.checkpointing.resume_script import StopAt, Stopped
+from tests.integration.schedules.runs import FromRound
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory .* exists and is not empty", "ignore:The provided params to be frozen already exist"
 )
 
+
 BATCHES = 3
+
+
 PLAIN = {**QUIET, "limit_val_batches": 0}
 
 
@@ -59,16 +63,6 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 # ------------------------------------------------------------------------------------------- what a callback holds
-
-
-class Freeze(Callback):
-    """Freezes a layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.layer.requires_grad_(False)
 
 
 class Holds(Callback):
@@ -149,25 +143,6 @@ def test_all_else_that_a_callback_holds_is_the_clients_own() -> None:
 
 
 # ------------------------------------------------------------------------------------------- callbacks with a state
-
-
-class Decays(Callback):
-    """Scales gradients down with each step that it has seen."""
-
-    def __init__(self) -> None:
-        self.steps, self.mean, self.loaded = 0, torch.zeros(()), 0
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self.steps += 1
-        self.mean = 0.9 * self.mean + pl_module.net[2].bias.grad.mean()
-        for parameter in pl_module.parameters():
-            parameter.grad = parameter.grad / self.steps + self.mean
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "mean": self.mean}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.steps, self.mean = state_dict["steps"], state_dict["mean"]
 
 
 def long_fit(build: Callable[[], Any], epochs: int, *callbacks: Callback, data: Any = None) -> dict[str, Tensor]:
@@ -524,16 +499,6 @@ def run(directory: Path, *callbacks: Callback, ckpt_path: str | None = None, **o
     )
     trainer.fit(module, DataLoader(toy_data(60), 5, shuffle=True), ckpt_path=ckpt_path)
     return weights(module), repr((history.rows, history.clients))
-
-
-class Scales(Decays):
-    """As ``Decays``, also for layers without a gradient."""
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self.steps += 1
-        for parameter in pl_module.parameters():
-            if parameter.grad is not None:
-                parameter.grad = parameter.grad / self.steps
 
 
 @pytest.mark.parametrize("engine", ["in_process", "fork"])

@@ -23,7 +23,7 @@ from lightning_fed import ConfigurationError
 from lightning_fed.callbacks import FedAdam, FedAvg, FederatedCallback, FlowerStrategy
 from lightning_fed.strategies import ServerOptimizer, WeightedMean
 from lightning_fed.wire import messages
-from tests.integration.test_checkpoints import FEDERATION, fit, notes, saved
+from tests.integration.checkpointing.runs import FEDERATION, fit, notes, saved
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory .* exists and is not empty", "ignore:You defined a `validation_step` but"

@@ -120,7 +120,7 @@ def test_a_reason_is_in_the_user_s_terms() -> None:
             assert len(self.trainer.train_dataloader)
             return super().training_step(batch, batch_idx)
 
-    with pytest.warns(UserWarning, match=r"it reads trainer.train_dataloader \(test_vectorized_trial.py"):
+    with pytest.warns(UserWarning, match=r"it reads trainer.train_dataloader \(test_trial.py"):
         run(built(Asks), True)
 
 
