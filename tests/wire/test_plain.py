@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_fed.wire.messages import pack, unpack
 from lightning_fed.wire.plain import Classes, from_plain, to_plain
-from tests.test_messages import TENSORS
+from tests.wire.tensors import TENSORS
 
 
 def through_a_checkpoint(value, classes=None, factory=None):

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_fed.wire.fingerprint import describe, text_of
 from lightning_fed.wire.plain import Classes, to_plain
-from tests.test_messages import TENSORS
+from tests.wire.tensors import TENSORS
 
 
 class Color(enum.Enum):

@@ -16,7 +16,7 @@ from lightning_fed.errors import ClientError, InvalidUpdateError, RoundError
 from lightning_fed.testing import toy_weights
 from lightning_fed.values.metrics import MEAN, MetricState
 from lightning_fed.wire import beside, messages
-from tests.test_rounds import COUNTING, Diary, Gives, client, grid_of, rounds_on, run, unchanged
+from tests.server.round_runs import COUNTING, Diary, Gives, client, grid_of, rounds_on, run, unchanged
 
 WEIGHTS = {**toy_weights(), "steps": torch.tensor(10), "on": torch.tensor([True, False]), "z": torch.ones(2) * 1j}
 

@@ -1,0 +1,105 @@
+"""The roll call: who is there, waited for as long as it takes and no longer."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from flwr.serverapp.strategy import FedAvg, strategy_utils
+
+from lightning_fed.callbacks import PartialParticipation
+from lightning_fed.errors import ConfigurationError
+from lightning_fed.server import roster
+from lightning_fed.strategies import WeightedMean
+from lightning_fed.testing import toy_weights
+from lightning_fed.wire import messages
+from tests.helpers import SuperLinkLike, in_flower
+from tests.server.round_runs import COUNTING, NODES, grid_of, rounds_on, run
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The seconds, which pass only by sleeping."""
+    now = [100.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        assert now[0] < 200, "waited for ever"
+
+    monkeypatch.setattr(strategy_utils, "sleep", sleep)
+    monkeypatch.setattr(roster, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    return now
+
+
+def test_every_node_is_asked_once_who_it_is():
+    grid = grid_of(COUNTING)
+
+    def main():
+        rounds = rounds_on(grid)
+        for round in (1, 2):
+            rounds.run(round, toy_weights(), False)
+        return {node: rounds.roster.client_of(node) for node in NODES}, [rounds.roster.node_of(k) for k in range(4)]
+
+    clients, nodes = in_flower(main)
+    assert clients == NODES
+    assert [NODES[node] for node in nodes] == [0, 1, 2, 3]
+    queries = [m.metadata.dst_node_id for m in grid.sent if m.metadata.message_type == "query"]
+    assert sorted(queries) == sorted(NODES)
+
+
+@pytest.mark.parametrize(
+    ("clients", "message"),
+    [
+        ([0, 1, 1], r"3 nodes say they are clients \[0, 1, 1\]: give them the partition-id 0 to 2"),
+        ([0, 1, 7], r"3 nodes say they are clients \[0, 1, 7\]"),
+    ],
+)
+def test_nodes_that_claim_wrong_numbers_are_refused(clients, message):
+    grid = grid_of(COUNTING, {100 + i: k for i, k in enumerate(clients)}, order=lambda replies: replies)
+    with pytest.raises(ConfigurationError, match=message):
+        in_flower(lambda: rounds_on(grid))
+
+
+def test_node_that_does_not_answer_the_roll_call_is_refused():
+    grid = grid_of(COUNTING, order=lambda replies: replies[1:])
+    with pytest.raises(ConfigurationError, match="4 nodes say they are clients"):
+        in_flower(lambda: rounds_on(grid))
+
+
+def test_node_without_a_number_is_refused_with_what_it_says():
+    grid = SuperLinkLike(COUNTING, {5: {}})
+    with pytest.raises(ConfigurationError, match=r"did not say who it is: .*partition-id"):
+        in_flower(lambda: rounds_on(grid))
+
+
+def test_run_does_not_wait_for_ever_for_clients_to_connect(clock):
+    cohorts = PartialParticipation(min_available_clients=5)
+    with pytest.raises(ConfigurationError, match=r"4 clients connected within 30 s; 5 are needed"):
+        in_flower(lambda: rounds_on(grid_of(COUNTING), cohorts=cohorts, timeout=30))
+
+
+def test_client_that_connects_late_is_waited_for(clock):
+    class Late(SuperLinkLike):
+        asked = 0
+
+        def get_node_ids(self):
+            self.asked += 1
+            return list(self.contexts)[: None if self.asked > 2 else 2]
+
+    grid = Late(COUNTING, {node: {messages.CLIENT: k} for node, k in NODES.items()})
+    cohorts = PartialParticipation(min_available_clients=4)
+    assert in_flower(lambda: rounds_on(grid, cohorts=cohorts).roster.num_clients) == 4
+
+
+def test_strategy_may_ask_for_the_clients_as_often_as_it_likes(clock):
+    class Curious(WeightedMean):
+        def configure_train(self, server_round, arrays, config, grid):
+            assert all(len(list(grid.get_node_ids())) == 4 for _ in range(50))
+            return super().configure_train(server_round, arrays, config, grid)
+
+    assert torch.equal(run(COUNTING, Curious()).weights["matrix"], toy_weights()["matrix"] + 3)
+
+
+def test_strategy_that_waits_for_more_clients_than_the_cohort_is_stopped(clock):
+    cohorts = PartialParticipation(fraction_train=0.25)
+    with pytest.raises(ConfigurationError, match=r"waits for more clients than take part in the round: 1\. Lower its"):
+        run(COUNTING, FedAvg(), cohorts=cohorts)
