@@ -58,7 +58,7 @@ def shorten(error: E) -> E:
     return error
 
 
-def let_go(error: BaseException) -> None:
+def release_frames(error: BaseException) -> None:
     """Lets go what the frames of an error, and of those behind it, keep in memory."""
     seen: BaseException | None = error
     while seen is not None and seen.__traceback__ is not None:

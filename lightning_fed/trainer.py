@@ -36,7 +36,7 @@ from lightning_fed.server.view import RoundLoader, ServerView
 from lightning_fed.server.wording import speaking_of_rounds
 from lightning_fed.tracebacks import shorten
 from lightning_fed.values.data import gathering
-from lightning_fed.views import laid_over
+from lightning_fed.views import viewed_as
 from lightning_fed.wire.checkpoint_file import explain_errors
 
 
@@ -197,7 +197,7 @@ class FederatedTrainer(ServerTrainer):
         given = checks.listed(task.module.configure_callbacks())
         task.module.trainer = None
         self._roles.move(given)
-        self._roles.take_up([*self.callbacks, *given])
+        self._roles.adopt([*self.callbacks, *given])
         side = task.side
         side.mods, task.deal.owner = self.owners.mods(), self.owners.partition
         side.is_set_up, side.dispatcher = False, None
@@ -207,7 +207,7 @@ class FederatedTrainer(ServerTrainer):
         module = from_compiled(model) if isinstance(model, OptimizedModule) else model
         arguments.refuse(checks.fit_faults(module, train, datamodule))
         self._look_at_callbacks()
-        self._roles.take_up(self.callbacks)
+        self._roles.adopt(self.callbacks)
         if isinstance(train, LightningDataModule):
             train, datamodule = None, train
         deal = Deal(self.owners.partition, module, train, datamodule, self.seed, self.local_options)
@@ -223,7 +223,9 @@ class FederatedTrainer(ServerTrainer):
         self.callbacks = self._roles.without_moved(self.callbacks)
         faults = self._roles.misplaced(self.callbacks)
         if faults:
-            self.callbacks = [c for c in self.callbacks if not placement.takes_over(c)]  # the Tuner leaves them there
+            self.callbacks = [
+                c for c in self.callbacks if not placement.replaces_loop(c)
+            ]  # the Tuner leaves them there
         arguments.refuse(faults)
 
     def _server_app(self, task: _Task, ckpt_path: Any, weights_only: bool | None) -> ServerApp:
@@ -248,7 +250,7 @@ class FederatedTrainer(ServerTrainer):
             stack.enter_context(seeded(seed_for(self.seed, "setup")))
             stack.enter_context(quiet_flower())
             stack.enter_context(speaking_of_rounds(self.owners.partition.can_evaluate()))
-            stack.enter_context(laid_over(task.module, ServerView))
+            stack.enter_context(viewed_as(task.module, ServerView))
             stack.callback(self.federation.end)
             stack.enter_context(self._roles.views)
             stack.enter_context(self.logging_every_round())

@@ -51,16 +51,16 @@ def _new(cls: Any, *args: Any) -> Any:
 
 
 def user_class(instance: object) -> type:
-    """The class that the user wrote, whichever view lies over the instance."""
+    """The class that the user overrides, whichever view lies over the instance."""
     return below(type(instance))
 
 
 def below(cls: type) -> type:
-    """The class that the user wrote, where a class is that of a view over it."""
+    """The class that the user overrides, where a class is that of a view over it."""
     return getattr(cls, _CLASS, cls)
 
 
-def wrote(instance: object, base: type, name: str) -> bool:
+def overrides(instance: object, base: type, name: str) -> bool:
     """Whether somebody wrote a hook: in the class, whichever view lies over it, or on the instance itself."""
     if name in vars(instance) or name in vars(instance).get(_HIDDEN, {}):
         return True
@@ -90,7 +90,7 @@ def _names(view: type) -> frozenset[str]:
     return frozenset(name for name in every if not name.startswith("__"))
 
 
-def hand_over(instance: Any) -> None:
+def move_to_class(instance: Any) -> None:
     """Gives the user's class what was set on a view: ``type(self).count += 1`` means the class that the user wrote."""
     cls = type(instance)
     if not issubclass(cls, View):
@@ -101,7 +101,7 @@ def hand_over(instance: Any) -> None:
 
 
 @contextmanager
-def laid_over(instance: Any, view: type[View]) -> Iterator[None]:
+def viewed_as(instance: Any, view: type[View]) -> Iterator[None]:
     """Gives ``instance`` the class ``view`` + its own class for the time of the block.
 
     What stands in the instance's ``__dict__`` under a name of the view would shadow it (``module.compile()`` and
@@ -109,7 +109,7 @@ def laid_over(instance: Any, view: type[View]) -> Iterator[None]:
     other one hid.
     """
     outer = type(instance)
-    hand_over(instance)
+    move_to_class(instance)
     state = instance.__dict__
     uncovered = dict(state.get(_HIDDEN, {}))
     state.update(uncovered)
@@ -120,7 +120,7 @@ def laid_over(instance: Any, view: type[View]) -> Iterator[None]:
     try:
         yield
     finally:
-        hand_over(instance)
+        move_to_class(instance)
         instance.__class__ = outer
         instance.__dict__.pop(_HIDDEN, None)
         instance.__dict__.update(hidden)

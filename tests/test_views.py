@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fed.views import View, laid_over, user_class, users_own, wrote
+from lightning_fed.views import View, overrides, user_class, users_own, viewed_as
 
 
 class Loud(View):
@@ -45,7 +45,7 @@ class Registering(User):
 
 def test_view_acts_in_the_block_and_is_gone_after_it():
     user = User()
-    with laid_over(user, Loud):
+    with viewed_as(user, Loud):
         assert user.speak() == "loud user User"
         assert user.only_in_the_view() == "view"
     assert type(user) is User
@@ -56,7 +56,7 @@ def test_view_acts_in_the_block_and_is_gone_after_it():
 def test_view_is_gone_after_an_exception_too():
     user = User()
     before = dict(user.__dict__)
-    with pytest.raises(LookupError), laid_over(user, Loud):
+    with pytest.raises(LookupError), viewed_as(user, Loud):
         raise LookupError
     assert type(user) is User
     assert user.__dict__ == before
@@ -64,7 +64,7 @@ def test_view_is_gone_after_an_exception_too():
 
 def test_views_class_reads_like_the_users_own():
     user = User()
-    with laid_over(user, Loud):
+    with viewed_as(user, Loud):
         assert isinstance(user, User)
         assert (type(user).__name__, type(user).__qualname__, type(user).__doc__) == ("User", "User", User.__doc__)
         assert type(user).__module__ == User.__module__
@@ -75,14 +75,14 @@ def test_views_class_reads_like_the_users_own():
 def test_same_view_of_the_same_class_is_one_class():
     # torch.compile guards on the class: another class each round would compile anew each round.
     first, second = User(), User()
-    with laid_over(first, Loud), laid_over(second, Loud):
+    with viewed_as(first, Loud), viewed_as(second, Loud):
         assert type(first) is type(second)
 
 
 def test_method_on_the_instance_does_not_shadow_the_view_and_comes_back():
     user = User()
     user.speak = lambda: "shadow"  # as module.compile() and LightningCLI do
-    with laid_over(user, Loud):
+    with viewed_as(user, Loud):
         assert user.speak() == "loud user User"
     assert user.speak() == "shadow"
 
@@ -90,17 +90,17 @@ def test_method_on_the_instance_does_not_shadow_the_view_and_comes_back():
 def test_what_the_user_put_on_the_instance_is_the_users_own_in_every_view():
     user = User()
     assert users_own(user, "speak")() == "user User"
-    assert not wrote(user, User, "speak")
+    assert not overrides(user, User, "speak")
     user.speak = lambda: "instance"
     for view in (Loud, Quiet):
-        with laid_over(user, view):
+        with viewed_as(user, view):
             assert users_own(user, "speak")() == "instance"
-            assert wrote(user, User, "speak")
+            assert overrides(user, User, "speak")
 
 
 def test_attributes_set_in_the_block_stay():
     user = User()
-    with laid_over(user, Loud):
+    with viewed_as(user, Loud):
         user.counter = 3
         user.new_layer = nn.Linear(1, 1)
     assert user.counter == 3
@@ -109,8 +109,8 @@ def test_attributes_set_in_the_block_stay():
 
 def test_inner_view_replaces_the_outer_one_and_the_outer_one_returns():
     user = User()
-    with laid_over(user, Loud):
-        with laid_over(user, Quiet):
+    with viewed_as(user, Loud):
+        with viewed_as(user, Quiet):
             assert user.speak() == "quiet user User"
             assert not hasattr(user, "only_in_the_view")
         assert user.speak() == "loud user User"
@@ -120,9 +120,9 @@ def test_inner_view_replaces_the_outer_one_and_the_outer_one_returns():
 def test_inner_view_sees_the_instances_own_attribute_that_only_the_outer_one_hides():
     user = User()
     user.only_in_the_view = lambda: "instance"
-    with laid_over(user, Loud):
+    with viewed_as(user, Loud):
         assert user.only_in_the_view() == "view"
-        with laid_over(user, Quiet):
+        with viewed_as(user, Quiet):
             assert user.only_in_the_view() == "instance"
         assert user.only_in_the_view() == "view"
     assert user.only_in_the_view() == "instance"
@@ -131,7 +131,7 @@ def test_inner_view_sees_the_instances_own_attribute_that_only_the_outer_one_hid
 
 def test_class_with_registry_and_required_subclass_arguments_takes_a_view():
     user = Registering()
-    with laid_over(user, Loud):
+    with viewed_as(user, Loud):
         assert user.speak() == "loud user Registering"
     assert Registering.made == []
 
@@ -139,7 +139,7 @@ def test_class_with_registry_and_required_subclass_arguments_takes_a_view():
 def test_pickle_made_in_a_view_is_of_the_users_class():
     user = User()
     buffer = io.BytesIO()
-    with laid_over(user, Loud):
+    with viewed_as(user, Loud):
         again = pickle.loads(pickle.dumps(user))
         torch.save(user, buffer)
     buffer.seek(0)
@@ -154,7 +154,7 @@ def test_copy_made_in_a_view_has_what_the_user_put_on_the_instance_and_nothing_o
     user = User()
     user.speak = print  # hidden while the view lies over it
     before = set(user.__dict__)
-    with laid_over(user, Loud):
+    with viewed_as(user, Loud):
         copied = copy.deepcopy(user)
     assert type(copied) is User
     assert set(copied.__dict__) == before
@@ -163,7 +163,7 @@ def test_copy_made_in_a_view_has_what_the_user_put_on_the_instance_and_nothing_o
 
 def test_other_instances_of_the_class_do_not_notice():
     user, other = User(), User()
-    with laid_over(user, Loud):
+    with viewed_as(user, Loud):
         assert other.speak() == "user User"
         assert User().speak() == "user User"
 
@@ -171,7 +171,7 @@ def test_other_instances_of_the_class_do_not_notice():
 def test_what_the_instance_alone_answers_to_is_the_users_own_as_well():
     double = Mock(spec=User)
     assert users_own(double, "speak") is double.speak
-    assert wrote(double, User, "speak")
+    assert overrides(double, User, "speak")
 
 
 def test_attributes_of_the_user_s_class_keep_their_names():
@@ -180,7 +180,7 @@ def test_attributes_of_the_user_s_class_keep_their_names():
         _user_class = "theirs"
 
     user = Named()
-    with laid_over(user, Loud):
+    with viewed_as(user, Loud):
         assert (user._names, user._user_class) == (("a", "b"), "theirs")
         type(user)._names = ("c",)
     assert Named._names == ("c",)

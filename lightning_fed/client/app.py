@@ -24,8 +24,9 @@ from lightning_fed.seeding import random_states_kept
 from lightning_fed.state.snapshot import DataSnapshot, Snapshot
 from lightning_fed.values.data import ClientLoaders
 from lightning_fed.values.weights import Weights
-from lightning_fed.views import hand_over
-from lightning_fed.wire import beside, messages
+from lightning_fed.views import move_to_class
+from lightning_fed.wire import extras, messages
+from lightning_fed.wire.served_app import ServedApp
 
 
 class DataSource(Protocol):
@@ -104,7 +105,7 @@ class _Call:
     detached: Weights
 
 
-class LocalClientApp(ClientApp):
+class LocalClientApp(ClientApp, ServedApp):
     """A ClientApp that can serve several clients at once where they are vectorized."""
 
     def __init__(self, side: ClientSide) -> None:
@@ -124,7 +125,7 @@ class LocalClientApp(ClientApp):
         """
         side = self._side
         for instance in (side.module, side.datamodule):
-            hand_over(instance)
+            move_to_class(instance)
         if self._changes is None:
             weights = partial(weights_of, side.module)
             self._changes = Changes(Snapshot(side.roots(), weights), DataSnapshot(side.data_roots()))
@@ -141,7 +142,7 @@ class LocalClientApp(ClientApp):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_changes": None}
 
-    def at_once(self, stage: str) -> int:
+    def max_messages(self, stage: str) -> int:
         """How many messages of a type to give to ``serve``."""
         dispatcher = self._side.dispatcher
         return 1 if dispatcher is None else dispatcher.size(stage)
@@ -149,7 +150,7 @@ class LocalClientApp(ClientApp):
     def serve(self, received: Sequence[tuple[Message, Context]]) -> list[Message]:
         """The replies to messages of one type, in their order."""
         side, stage = self._side, received[0][0].metadata.message_type
-        calls = [_Call(message, context, beside.detach(message)) for message, context in received]
+        calls = [_Call(message, context, extras.detach_integers(message)) for message, context in received]
         results: Sequence[LocalResult | None] = [None] * len(calls)
         if len(calls) > 1 and side.dispatcher is not None and not side.is_stale:
             tasks = [_task(stage, call.message, call.context, call.detached) for call in calls]
@@ -230,7 +231,7 @@ def _task(stage: str, message: Message, context: Context, detached: Weights) -> 
         client=int(context.node_config[messages.CLIENT]),
         round=instruction.round,
         seed=instruction.seed,
-        weights=beside.merge(instruction.weights, detached),
+        weights=extras.merge_integers(instruction.weights, detached),
         state=messages.get_fit_state(context) if stage == "train" else None,
         callback_states=messages.get_callback_states(context),
     )
@@ -238,13 +239,15 @@ def _task(stage: str, message: Message, context: Context, detached: Weights) -> 
 
 def _reply(stage: str, message: Message, result: LocalResult) -> Message:
     if stage == "train":
-        return messages.train_reply(message, beside.visible(result.weights), result.num_examples, result.scalars)
-    return messages.evaluate_reply(message, result.num_examples, result.scalars)
+        return messages.train_reply(
+            message, extras.without_integers(result.weights), result.num_examples, result.numbers
+        )
+    return messages.evaluate_reply(message, result.num_examples, result.numbers)
 
 
 def _with_extras(reply: Message, *results: LocalResult) -> Message:
     """A reply that mods have done with, and what they must not see."""
     if not reply.has_error():
         for result in results:
-            beside.attach_extras(reply, beside.Extras.of(result.weights, result.metrics, result.notes))
+            extras.attach(reply, extras.Extras.of(result.weights, result.metrics, result.notes))
     return reply

@@ -102,7 +102,7 @@ class InProcessGrid(LocalGrid):
         """Runs the clients as the replies are read, in the order of the messages; nothing to time out on."""
         waiting = iter(messages)
         for first in waiting:
-            together = [first, *islice(waiting, self.app.at_once(first.metadata.message_type) - 1)]
+            together = [first, *islice(waiting, self.app.max_messages(first.metadata.message_type) - 1)]
             for message in together:
                 number(message)
             replies = self._call(together)

@@ -76,12 +76,12 @@ class Pool:
                 if self._packed is None:
                     self._changes_packed = len(self.changes)
                 known = self._changes_packed
-                packed = self._packed = self._packed or remote.packed(self._start, "processes", transport.pack)
+                packed = self._packed = self._packed or remote.packed(self._start, "processes", transport.dump)
                 with _main_left_out():
                     process = _forkserver().Process(target=work, args=(theirs, device, None, ()))
                     process.start()
                 with suppress(OSError):  # one that is dead already is found out when it is listened to
-                    transport.send(ours, packed)
+                    transport.write(ours, packed)
         except BaseException:
             ours.close()
             raise
@@ -102,7 +102,7 @@ class Worker:
 
     def send(self, packed: transport.Packed) -> None:
         """Tells the process something."""
-        transport.send(self.connection, packed)
+        transport.write(self.connection, packed)
 
     def changes(self) -> Sequence[bytes]:
         """What has changed since the process started, or since this was asked last."""

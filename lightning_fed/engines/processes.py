@@ -123,7 +123,9 @@ class Delivery:
         self.grid, self.sent, self.call = grid, sent, call
         self.deadline = Deadline(timeout)
         together = (
-            min(grid.app.at_once(sent[0].metadata.message_type), -(-len(sent) // len(grid.pool.workers))) if sent else 1
+            min(grid.app.max_messages(sent[0].metadata.message_type), -(-len(sent) // len(grid.pool.workers)))
+            if sent
+            else 1
         )
         self.waiting = deque(range(first, min(first + together, len(sent))) for first in range(0, len(sent), together))
         self.ahead = max(AHEAD, together) * len(grid.pool.workers)
@@ -173,7 +175,7 @@ class Delivery:
             self.grid.task(message, self._content(worker, message), self.call, new)
             for message, new in zip(messages, news, strict=True)
         ]
-        worker.send(transport.pack(tasks))
+        worker.send(transport.dump(tasks))
 
     def _content(self, worker: Worker, message: Message) -> dict[str, Any]:
         """The records of a message; those that others have, too, are sent ahead."""
@@ -185,7 +187,7 @@ class Delivery:
             key = id(record)  # the messages keep it alive
             if key not in self.shared:
                 number = len(self.shared)
-                self.shared[key] = number, transport.pack(Shared(self.call, number, record))
+                self.shared[key] = number, transport.dump(Shared(self.call, number, record))
             number, packed = self.shared[key]
             if number not in self.has[worker]:
                 worker.send(packed)

@@ -124,7 +124,7 @@ def _unpicklable(start: Start) -> str:
     for name, root in start.app.roots().items():
         for key, value in (root if isinstance(root, dict) else getattr(root, "__dict__", {})).items():
             try:
-                transport.pack(value, by_value=True)
+                transport.dump(value, by_value=True)
             except Exception:
                 return f"{name}.{key}"
     return "something in them"

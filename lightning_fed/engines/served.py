@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from lightning_fed.client.app import LocalClientApp
 from lightning_fed.wire import messages
+from lightning_fed.wire.served_app import ServedApp
 
 
-class Served(Protocol):
-    """A client app as engines serve it: maybe several clients at once, and with copies in other processes."""
-
-    def __call__(self, message: Message, context: Context) -> Message:
-        """The reply to one message."""
-
-    def at_once(self, stage: str) -> int:
-        """How many messages of a type to give to ``serve``."""
-
-    def serve(self, received: Sequence[tuple[Message, Context]]) -> list[Message]:
-        """The replies to several messages of one type, in their order."""
-
-    def changes(self) -> bytes | None:
-        """What has changed here since this was asked last, for ``change`` of the copies in other processes."""
-
-    def change(self, changes: bytes) -> None:
-        """Makes the changes that another process' ``changes`` gave."""
-
-    def roots(self) -> dict[str, Any]:
-        """All that clients work with, by name."""
-
-
-class OneByOne:
+class OneByOne(ServedApp):
     """Any ClientApp of Flower's: one message at a time, and nothing in it that an engine could change.
 
     Args:
@@ -45,35 +23,35 @@ class OneByOne:
         self._app = app
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """See ``Served``."""
+        """See ``ServedApp``."""
         return self._app(message, context)
 
-    def at_once(self, stage: str) -> int:
-        """See ``Served``."""
+    def max_messages(self, stage: str) -> int:
+        """See ``ServedApp``."""
         return 1
 
     def serve(self, received: Sequence[tuple[Message, Context]]) -> list[Message]:
-        """See ``Served``."""
+        """See ``ServedApp``."""
         return [self(message, context) for message, context in received]
 
     def changes(self) -> bytes | None:
-        """See ``Served``."""
+        """See ``ServedApp``."""
         return None
 
     def change(self, changes: bytes) -> None:
-        """See ``Served``."""
+        """See ``ServedApp``."""
 
     def roots(self) -> dict[str, Any]:
-        """See ``Served``."""
+        """See ``ServedApp``."""
         return {}
 
 
-def served(app: ClientApp) -> Served:
+def served(app: ClientApp) -> ServedApp:
     """An app as engines serve it."""
-    return app if isinstance(app, LocalClientApp) else OneByOne(app)
+    return app if isinstance(app, ServedApp) else OneByOne(app)
 
 
-def answer(app: Served, received: Sequence[tuple[Message, Context]]) -> list[Message]:
+def answer(app: ServedApp, received: Sequence[tuple[Message, Context]]) -> list[Message]:
     """The replies to messages of one type, in their order; an exception is a reply."""
     if len(received) > 1:
         return app.serve(received)

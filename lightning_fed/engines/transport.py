@@ -48,7 +48,7 @@ class Packed:
                 _write(self.memory, view, start)
 
 
-def pack(thing: Any, *, by_value: bool = False) -> Packed:
+def dump(thing: Any, *, by_value: bool = False) -> Packed:
     """Pickles ``thing``.
 
     Args:
@@ -71,7 +71,7 @@ def pack(thing: Any, *, by_value: bool = False) -> Packed:
 
 
 def to_bytes(thing: Any, *, by_value: bool = False) -> bytes:
-    """As ``pack``, in one piece."""
+    """As ``dump``, in one piece."""
     stream = io.BytesIO()
     (_ByValue if by_value else _ByName)(stream, protocol=5).dump(thing)
     return stream.getvalue()
@@ -82,7 +82,7 @@ def from_bytes(pickled: Any) -> Any:
     return pickle.loads(pickled)
 
 
-def send(to: socket.socket, packed: Packed) -> None:
+def write(to: socket.socket, packed: Packed) -> None:
     """Sends an object; the receiver calls ``receive``."""
     sizes = struct.pack(f"!{len(packed.sizes)}Q", *packed.sizes)
     header = _HEADER.pack(len(packed.pickled), len(packed.sizes))

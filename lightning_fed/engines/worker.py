@@ -17,8 +17,9 @@ from flwr.app import ArrayRecord, Context, Message, Metadata, RecordDict
 from lightning_fed._compat.flower import server_identity
 from lightning_fed.engines import transport
 from lightning_fed.engines.in_process import deliver
-from lightning_fed.engines.served import Served, answer
+from lightning_fed.engines.served import answer
 from lightning_fed.wire import messages
+from lightning_fed.wire.served_app import ServedApp
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ class Start:
         threads: How many threads torch may use.
     """
 
-    app: Served
+    app: ServedApp
     run_id: int
     threads: int
 
@@ -121,7 +122,7 @@ def _inherited(connection: socket.socket, start: Start) -> Start | None:
         # Autograd refuses to work in a fork of a process in which it has started threads, and nothing else tells.
         torch.zeros(1, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
     except RuntimeError:
-        transport.send(connection, transport.pack(Failed(traceback.format_exc(), by_fork=True)))
+        transport.write(connection, transport.dump(Failed(traceback.format_exc(), by_fork=True)))
         return None
     return start
 
@@ -132,13 +133,13 @@ def _told(connection: socket.socket) -> Start | None:
     except EOFError:
         raise
     except Exception:
-        transport.send(connection, transport.pack(Failed(traceback.format_exc())))
+        transport.write(connection, transport.dump(Failed(traceback.format_exc())))
         return None
 
 
 def _serve(connection: socket.socket, start: Start) -> None:
     torch.set_num_threads(start.threads)
-    transport.send(connection, transport.pack(None))
+    transport.write(connection, transport.dump(None))
     known: dict[tuple[int, int], ArrayRecord] = {}
     with server_identity(start.run_id):
         while True:
@@ -147,11 +148,11 @@ def _serve(connection: socket.socket, start: Start) -> None:
                 known = {key: record for key, record in known.items() if key[0] == told.call}
                 known[told.call, told.key] = told.arrays
             else:
-                transport.send(connection, serve(start.app, told, known, transport.pack))
+                transport.write(connection, serve(start.app, told, known, transport.dump))
 
 
 def serve(
-    app: Served,
+    app: ServedApp,
     tasks: Sequence[Task],
     known: dict[tuple[int, int], ArrayRecord],
     pack: Callable[[list[Done]], T],

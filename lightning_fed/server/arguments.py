@@ -104,7 +104,7 @@ def refuse(*found: Sequence[str]) -> None:
         raise ConfigurationError("FederatedTrainer cannot start:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
 
-def split(arguments: dict[str, Any], cuda: list[int], local_epochs: int) -> dict[str, Any]:
+def take_client_arguments(arguments: dict[str, Any], cuda: list[int], local_epochs: int) -> dict[str, Any]:
     """Takes the clients' arguments out of ``arguments``, which then are the server's, and returns them.
 
     A server trains nothing: what steers training is the clients' alone, what steers numerics is for both.
@@ -141,7 +141,7 @@ def cuda_devices(accelerator: str | Accelerator, devices: Any) -> list[int]:
     return []
 
 
-def callback_faults(callbacks: Sequence[Any], client_callbacks: Sequence[Any], num_clients: int | None) -> list[str]:
+def placement_faults(callbacks: Sequence[Any], client_callbacks: Sequence[Any], num_clients: int | None) -> list[str]:
     """A sentence for each callback that is none, is in the wrong place, or decides what another one decides.
 
     Args:
@@ -154,7 +154,7 @@ def callback_faults(callbacks: Sequence[Any], client_callbacks: Sequence[Any], n
         *checks.callback_faults("callbacks", callbacks),
         *checks.callback_faults("client_callbacks", client_callbacks),
         *placement.misplaced(own, local),
-        *owners.faults([callback for callback in own if isinstance(callback, FederatedCallback)], num_clients),
+        *owners.owner_faults([callback for callback in own if isinstance(callback, FederatedCallback)], num_clients),
     ]
 
 
@@ -215,7 +215,7 @@ def vectorize_faults(vectorize: object, compiles: bool, engine: object) -> list[
     return []
 
 
-def faults(numbers: dict[str, int | None], endless: bool) -> list[str]:
+def limit_faults(numbers: dict[str, int | None], endless: bool) -> list[str]:
     """A sentence for each fault in the numbers that ``FederatedTrainer`` takes.
 
     Args:

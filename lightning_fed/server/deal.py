@@ -15,7 +15,7 @@ from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.server.view import user_train_dataloader
 from lightning_fed.state.snapshot import DataSnapshot
 from lightning_fed.values.data import ClientLoaders
-from lightning_fed.views import wrote
+from lightning_fed.views import overrides
 
 
 class Deal:
@@ -83,7 +83,7 @@ class Deal:
             return self._train
         if self._datamodule is not None:
             return user_train_dataloader(self._datamodule) if deals else None
-        if wrote(self._module, LightningModule, "train_dataloader"):
+        if overrides(self._module, LightningModule, "train_dataloader"):
             return user_train_dataloader(self._module)
         if deals:
             raise ConfigurationError(

@@ -15,10 +15,10 @@ from lightning_fed.callbacks.base import ClientReport, FailureOwner, Stage
 from lightning_fed.errors import ClientError, FederationError, RoundError
 from lightning_fed.server.roster import CohortGrid, Roster
 from lightning_fed.strategies import WeightedMean
-from lightning_fed.tracebacks import let_go, words
+from lightning_fed.tracebacks import release_frames, words
 from lightning_fed.values import metrics
 from lightning_fed.values.weights import Weights, check_update
-from lightning_fed.wire import beside, messages
+from lightning_fed.wire import extras, messages
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Exchange:
     def __init__(self, terms: Terms, stage: Stage, round: int, cohort: Sequence[int], weights: Weights) -> None:
         self.terms, self.stage, self.round, self.cohort = terms, stage, round, cohort
         self.weights = weights
-        self._apart = beside.Apart(weights)
+        self._apart = extras.IntegerTensors(weights)
         self.states: list[tuple[float, list[metrics.MetricState]]] = []
         self.reported: list[tuple[float, dict[str, float]]] = []
         self.notes: dict[str, None] = {}
@@ -190,7 +190,7 @@ class Exchange:
             said, exception = messages.raised(reply)
             raise self._error(client, _explain(said, exception)) from exception
         try:
-            read = beside.read_reply(reply)
+            read = extras.read_reply(reply)
             self._check(read)
         except ClientError as error:
             raise self._error(client, str(error), type(error), error.tensor) from error.__cause__
@@ -207,7 +207,7 @@ class Exchange:
             self.terms.tell("on_client_end", self.round, self.stage, report)
         return read.num_examples
 
-    def _check(self, read: beside.Reply) -> None:
+    def _check(self, read: extras.Reply) -> None:
         """Raises:
         ClientError: If a reply cannot be used.
         """
@@ -218,7 +218,7 @@ class Exchange:
                 f"reports {count:g} examples; it cannot be averaged: their number must be finite and {least}."
             )
         if trains:
-            beside.check(read, self.weights)
+            extras.check(read, self.weights)
 
     def _leave_out(self, reply: Message) -> None:
         rank_zero_warn(
@@ -236,7 +236,7 @@ class Exchange:
         self.failed += 1
         self.terms.failures.on_failure(error, self.failed, len(self.cohort))
         self.terms.tell("on_client_error", self.round, self.stage, error)
-        let_go(error)  # somebody may keep it, and its frames have the client's weights and batches
+        release_frames(error)  # somebody may keep it, and its frames have the client's weights and batches
 
 
 def name_of(strategy: Strategy) -> str:

@@ -98,7 +98,7 @@ class Federation(Callback):
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """The list of callbacks is whole: the module's own have joined it."""
         if self._given is not None:  # else it is not our fit, but a validation or test
-            trainer.take_up_callbacks()
+            trainer.adopt_callbacks()
             self._given.deal.owner, self._given.side.mods = self.owners.partition, self.owners.mods()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -132,9 +132,9 @@ class Federation(Callback):
         result = self.session.run_round()
         self.metrics, self.about = result.metrics, result.about
 
-    def take_over(self) -> None:
+    def apply_weights(self) -> None:
         """Loads the round's new weights into the module."""
-        self.session.take_over()
+        self.session.apply_weights()
 
     @contextmanager
     def saving(self) -> Iterator[None]:

@@ -98,7 +98,7 @@ def of(decision: Decision, callbacks: Sequence[FederatedCallback]) -> list[Feder
     return [callback for callback in callbacks if decision in callback.decides]
 
 
-def faults(federated: Sequence[FederatedCallback], num_clients: int | None) -> list[str]:
+def owner_faults(federated: Sequence[FederatedCallback], num_clients: int | None) -> list[str]:
     """A sentence for each thing that two want to decide, and for what nobody decides and has no default."""
     found = []
     for decision in ("partition", "cohort", "aggregation", "failures"):

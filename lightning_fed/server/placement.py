@@ -10,7 +10,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar
 
 from lightning_fed.callbacks.base import FederatedCallback
-from lightning_fed.views import users_own, wrote
+from lightning_fed.views import overrides, users_own
 
 ON_GRADIENTS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 ON_BATCHES = ("on_train_batch_start", "on_train_batch_end")
@@ -26,7 +26,7 @@ _SERVERS = (FederatedCallback, ProgressBar, Checkpoint)
 def written(callback: Callback, hooks: Iterable[str]) -> list[str]:
     """Which of the hooks somebody wrote in a callback: those of Lightning's own making are not among them."""
     there = {*dir(type(callback)), *vars(callback)}  # what mock makes answers to every hook, and means none of them
-    found = [hook for hook in hooks if hook in there and wrote(callback, Callback, hook)]
+    found = [hook for hook in hooks if hook in there and overrides(callback, Callback, hook)]
     return [hook for hook in found if not _is_lightnings(users_own(callback, hook))]
 
 
@@ -38,7 +38,7 @@ def _is_one_of(callback: Callback, names: Sequence[str]) -> bool:
     return any(isinstance(callback, getattr(lightning_callbacks, name, ())) for name in names)
 
 
-def takes_over(callback: Callback) -> bool:
+def replaces_loop(callback: Callback) -> bool:
     """Whether a callback takes over the training loop, which no round can give it."""
     return _is_one_of(callback, _NOWHERE)
 
@@ -76,7 +76,7 @@ def misplaced(callbacks: Sequence[Callback], client_callbacks: Sequence[Callback
                 f"client_callbacks=[{name}(...)]: it {what} of the run, at the server: write callbacks=[...]."
             )
     for callback in (*callbacks, *client_callbacks):
-        if takes_over(callback):
+        if replaces_loop(callback):
             faults.append(
                 f"{type(callback).__name__} takes over the training loop (an epoch of its own over the train loader, or"
                 " trial steps), which a round cannot give it: leave it out."

@@ -104,7 +104,7 @@ def resolve(given: Given) -> RunPlan:
     counts = {name: None if number is None else int(number) for name, number in given.numbers().items()}
     server, dev_run = dict(given.trainer), int(given.trainer.get("fast_dev_run") or 0)
     cuda = arguments.cuda_devices(server.get("accelerator", "auto"), server.get("devices", "auto"))
-    clients = arguments.split(server, cuda, counts["local_epochs"] or 1)
+    clients = arguments.take_client_arguments(server, cuda, counts["local_epochs"] or 1)
     server["max_epochs"] = -1 if counts["max_rounds"] is None else counts["max_rounds"]
     if dev_run:
         counts["local_epochs"], counts["local_steps"] = 1, None
@@ -129,8 +129,8 @@ def _refuse(given: Given, callbacks: list[Any], client_callbacks: list[Any]) -> 
     numbers, trainer = given.numbers(), given.trainer
     arguments.refuse(
         arguments.refusals(trainer),
-        arguments.callback_faults(callbacks, client_callbacks, given.num_clients),
-        arguments.faults(numbers, endless=bool(trainer.get("max_time") or trainer.get("fast_dev_run"))),
+        arguments.placement_faults(callbacks, client_callbacks, given.num_clients),
+        arguments.limit_faults(numbers, endless=bool(trainer.get("max_time") or trainer.get("fast_dev_run"))),
         checks.number_faults({"seed": given.seed}),
         checks.time_faults("timeout", given.timeout),
         checks.switch_faults({"compile_clients": given.compile_clients, "local_validation": given.local_validation}),

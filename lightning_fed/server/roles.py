@@ -15,7 +15,7 @@ from lightning_fed.callbacks.learning_rates import LearningRates
 from lightning_fed.client.local.work import LocalOptions
 from lightning_fed.server import arguments, owners, placement
 from lightning_fed.server.callback_views import VIEWS, TrainsOnClients
-from lightning_fed.views import laid_over
+from lightning_fed.views import viewed_as
 
 
 class Roles:
@@ -38,7 +38,7 @@ class Roles:
         self._federated: list[FederatedCallback] | None = None
         self.owners: owners.Owners
         self.views = ExitStack()
-        self.take_up(callbacks)
+        self.adopt(callbacks)
 
     def without_moved(self, callbacks: Sequence[Callback]) -> list[Callback]:
         """The list before a fit: without what an earlier one added to it for the clients of another module."""
@@ -48,7 +48,7 @@ class Roles:
         """A sentence for each callback that came to the list since and cannot do its work there."""
         return placement.misplaced([callback for callback in callbacks if callback not in self._of_module], ())
 
-    def take_up(self, callbacks: Sequence[Callback]) -> None:
+    def adopt(self, callbacks: Sequence[Callback]) -> None:
         """Takes up the callbacks that are in the list by now.
 
         Raises:
@@ -56,7 +56,7 @@ class Roles:
         """
         federated = [callback for callback in callbacks if isinstance(callback, FederatedCallback)]
         if federated != self._federated:
-            arguments.refuse(owners.faults(federated, self._num_clients))
+            arguments.refuse(owners.owner_faults(federated, self._num_clients))
             self._federated, self.owners = federated, owners.build(federated, self._num_clients)
         monitors = [callback for callback in callbacks if isinstance(callback, LearningRateMonitor)]
         methods = [*self.owners.training(), *([LearningRates(monitors)] if monitors else [])]
@@ -64,11 +64,11 @@ class Roles:
 
     def begin(self, callbacks: Sequence[Callback]) -> None:
         """The server's fit begins, and the list of its callbacks is whole."""
-        self.take_up(callbacks)
+        self.adopt(callbacks)
         for callback in callbacks:
             for kind, view in VIEWS.items():
                 if isinstance(callback, kind):
-                    self.views.enter_context(laid_over(callback, view))
+                    self.views.enter_context(viewed_as(callback, view))
         for said in placement.once_a_round([c for c in callbacks if c not in self._of_module]):
             rank_zero_warn(said)
 
@@ -81,7 +81,7 @@ class Roles:
         stay = [callback for callback in given if not placement.is_local(callback)]
         for callback in self.move(given):
             if callback in stay:
-                self.views.enter_context(laid_over(callback, TrainsOnClients))
+                self.views.enter_context(viewed_as(callback, TrainsOnClients))
         return stay
 
     def move(self, given: Sequence[Callback]) -> list[Callback]:

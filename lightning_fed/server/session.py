@@ -184,7 +184,7 @@ class Session:
         seed_all(seed_for(self._settings.seed, "server", round=round))
         return result
 
-    def take_over(self) -> None:
+    def apply_weights(self) -> None:
         """Loads the round's new weights into the module."""
         if self._running is not None:
             weights.load(self._module, self._running.new)

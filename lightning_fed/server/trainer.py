@@ -112,7 +112,7 @@ class ServerTrainer(Trainer):
             for name in gone & kept.keys():
                 del kept[name]
 
-    def take_over_names(self) -> None:
+    def claim_names(self) -> None:
         """What the server's validation has just logged is the server's; called by the server view of the module."""
         self._names_of_clients -= logged_names(results_of(self))
 
@@ -120,9 +120,9 @@ class ServerTrainer(Trainer):
         """One round; called by the server view of the module."""
         self.federation.run_round()
 
-    def take_over_weights(self) -> None:
+    def apply_weights(self) -> None:
         """The server optimizer's step; called by the server view of the module."""
-        self.federation.take_over()
+        self.federation.apply_weights()
 
     def save_checkpoint(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """As ``Trainer.save_checkpoint``; in the middle of a round it saves what the round began with.
@@ -139,7 +139,7 @@ class ServerTrainer(Trainer):
         """Which of the module's own callbacks are for the server; called by the server view of the module."""
         return self._roles.place(given)
 
-    def take_up_callbacks(self) -> None:
+    def adopt_callbacks(self) -> None:
         """Called by the federation when the module's own callbacks have joined the list."""
         self._roles.begin(self.callbacks)
         self.federation.owners = self.owners

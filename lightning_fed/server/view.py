@@ -26,8 +26,8 @@ class RoundRunner(Protocol):
     seems_automatic: bool
 
     def run_round(self) -> None: ...
-    def take_over_weights(self) -> None: ...
-    def take_over_names(self) -> None: ...
+    def apply_weights(self) -> None: ...
+    def claim_names(self) -> None: ...
     def place_callbacks(self, given: Sequence[Callback]) -> list[Callback]: ...
 
     def where_shown(self, name: str) -> dict[str, bool]: ...
@@ -86,12 +86,12 @@ class RoundLoader:
         yield RoundItem()
 
 
-class TakeOver(torch.optim.Optimizer):
+class ApplyWeights(torch.optim.Optimizer):
     """Its step takes over the round's weights. Nobody reads its ``lr`` but ``LearningRateMonitor``."""
 
-    def __init__(self, take_over: Callable[[], None]) -> None:
+    def __init__(self, apply: Callable[[], None]) -> None:
         super().__init__([nn.Parameter(torch.zeros(1))], {"lr": 1.0, "weight_decay": 0.0})
-        self._take_over = take_over
+        self._take_over = apply
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Takes the weights over."""
@@ -121,8 +121,8 @@ class ServerView(ChoosesBatches, View):
         given = users_own(self, "configure_callbacks")()
         return self.trainer.place_callbacks([given] if isinstance(given, Callback) else list(given))
 
-    def configure_optimizers(self) -> TakeOver:
-        return TakeOver(self.trainer.take_over_weights)
+    def configure_optimizers(self) -> ApplyWeights:
+        return ApplyWeights(self.trainer.apply_weights)
 
     def is_batch(self, batch: Any) -> bool:
         # The hooks of module and datamodule know nothing of a round's item.
@@ -144,7 +144,7 @@ class ServerView(ChoosesBatches, View):
 
     def on_validation_end(self) -> None:
         super().on_validation_end()  # type: ignore[misc]
-        self.trainer.take_over_names()
+        self.trainer.claim_names()
 
 
 def _rest(self: Any, *args: Any, **kwargs: Any) -> None:

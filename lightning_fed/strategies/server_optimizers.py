@@ -42,7 +42,7 @@ class ServerOptimizer(WeightedMean):
         self._weights = messages.unpack(arrays)
         return super().configure_train(server_round, arrays, config, grid)
 
-    def take_over(self, mean: Weights) -> Weights:
+    def apply(self, mean: Weights) -> Weights:
         """Steps the parameters, leaves buffers at their mean."""
         stepped = {}
         for name, value in mean.items():

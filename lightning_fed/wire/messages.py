@@ -1,7 +1,7 @@
 """Flower's records as its own strategies and mods expect them.
 
 One ArrayRecord ``arrays`` with all floating tensors, one ConfigRecord ``config`` to the client, one MetricRecord
-``metrics`` with ``num-examples`` back. What they must not see travels beside these (``wire/beside.py``).
+``metrics`` with ``num-examples`` back. What they must not see travels beside these (``wire/extras.py``).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def test_our_own_app_is_served_as_it_is() -> None:
 
 def test_any_other_app_gets_one_message_at_a_time() -> None:
     app = served(counting_client())
-    assert app.at_once("train") == 1
+    assert app.max_messages("train") == 1
     replies = in_flower(lambda: app.serve([received(0), received(2)]))
     assert [messages.num_examples(reply) for reply in replies] == [1, 3]
 

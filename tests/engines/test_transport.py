@@ -20,10 +20,10 @@ class MadeWhilePickled:
 @pytest.mark.parametrize("size", [1, 100, 1 << 10, 1 << 20])
 @pytest.mark.parametrize("by_value", [False, True])
 def test_a_tensor_made_while_pickled_arrives_as_it_was(size, by_value):
-    packed = transport.pack([MadeWhilePickled(size, value) for value in range(5)], by_value=by_value)
+    packed = transport.dump([MadeWhilePickled(size, value) for value in range(5)], by_value=by_value)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        transport.send(ours, packed)
+        transport.write(ours, packed)
         arrived = transport.receive(theirs)
 
     for value, [tensor] in enumerate(arrived):

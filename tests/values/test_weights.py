@@ -15,7 +15,7 @@ from lightning_fed.testing import ToyModule, toy_data
 from lightning_fed.values import running_mean, weights
 from lightning_fed.values.running_mean import RunningMean
 from lightning_fed.values.weights import check_update
-from lightning_fed.wire import beside
+from lightning_fed.wire import extras
 from tests.references import weighted_mean
 
 
@@ -259,7 +259,7 @@ def test_parameters_are_known_by_what_they_are_and_not_by_their_names(cls, names
 
 
 def test_integer_and_bool_tensors_are_parted_from_what_strategies_average():
-    averaged, integers = beside.split({**weights.read(Net()), "wave": torch.zeros(1, dtype=torch.complex64)})
+    averaged, integers = extras.split_integers({**weights.read(Net()), "wave": torch.zeros(1, dtype=torch.complex64)})
     assert set(integers) == {"mask", "norm.num_batches_tracked"}
     assert {"wave", "frozen", "norm.running_mean"} <= set(averaged)
 

@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from flwr.serverapp.strategy import FedAvg, strategy_utils
 
 from lightning_fed.values.metrics import MEAN, METRIC, MetricState
-from lightning_fed.wire import beside, messages
+from lightning_fed.wire import extras, messages
 from lightning_fed.wire.messages import pack, unpack
 from tests.helpers import in_flower, over_the_wire
 from tests.wire.tensors import TENSORS
@@ -139,9 +139,9 @@ def test_integer_tensors_travel_beside_what_mods_and_strategies_see():
     def main():
         shared = RecordDict({"arrays": pack({"w": torch.ones(1)})})  # one for all, as Flower's strategies do
         sent = [message(shared), message(shared)]
-        beside.Apart({"n": torch.tensor(2**53 + 1)}).attach(sent)
+        extras.IntegerTensors({"n": torch.tensor(2**53 + 1)}).attach(sent)
         got = [Message(messages.copy_for_delivery(m.content), 1, MessageType.TRAIN) for m in sent]
-        integers = [beside.detach(m) for m in got]
+        integers = [extras.detach_integers(m) for m in got]
         return integers, [set(m.content) for m in got]
 
     integers, seen = in_flower(main)
@@ -152,8 +152,8 @@ def test_integer_tensors_travel_beside_what_mods_and_strategies_see():
 def test_message_without_integers_has_none():
     def main():
         sent = message()
-        beside.Apart({}).attach([sent])
-        return set(sent.content), beside.detach(sent)
+        extras.IntegerTensors({}).attach([sent])
+        return set(sent.content), extras.detach_integers(sent)
 
     assert in_flower(main) == (set(), {})
 
@@ -226,25 +226,25 @@ def test_metric_states_and_integers_travel_and_are_gone_before_a_strategy_sees_t
     def main():
         reply = messages.train_reply(message(), {"w": torch.ones(1)}, 2, {})
         before = set(reply.content)
-        beside.attach_extras(reply, beside.Extras({"n": torch.tensor(5)}, STATES))
+        extras.attach(reply, extras.Extras({"n": torch.tensor(5)}, STATES))
         if wired:
             reply.content = over_the_wire(reply.content)
-        return before, beside.detach_extras(reply), set(reply.content)
+        return before, extras.detach(reply), set(reply.content)
 
-    before, extras, after = in_flower(main)
+    before, got, after = in_flower(main)
     assert after == before
-    assert extras.integers["n"].item() == 5
-    assert [(s.name, s.kind, s.attribute, s.updates) for s in extras.states] == [
+    assert got.integers["n"].item() == 5
+    assert [(s.name, s.kind, s.attribute, s.updates) for s in got.states] == [
         (s.name, s.kind, s.attribute, s.updates) for s in STATES
     ]
-    for got, sent in zip(extras.states, STATES, strict=True):
-        assert got.tensors.keys() == sent.tensors.keys()
-        assert all(torch.equal(got.tensors[k], sent.tensors[k]) for k in sent.tensors)
+    for state, sent in zip(got.states, STATES, strict=True):
+        assert state.tensors.keys() == sent.tensors.keys()
+        assert all(torch.equal(state.tensors[k], sent.tensors[k]) for k in sent.tensors)
 
 
 def test_reply_of_a_client_that_is_not_ours_has_no_extras():
-    extras = in_flower(lambda: beside.detach_extras(messages.evaluate_reply(message(), 1, {})))
-    assert (extras.integers, extras.states) == ({}, [])
+    got = in_flower(lambda: extras.detach(messages.evaluate_reply(message(), 1, {})))
+    assert (got.integers, got.states) == ({}, [])
 
 
 # ------------------------------------------------------------------------------------------------- a client's own state
@@ -267,16 +267,16 @@ def test_fit_state_is_kept_replaced_and_dropped():
 
 def test_what_mods_see_and_what_goes_beside_it_are_all_weights():
     weights = {"w": torch.ones(2), "n": torch.tensor(3), "on": torch.tensor([True])}
-    seen, extras = beside.visible(weights), beside.Extras.of(weights, [], [])
+    seen, rest = extras.without_integers(weights), extras.Extras.of(weights, [], [])
     assert set(seen) == {"w"}
-    assert beside.merge(seen, extras.integers) == weights
+    assert extras.merge_integers(seen, rest.integers) == weights
 
 
 def test_integers_have_a_mean_of_their_own_and_join_what_the_strategy_made():
-    apart = beside.Apart({"w": torch.zeros(2), "n": torch.tensor(0)})
+    apart = extras.IntegerTensors({"w": torch.zeros(2), "n": torch.tensor(0)})
     assert set(apart.averaged) == {"w"}
-    apart.add(beside.Extras(integers={"n": torch.tensor(2)}), 1.0)
-    apart.add(beside.Extras(integers={"n": torch.tensor(6)}), 3.0)
-    apart.add(beside.Extras(), 1.0)  # of a client that sent none
+    apart.add(extras.Extras(integers={"n": torch.tensor(2)}), 1.0)
+    apart.add(extras.Extras(integers={"n": torch.tensor(6)}), 3.0)
+    apart.add(extras.Extras(), 1.0)  # of a client that sent none
     merged = apart.merged({"w": torch.ones(2)})
     assert (merged["w"].tolist(), merged["n"].item(), merged["n"].dtype) == ([1.0, 1.0], 5, torch.int64)

@@ -47,7 +47,7 @@ class AsConfigured:
         for key, one in found.items():
             self._kept[key] = one, copier.copied(vars(one))
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Makes all objects what they were."""
         for one, attributes in self._kept.values():
             vars(one).clear()

@@ -44,7 +44,7 @@ from lightning_fed._compat.lightning import (
     warn_once,
 )
 from lightning_fed.client.local.loops import EpochLoop, EvaluationLoop, ManualOptimization
-from lightning_fed.views import wrote
+from lightning_fed.views import overrides
 
 _OF_A_STEP = (
     "on_train_batch_start",
@@ -59,12 +59,12 @@ _OF_OPTIMIZATION = ("optimizer_step", "optimizer_zero_grad", "backward")
 
 
 class StepHooks:
-    """Those hooks of a step that somebody wrote, found once an epoch."""
+    """Those hooks of a step that somebody overrides, found once an epoch."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, self._module = trainer, trainer.lightning_module
-        self._callbacks = {name for name in _OF_A_STEP if any(wrote(c, Callback, name) for c in trainer.callbacks)}  # type: ignore[attr-defined]
-        self._own = {name for name in _OF_A_STEP if wrote(self._module, LightningModule, name)}
+        self._callbacks = {name for name in _OF_A_STEP if any(overrides(c, Callback, name) for c in trainer.callbacks)}  # type: ignore[attr-defined]
+        self._own = {name for name in _OF_A_STEP if overrides(self._module, LightningModule, name)}
 
     def __contains__(self, name: str) -> bool:
         return name in self._callbacks or name in self._own
@@ -88,10 +88,10 @@ class FastOptimization(LightningAutomaticOptimization):
         """Looks, once an epoch, whether there is anything else that needs Lightning's own way."""
         module = self.trainer.lightning_module
         usual = is_plain and not skips_backward(self) and self.trainer.strategy.model is module
-        usual = usual and not any(wrote(module, LightningModule, name) for name in _OF_OPTIMIZATION)
+        usual = usual and not any(overrides(module, LightningModule, name) for name in _OF_OPTIMIZATION)
         self.hooks = hooks if usual else None
         self.clips = bool(self.trainer.gradient_clip_val)
-        self.clips = self.clips or wrote(module, LightningModule, "configure_gradient_clipping")
+        self.clips = self.clips or overrides(module, LightningModule, "configure_gradient_clipping")
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
         """As Lightning's; what the step gave is there only for an ``on_train_batch_end`` that somebody wrote."""
@@ -176,8 +176,8 @@ class FastEpochLoop(EpochLoop):
             return
         self._takes_index = takes_index(getattr(module.training_step, "__func__", module.training_step))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        transfers = any(wrote(module, LightningModule, name) for name in _OF_TRANSFER) or (
-            data is not None and any(wrote(data, LightningDataModule, name) for name in _OF_TRANSFER)
+        transfers = any(overrides(module, LightningModule, name) for name in _OF_TRANSFER) or (
+            data is not None and any(overrides(data, LightningDataModule, name) for name in _OF_TRANSFER)
         )
         self._transfers = transfers or not is_plain
 

@@ -12,7 +12,7 @@ from lightning_fed.client.local.catch_up import left_behind
 from lightning_fed.client.local.elapsed import stand_after, start_at_epoch
 from lightning_fed.client.local.examples import CountExamples, examples_in, nothing_to_train_on
 from lightning_fed.client.local.fit_state import FitState
-from lightning_fed.client.local.isolation import put_back, quiet
+from lightning_fed.client.local.isolation import quiet, restoring
 from lightning_fed.client.local.run import (
     LocalHooks,
     LocalResult,
@@ -20,8 +20,8 @@ from lightning_fed.client.local.run import (
     call,
     explain_monitor,
     local_run,
-    put_back_optimizers,
-    scalars,
+    logged_numbers,
+    restore_optimizers,
 )
 from lightning_fed.client.local.trainer import LocalTrainer
 from lightning_fed.client.local.views import ClientDataView, client_view
@@ -29,7 +29,7 @@ from lightning_fed.client.local.work import LocalWork
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.state.snapshot import DataSnapshot
 from lightning_fed.values import weights
-from lightning_fed.views import laid_over
+from lightning_fed.views import viewed_as
 
 
 def set_up(work: LocalWork) -> None:
@@ -41,16 +41,16 @@ def set_up(work: LocalWork) -> None:
     with ExitStack() as stack:
         stack.enter_context(quiet())
         if datamodule is not None:
-            stack.enter_context(put_back([DataSnapshot({"datamodule": datamodule})]))
-            stack.enter_context(laid_over(datamodule, ClientDataView))
-        stack.enter_context(laid_over(module, client_view(module)))
+            stack.enter_context(restoring([DataSnapshot({"datamodule": datamodule})]))
+            stack.enter_context(viewed_as(datamodule, ClientDataView))
+        stack.enter_context(viewed_as(module, client_view(module)))
         stack.enter_context(seeded(seed_for(work.task.seed, "setup")))
         bare = replace(work, task=replace(work.task, set_up=True), options=replace(work.options, callbacks=()))
         trainer = build_trainer(LocalTrainer, bare, [])
-        stack.callback(put_back_optimizers, module)
+        stack.callback(restore_optimizers, module)
         trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = 0, -1
         call(trainer, bare, train=True)
-        trainer.let_go(module)
+        trainer.release(module)
     module.trainer = None
 
 
@@ -93,12 +93,12 @@ def _trained(work: LocalWork, hooks: LocalHooks) -> tuple[LocalResult, FitState]
         notes: list[str] = []
         if hooks.hand_rates is not None:
             state.rates, notes = hooks.hand_rates.left(), hooks.hand_rates.notes
-        trainer.let_go(module)
+        trainer.release(module)
         examples = examples_in(loaders.train, trainer.num_training_batches) or counter.count
         if not examples or trainer.limit_train_batches == 0:
             raise nothing_to_train_on(trainer.train_dataloader, trainer.limit_train_batches)
         kept = state.dump(), trainer.task.callback_states
-        return LocalResult(weights.read(module), examples, scalars(trainer), trainer.caught, *kept, notes), state
+        return LocalResult(weights.read(module), examples, logged_numbers(trainer), trainer.caught, *kept, notes), state
 
 
 def local_evaluate(work: LocalWork) -> LocalResult:
@@ -118,6 +118,6 @@ def local_evaluate(work: LocalWork) -> LocalResult:
         trainer.data = data
         stand_after(trainer, work.module, work.task.round, loaders.train)
         call(trainer, work, train=False)
-        trainer.let_go(work.module)
+        trainer.release(work.module)
         examples = examples_in(loaders.val, sum(trainer.validate_loop.max_batches)) or counter.count
-        return LocalResult({}, examples, scalars(trainer), trainer.caught)
+        return LocalResult({}, examples, logged_numbers(trainer), trainer.caught)

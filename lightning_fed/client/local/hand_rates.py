@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from torch.optim import Optimizer
 
 from lightning_fed._compat.torch import last_rates
-from lightning_fed.views import wrote
+from lightning_fed.views import overrides
 
 Rates = list[list[float]]
 # How a fit ended, and the round that has to take it up; 0 for any, where no schedule goes on meanwhile.
@@ -66,12 +66,12 @@ class HandRates:
         if not self._are_scheduled(rates):
             return 0, rates
         # Most schedules go on from whatever rate they find: only the next round tells whether they alone gave it.
-        writes = wrote(self._trainer.lightning_module, LightningModule, "optimizer_step")
+        writes = overrides(self._trainer.lightning_module, LightningModule, "optimizer_step")
         return (self._trainer.current_round + 1, rates) if writes else None
 
     def _are_scheduled(self, rates: Rates) -> bool:
         """Whether each optimizer has what it began with, or what a schedule gave it last."""
-        if wrote(self._trainer.lightning_module, LightningModule, "lr_scheduler_step"):
+        if overrides(self._trainer.lightning_module, LightningModule, "lr_scheduler_step"):
             return True
         for optimizer, own, given in zip(self._trainer.optimizers, rates, self._given, strict=True):
             schedules = [config.scheduler for config in self._trainer.lr_scheduler_configs]

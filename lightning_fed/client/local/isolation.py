@@ -18,7 +18,7 @@ from lightning_fed.errors import ClientError
 from lightning_fed.seeding import random_states_kept, seed_all, seed_for
 from lightning_fed.state.access import memory_of
 from lightning_fed.state.snapshot import DataSnapshot, Snapshot
-from lightning_fed.views import hand_over
+from lightning_fed.views import move_to_class
 
 # Gives the seed of the generator that is found at a path.
 SeedOf = Callable[[str], int]
@@ -51,7 +51,7 @@ class Isolation:
             raise ClientError(self._lost)
         self._note(module, datamodule)
         try:
-            with put_back(self._snapshots):
+            with restoring(self._snapshots):
                 yield self._snapshots
             self.say_grown(self._snapshots)
         except ContentLost as error:
@@ -74,7 +74,7 @@ class Isolation:
 
     def _note(self, module: LightningModule, datamodule: LightningDataModule | None) -> None:
         for instance in (module, datamodule):
-            hand_over(instance)
+            move_to_class(instance)
         if self._noted and self._noted[0] is module and self._noted[1] is datamodule:
             for snapshot in self._snapshots:
                 snapshot.renew()
@@ -122,7 +122,7 @@ def weights_of(module: LightningModule) -> list[Tensor]:
 
 
 @contextmanager
-def put_back(snapshots: Sequence[Snapshot]) -> Iterator[None]:
+def restoring(snapshots: Sequence[Snapshot]) -> Iterator[None]:
     """After the block all that was noted is as it was; an error of the block's own stays the error.
 
     Raises:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, SpikeDetection
 from lightning_fed.client.local.as_configured import shared
 from lightning_fed.client.local.fit_state import dump_callbacks, load_callbacks
 from lightning_fed.client.local.trainer import LocalTrainer
-from lightning_fed.views import wrote
+from lightning_fed.views import overrides
 
 
 def own_copies(
@@ -32,7 +32,7 @@ def keeps_state(callback: Callback) -> bool:
 
     Finetuning callbacks have none: what they have done follows from the epoch.
     """
-    return wrote(callback, Callback, "state_dict") and not isinstance(callback, BaseFinetuning)
+    return overrides(callback, Callback, "state_dict") and not isinstance(callback, BaseFinetuning)
 
 
 class CallbackStates(Callback):

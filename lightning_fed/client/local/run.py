@@ -22,9 +22,9 @@ from lightning_fed.client.local.hand_rates import HandRates, finetunes
 from lightning_fed.client.local.hand_steps import HandSteps
 from lightning_fed.client.local.isolation import (
     LocalData,
-    put_back,
     quiet,
     restore_handlers,
+    restoring,
     signal_handlers,
 )
 from lightning_fed.client.local.own_callbacks import CallbackStates, keeps_state, own_copies
@@ -37,7 +37,7 @@ from lightning_fed.state.snapshot import DataSnapshot
 from lightning_fed.values import weights
 from lightning_fed.values.metrics import MetricState
 from lightning_fed.values.weights import Weights
-from lightning_fed.views import laid_over
+from lightning_fed.views import viewed_as
 
 Kind = TypeVar("Kind", bound=LocalTrainer)
 
@@ -49,7 +49,7 @@ class LocalResult:
     Attributes:
         weights: The client's own copy.
         num_examples: What its loaders yield in an epoch.
-        scalars: The numbers that it logged.
+        numbers: The numbers that it logged, by name.
         metrics: The states of all that it logged.
         state: What it keeps of optimizers and schedulers.
         callback_states: What it keeps of its callbacks.
@@ -58,7 +58,7 @@ class LocalResult:
 
     weights: Weights
     num_examples: int
-    scalars: dict[str, float]
+    numbers: dict[str, float]
     metrics: list[MetricState]
     state: bytes | None = None
     callback_states: bytes | None = None
@@ -96,7 +96,7 @@ class LocalHooks(Callback):
             trainer.keep_logged(pl_module)
 
 
-def scalars(trainer: LocalTrainer) -> dict[str, float]:
+def logged_numbers(trainer: LocalTrainer) -> dict[str, float]:
     """The client's own values of what it logged in the run's last epoch; not of its local validation."""
     names = {state.name for state in trainer.caught}
     return {name: float(v) for name, v in trainer.callback_metrics.items() if name in names and v.numel() == 1}
@@ -178,16 +178,16 @@ def local_run(work: LocalWork, purpose: str, view: type[ClientView] | None = Non
         stack.enter_context(quiet())
         held = stack.enter_context(isolation.around(module, datamodule))
         stack.callback(isolation.say_grown, data.snapshots)
-        stack.enter_context(put_back(data.snapshots))
+        stack.enter_context(restoring(data.snapshots))
         stack.push(partial(_without_gradients, module))
-        stack.callback(put_back_optimizers, module)
+        stack.callback(restore_optimizers, module)
         if (own := work.loaders.datamodule) is not None:
-            stack.enter_context(put_back([DataSnapshot({"datamodule": own})]))
-            stack.enter_context(laid_over(own, OwnDataView))
+            stack.enter_context(restoring([DataSnapshot({"datamodule": own})]))
+            stack.enter_context(viewed_as(own, OwnDataView))
         elif datamodule is not None:
-            stack.enter_context(laid_over(datamodule, ClientDataView))
+            stack.enter_context(viewed_as(datamodule, ClientDataView))
         view = view or client_view(module)
-        stack.enter_context(laid_over(module, view))
+        stack.enter_context(viewed_as(module, view))
         if view is not BuildingClientView:
             weights.load(module, work.task.weights)
         for snapshot in held:
@@ -202,11 +202,11 @@ def _without_gradients(module: LightningModule, kind: type[BaseException] | None
         module.zero_grad(set_to_none=True)
 
 
-def put_back_optimizers(module: LightningModule) -> None:
+def restore_optimizers(module: LightningModule) -> None:
     """Makes optimizers and schedulers that the module may keep what they were before its run."""
     trainer = trainer_of(module)
     if isinstance(trainer, LocalTrainer):
-        trainer.as_configured.put_back()
+        trainer.as_configured.restore()
 
 
 class MissingMetric(ClientError):

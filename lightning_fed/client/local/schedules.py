@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from lightning_fed._compat.torch import count_steps, schedules_in, set_stepped
 from lightning_fed.client.local.elapsed import Accumulation, Elapsed, Pace, elapsed, require_known, start_at_epoch
-from lightning_fed.views import wrote
+from lightning_fed.views import overrides
 
 # What these give depends on how often they were stepped, and not on what they gave before.
 _COUNTS = (LambdaLR, OneCycleLR)
@@ -128,7 +128,7 @@ class Replay:
     def __init__(self, trainer: Any, paces: Sequence[Pace], finetuning: Sequence[BaseFinetuning]) -> None:
         self._trainer, self._module, self._finetuning = trainer, trainer.lightning_module, finetuning
         by_hand = not self._module.automatic_optimization
-        self._hook = not by_hand and wrote(self._module, LightningModule, "lr_scheduler_step")
+        self._hook = not by_hand and overrides(self._module, LightningModule, "lr_scheduler_step")
         self._schedules = [(c.scheduler, pace) for c, pace in zip(trainer.lr_scheduler_configs, paces, strict=False)]
 
     def go(self, begin: int, end: Elapsed, rounds: int) -> None:
@@ -253,7 +253,7 @@ def stands_still(trainer: Any, config: Any) -> bool:
         config: The schedule, as Lightning describes it.
     """
     module, plan, schedule = trainer.lightning_module, trainer.plan, config.scheduler
-    own = not module.automatic_optimization or wrote(module, LightningModule, "lr_scheduler_step")
+    own = not module.automatic_optimization or overrides(module, LightningModule, "lr_scheduler_step")
     endless = trainer.num_training_batches == math.inf
     if own or (endless and (config.interval == "step" or plan.epochs is None)):
         return False

@@ -29,7 +29,7 @@ from lightning_fed.client.local.shown import shown
 from lightning_fed.client.local.work import LocalWork
 from lightning_fed.values.data import gathering
 from lightning_fed.values.metrics import MetricState, catch
-from lightning_fed.views import wrote
+from lightning_fed.views import overrides
 
 # How many arguments of ``log`` may stand without a name: those before ``enable_graph``.
 _IN_ORDER = 5
@@ -58,7 +58,7 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
         self.caught: list[MetricState] = []
         self.computed: set[str] = set()
         self.module_metrics = [child for child in work.module.modules() if isinstance(child, Metric)]
-        self.logs_its_way = wrote(work.module, LightningModule, "log")
+        self.logs_its_way = overrides(work.module, LightningModule, "log")
         super().__init__(work.options.plan(work.task.round), work.task.round - 1, work.options.log_dir, **kwargs)
         self.fast_dev_run = fast_dev_run
         self._logs_fast = use_fast_loops(self)
@@ -80,7 +80,7 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
         set_up(trainer)
         self.as_configured.keep(module, [*self.optimizers, *(config.scheduler for config in self.lr_scheduler_configs)])
 
-    def let_go(self, module: LightningModule) -> None:
+    def release(self, module: LightningModule) -> None:
         """Lets go at once what is large: a trainer's reference cycles would keep it until a garbage collection."""
         self.task = replace(self.task, weights={}, state=None)
         module.zero_grad(set_to_none=True)

@@ -32,7 +32,7 @@ class StackCost:
     weights: int = 0
     kept: int = 0
 
-    def at_once(self, device: torch.device, memory: int, must_pay: bool) -> int:
+    def stack_size(self, device: torch.device, memory: int, must_pay: bool) -> int:
         """How many clients to stack: as many as fit in so many bytes, fewer if it ``must_pay`` and they are faster."""
         most = min(_MOST, memory // max(1, 4 * self.weights + self.kept))
         if must_pay and device.type == "cpu":

@@ -71,7 +71,7 @@ class StackedLoader(DataLoader[Any]):
         self._batches = self._of_tensors() if self._are_tensors else self._of_anything(iterators)
         return self._batches
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Lets the last batch go, which a trainer that is over would keep."""
         if self._batches is not None:
             self._batches.close()

@@ -61,7 +61,7 @@ class Dispatcher:
         result = self._probed[candidate.stage] = run_probe(candidate)
         if result.reason is None:
             memory = _memory(candidate.device) // self._workers
-            self._most[candidate.stage] = result.cost.at_once(candidate.device, memory, candidate.must_pay)
+            self._most[candidate.stage] = result.cost.stack_size(candidate.device, memory, candidate.must_pay)
             if result.draws and self._compiled is not None and candidate.stage == "train":
                 self._say(
                     "compile_clients: clients train uncompiled, for their steps draw random numbers (Dropout, ...)."

@@ -65,7 +65,7 @@ def vectorized_fit(works: Sequence[LocalWork], how: StackOptions) -> list[LocalR
             trainer.stack.streams.check()
             weights = trainer.stack.results()
         finally:
-            trainer.let_go(work.module)
+            trainer.release(work.module)
         counts = [examples_in(one.loaders.train, trainer.num_training_batches) or 0 for one in works]
         return [
             LocalResult(own, count, _scalars(states), states)
@@ -86,7 +86,7 @@ def vectorized_evaluate(works: Sequence[LocalWork], how: StackOptions) -> list[L
         trainer = _cohort_trainer(work, works, [LocalHooks(work.options, 0)], "evaluate", how, data)
         stand_after(trainer, work.module, work.task.round, works[0].loaders.train)
         call(trainer, work, train=False)
-        trainer.let_go(work.module)
+        trainer.release(work.module)
         (batches,) = trainer.validate_loop.max_batches
         return [
             LocalResult({}, examples_in(one.loaders.val, batches) or 0, _scalars(states), states)

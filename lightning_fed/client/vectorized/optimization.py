@@ -53,7 +53,7 @@ class StackedOptimization(FastOptimization):
         self._gradients = gradients if self._takes else ()
         return self._takes
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Lets go of momentum, which a trainer that is over would keep."""
         self.update = None
 

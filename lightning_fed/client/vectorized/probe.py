@@ -31,7 +31,7 @@ from lightning_fed.client.vectorized.likeness import apart, compare
 from lightning_fed.client.vectorized.rng import NotStackable
 from lightning_fed.values.data import ClientLoaders
 from lightning_fed.values.weights import parameter_names
-from lightning_fed.views import wrote
+from lightning_fed.views import overrides
 
 # Hooks that see a stacked batch, a summed loss or all clients' numbers at once.
 _HOOKS = {
@@ -110,13 +110,13 @@ class Candidate:
             yield "client mods work on one client's message"
         name = type(module).__name__
         names = (*_HOOKS[self.stage], *_OF_BOTH)
-        yield from (f"{name} writes {hook}" for hook in names if wrote(module, LightningModule, hook))
+        yield from (f"{name} writes {hook}" for hook in names if overrides(module, LightningModule, hook))
         if self.stage == "train":
             yield from _undeclared(module, LightningModule, name)
         if datamodule is not None:
             hooks = (hook for hook in _OF_BOTH if hasattr(LightningDataModule, hook))
             kind = type(datamodule).__name__
-            yield from (f"{kind} writes {hook}" for hook in hooks if wrote(datamodule, LightningDataModule, hook))
+            yield from (f"{kind} writes {hook}" for hook in hooks if overrides(datamodule, LightningDataModule, hook))
         for child in module.modules():
             if isinstance(child, nn.RNNBase):
                 yield f"nn.{type(child).__name__} keeps its weights where they cannot be stacked"
@@ -141,7 +141,7 @@ class Candidate:
         if keeps_state(callback):
             yield f"{kind} keeps a state with each client"
         for hook in _HOOKS[self.stage]:
-            if hasattr(Callback, hook) and wrote(callback, Callback, hook):
+            if hasattr(Callback, hook) and overrides(callback, Callback, hook):
                 yield f"{kind} writes {hook}"
         if self.stage == "train":
             yield from _undeclared(callback, Callback, kind)
@@ -168,7 +168,7 @@ class Candidate:
 def _undeclared(instance: object, base: type, name: str) -> Iterator[str]:
     if not getattr(instance, "acts_elementwise", False):
         for hook in _ELEMENTWISE_HOOKS:
-            if wrote(instance, base, hook):
+            if overrides(instance, base, hook):
                 yield f"{name} writes {hook}, and does not say acts_elementwise = True"
 
 

@@ -99,20 +99,20 @@ def step_of_all(module: nn.Module, step: Any, here: Here) -> Callable[..., Any]:
 
     mapped = vmap(grad_and_value(one, has_aux=True), in_dims=(0, 0, 0))
 
-    def all_at_once(trained: Any, fixed: Any, batch: Any) -> Any:
+    def stacked_step(trained: Any, fixed: Any, batch: Any) -> Any:
         if not torch.compiler.is_compiling():  # an update that nobody would notice
             raise RuntimeError("torch.compile ran the step as it is written")
         gradients, (losses, (logged, buffers)) = mapped(trained, fixed, batch)
         return gradients, losses.sum(), logged, buffers
 
-    return all_at_once
+    return stacked_step
 
 
 def update_of_all(module: nn.Module, step: Any, here: Here, groups: _Groups) -> Callable[..., Any]:
     """As ``step_of_all``, with ``momenta`` for a last argument; it steps ``trained`` and ``momenta`` as SGD does."""
     backward = step_of_all(module, step, here)
 
-    def all_at_once(trained: Any, fixed: Any, batch: Any, momenta: Any) -> Any:
+    def stacked_step(trained: Any, fixed: Any, batch: Any, momenta: Any) -> Any:
         gradients, loss, logged, buffers = backward(trained, fixed, batch)
         logged = {name: value.clone() for name, value in logged.items()}  # a weight, as it was before the update
         for names, options in groups:
@@ -120,7 +120,7 @@ def update_of_all(module: nn.Module, step: Any, here: Here, groups: _Groups) -> 
             sgd(held, given, [momenta.get(name) for name in names], foreach=False, fused=False, **options)
         return gradients, loss, logged, buffers
 
-    return all_at_once
+    return stacked_step
 
 
 class _Whole(nn.Module):

@@ -226,16 +226,16 @@ class CohortTrainer(LocalTrainer):
     def _take(self, loader: Any) -> Any:
         return loader  # the clients' own, which it goes through, have been noted
 
-    def let_go(self, module: LightningModule) -> None:
+    def release(self, module: LightningModule) -> None:
         """As ``LocalTrainer``; gives the module its own weights back, too."""
-        super().let_go(module)
-        self.stack.take_off()
-        self._optimization.let_go()
+        super().release(module)
+        self.stack.restore()
+        self._optimization.release()
         self._batch = None
         self.__dict__.pop("_watch", None)
         for loader in (self.loaders.train, self.loaders.val):
             if loader is not None:
-                loader.let_go()
+                loader.release()
 
     def keep_logged(self, module: LightningModule) -> None:
         """Keeps what each client logged in the epoch that is just ending.
@@ -275,5 +275,5 @@ class CohortHooks(LocalHooks):
         assert isinstance(trainer, CohortTrainer)
         if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
             raise NotStackable("its ReduceLROnPlateau follows each client's own metric")
-        trainer.stack.put_on(trainer.optimizers, compiled=trainer.compiled is not None)
+        trainer.stack.install(trainer.optimizers, compiled=trainer.compiled is not None)
         super().on_train_start(trainer, pl_module)

@@ -67,7 +67,7 @@ class Stack:
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
 
-    def put_on(self, optimizers: Sequence[Optimizer] = (), compiled: bool = False) -> None:
+    def install(self, optimizers: Sequence[Optimizer] = (), compiled: bool = False) -> None:
         """Gives the module and its optimizers the stacked tensors in place of its own.
 
         Args:
@@ -97,7 +97,7 @@ class Stack:
         for optimizer in optimizers:
             self._move(optimizer, stacked)
 
-    def take_off(self) -> None:
+    def restore(self) -> None:
         """Gives the module its own tensors back, and lets the stacked ones go, which reference cycles would keep."""
         for slot in self._slots:
             slot.hold(slot.own)

@@ -49,11 +49,11 @@ def test_a_view_of_what_is_there_costs_nothing() -> None:
     ],
 )
 def test_how_many_clients_to_stack(cost: StackCost, device: torch.device, memory: int, clients: int) -> None:
-    assert cost.at_once(device, memory, must_pay=True) == clients
+    assert cost.stack_size(device, memory, must_pay=True) == clients
 
 
 def test_what_need_not_pay_takes_as_many_as_fit() -> None:
-    assert StackCost(MB, 100 * MB).at_once(CPU, 1 << 40, must_pay=False) == 32
+    assert StackCost(MB, 100 * MB).stack_size(CPU, 1 << 40, must_pay=False) == 32
 
 
 def test_what_is_expected_to_be_slower() -> None:

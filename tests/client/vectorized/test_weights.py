@@ -20,12 +20,12 @@ def test_a_stack_holds_each_clients_weights_and_gives_the_module_its_own_back() 
     module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     own, before = list(module.parameters()), {name: value.clone() for name, value in module.state_dict().items()}
     stack = stacked(module)
-    stack.put_on()
+    stack.install()
     assert module[0].weight.shape == (3, 3, 2)
     for client, result in enumerate(stack.results()):
         for name, value in result.items():
             torch.testing.assert_close(value, before[name] + client)
-    stack.take_off()
+    stack.restore()
     assert all(one is other for one, other in zip(module.parameters(), own, strict=True))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
@@ -41,7 +41,7 @@ def test_an_optimizer_steps_the_stack_and_its_state_moves_along() -> None:
     module = nn.Linear(2, 3)
     optimizer = torch.optim.Adagrad(module.parameters(), lr=0.1, initial_accumulator_value=0.5)
     stack = stacked(module)
-    stack.put_on([optimizer])
+    stack.install([optimizer])
     assert [p.shape for p in optimizer.param_groups[0]["params"]] == [(3, 3, 2), (3, 3)]
     assert {state["sum"].shape for state in optimizer.state.values()} == {(3, 3, 2), (3, 3)}
 
@@ -49,7 +49,7 @@ def test_an_optimizer_steps_the_stack_and_its_state_moves_along() -> None:
 def test_an_optimizer_with_a_tensor_of_its_own_is_refused() -> None:
     module, foreign = nn.Linear(2, 3), nn.Parameter(torch.zeros(2))
     with pytest.raises(NotStackable, match="SGD has a tensor that is no parameter of the module"):
-        stacked(module).put_on([torch.optim.SGD([*module.parameters(), foreign], lr=0.1)])
+        stacked(module).install([torch.optim.SGD([*module.parameters(), foreign], lr=0.1)])
 
 
 def test_the_norm_of_each_clients_gradients_is_clipped_as_torch_clips_it() -> None:

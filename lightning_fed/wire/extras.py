@@ -28,7 +28,7 @@ _INTEGERS, _STATES, _SPECS = "lightning-fed.integers", "lightning-fed.states", "
 _NOTES = "lightning-fed.notes"
 
 
-def split(weights: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
+def split_integers(weights: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
     """Parts ``weights`` into what strategies average and the integer and bool tensors, which are averaged apart."""
     averaged = {name: value for name, value in weights.items() if is_averaged(value)}
     return averaged, {name: value for name, value in weights.items() if name not in averaged}
@@ -37,7 +37,7 @@ def split(weights: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
 # ---------------------------------------------------------------------------------------------- server to client
 
 
-class Apart:
+class IntegerTensors:
     """The integer and bool tensors of one stage of a round.
 
     Args:
@@ -48,7 +48,7 @@ class Apart:
     """
 
     def __init__(self, weights: Weights) -> None:
-        self.averaged, self._sent = split(weights)
+        self.averaged, self._sent = split_integers(weights)
         self._mean = RunningMean()
 
     def attach(self, messages: Sequence[Message]) -> None:
@@ -68,14 +68,14 @@ class Apart:
         return {**averaged, **self._mean.value()}
 
 
-def detach(message: Message) -> Weights:
+def detach_integers(message: Message) -> Weights:
     """Takes off what came beside a message, before mods see it."""
     record = _take(message.content, _INTEGERS, ArrayRecord)
     return {} if record is None else unpack(record)
 
 
-def merge(seen: Weights, detached: Weights) -> Weights:
-    """All weights of a message: those that mods have seen, and what ``detach`` gave."""
+def merge_integers(seen: Weights, detached: Weights) -> Weights:
+    """All weights of a message: those that mods have seen, and what ``detach_integers`` gave."""
     return {**seen, **detached}
 
 
@@ -99,16 +99,16 @@ class Extras:
 
     @classmethod
     def of(cls, weights: Weights, states: list[MetricState], notes: list[str]) -> Extras:
-        """Those of a client's result: what ``visible`` leaves out of its weights, and all that is not weights."""
-        return cls(split(weights)[1], states, notes)
+        """Those of a client's result: what ``without_integers`` leaves out, and all that is not weights."""
+        return cls(split_integers(weights)[1], states, notes)
 
 
-def visible(weights: Mapping[str, Tensor]) -> Weights:
+def without_integers(weights: Mapping[str, Tensor]) -> Weights:
     """What strategies and mods see of a client's weights."""
-    return split(weights)[0]
+    return split_integers(weights)[0]
 
 
-def attach_extras(reply: Message, extras: Extras) -> None:
+def attach(reply: Message, extras: Extras) -> None:
     """Puts integer tensors, metric states and notes to the user on a reply that the mods have done with."""
     if extras.notes:
         reply.content[_NOTES] = ConfigRecord({"texts": extras.notes})
@@ -121,9 +121,9 @@ def attach_extras(reply: Message, extras: Extras) -> None:
         reply.content[_SPECS] = ConfigRecord({"json": json.dumps(specs)})
 
 
-def detach_extras(reply: Message) -> Extras:
-    """Takes off what ``attach_extras`` put on, before a strategy sees the reply."""
-    extras, notes = Extras(integers=detach(reply)), _take(reply.content, _NOTES, ConfigRecord)
+def detach(reply: Message) -> Extras:
+    """Takes off what ``attach`` put on, before a strategy sees the reply."""
+    extras, notes = Extras(integers=detach_integers(reply)), _take(reply.content, _NOTES, ConfigRecord)
     extras.notes = [] if notes is None else [str(text) for text in cast(list[str], notes["texts"])]
     specs = _take(reply.content, _SPECS, ConfigRecord)
     record = _take(reply.content, _STATES, ArrayRecord)
@@ -170,7 +170,7 @@ def read_reply(reply: Message) -> Reply:
         ClientError: If something in it is not of the form in which it travels.
     """
     try:
-        extras, arrays = detach_extras(reply), first(reply.content, ArrayRecord)
+        extras, arrays = detach(reply), first(reply.content, ArrayRecord)
         record = first(reply.content, MetricRecord) or MetricRecord()
         _require(not isinstance(record.get(NUM_EXAMPLES), list), f"{NUM_EXAMPLES}={record.get(NUM_EXAMPLES)}")
         weights = None if arrays is None else unpack(arrays)
