@@ -21,7 +21,7 @@ from lightning_fed.callbacks import FedAvg, FederatedCallback, FlowerStrategy
 
 
 def send_garbage(message, context, call_next):
-    """A Flower client mod: client 0 trains like the others, and then replies with noise for weights."""
+    """Act as a Flower client mod: client 0 trains like the others, and then replies with noise for weights."""
     reply = call_next(message, context)
     if context.node_config["partition-id"] == 0:
         noise = np.random.default_rng(message.content["config"]["server-round"])

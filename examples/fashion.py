@@ -75,7 +75,7 @@ class FashionData(L.LightningDataModule):
 
 
 def command_line(description):
-    """The options of all Fashion-MNIST examples."""
+    """Add the options of all Fashion-MNIST examples."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="data", help="has FashionMNIST/, or gets it (%(default)s)")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the pictures (%(default)s)")

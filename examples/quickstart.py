@@ -38,7 +38,7 @@ class Digits(L.LightningModule):
 
 
 def digits():
-    """The bundled images as train and test loaders."""
+    """Return the bundled images as train and test loaders."""
     bunch = load_digits()
     images, labels = torch.tensor(bunch.data / 16, dtype=torch.float32), torch.tensor(bunch.target)
     train, test = random_split(TensorDataset(images, labels), [1437, 360])

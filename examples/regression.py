@@ -48,7 +48,7 @@ def sample(function, noise):
 
 
 def train(clients, rounds):
-    """A model trained over the clients, their data, and the loss of each round."""
+    """Return a model trained over the clients, their data, and the loss of each round."""
     L.seed_everything(0, verbose=False)
     data = [sample(function, noise) for function, _, noise in clients]
     model, history = Regressor(), History()

@@ -40,7 +40,7 @@ _ORIGINS = {
 
 
 def number_faults(values: Mapping[str, object]) -> list[str]:
-    """A sentence for each value that is no whole number; ``None`` is for one that was not given."""
+    """Return a sentence for each value that is no whole number; ``None`` is for one that was not given."""
     return [
         f"{name}={value!r} must be a whole number."
         for name, value in values.items()
@@ -49,31 +49,31 @@ def number_faults(values: Mapping[str, object]) -> list[str]:
 
 
 def is_number(value: object, *, whole: bool = False) -> TypeGuard[float]:
-    """Whether a value is a number; ``True`` and ``False`` are none."""
+    """Return whether a value is a number; ``True`` and ``False`` are none."""
     kind = numbers.Integral if whole else numbers.Real
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def time_faults(name: str, value: object) -> list[str]:
-    """A sentence if a value is no time in seconds."""
+    """Return a sentence if a value is no time in seconds."""
     good = is_number(value) and value > 0  # which NaN is not
     return [] if good else [f"{name}={value!r} must be a number of seconds above 0."]
 
 
 def switch_faults(values: Mapping[str, object]) -> list[str]:
-    """A sentence for each value that is neither ``True`` nor ``False``."""
+    """Return a sentence for each value that is neither ``True`` nor ``False``."""
     return [f"{name}={v!r}: write True or False." for name, v in values.items() if not isinstance(v, bool)]
 
 
 def listed(given: Any) -> list[Any]:
-    """What was given for a list of callbacks, as a list."""
+    """Return what was given for a list of callbacks, as a list."""
     if given is None:
         return []
     return list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Callback)) else [given]
 
 
 def callback_faults(place: str, given: Sequence[Any]) -> list[str]:
-    """A sentence for each entry of a list of callbacks that is none.
+    """Return a sentence for each entry of a list of callbacks that is none.
 
     Args:
         place: The argument's name.
@@ -83,7 +83,7 @@ def callback_faults(place: str, given: Sequence[Any]) -> list[str]:
 
 
 def fit_faults(model: Any, train: Any, datamodule: Any) -> list[str]:
-    """A sentence for each argument of ``fit`` that is not what its name says."""
+    """Return a sentence for each argument of ``fit`` that is not what its name says."""
     found = []
     if not isinstance(model, LightningModule):
         what = why_not(model) if _origin(model) or inspect.isclass(model) else "is no LightningModule"
@@ -104,12 +104,12 @@ def fit_faults(model: Any, train: Any, datamodule: Any) -> list[str]:
 
 
 def is_of_another_kind(value: Any) -> bool:
-    """Whether a value is a class, or of those that are known to be put where something else is wanted."""
+    """Return whether a value is a class, or of those that are known to be put where something else is wanted."""
     return inspect.isclass(value) or _origin(value) is not None
 
 
 def why_not(value: Any) -> str:
-    """What a value is, where something else is wanted, and the way out."""
+    """Return what a value is, where something else is wanted, and the way out."""
     kind = value if inspect.isclass(value) else type(value)
     origin = _origin(value)
     if origin is not None and not (inspect.isclass(value) and origin.startswith("lightning.")):
@@ -135,7 +135,7 @@ def _origin(value: Any) -> str | None:
 
 
 def as_typed(value: Any) -> str:
-    """A value as its user would write it, on one line."""
+    """Return a value as its user would write it, on one line."""
     if inspect.isclass(value):
         return value.__name__
     if isinstance(value, (str, int, float, bool, type(None))):

@@ -52,7 +52,7 @@ class RoundError(FederationError):
 
 
 def require(owner: object, **arguments: tuple[object, Callable[[float], bool], str]) -> None:
-    """Checks numbers given as ``name=(value, is_good, rule)`` and reports all faults together.
+    """Check numbers given as ``name=(value, is_good, rule)`` and reports all faults together.
 
     Raises:
         ConfigurationError: If any is no finite number, or not good.

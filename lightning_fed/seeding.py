@@ -15,14 +15,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 
 def run_seed(seed: int | None) -> int:
-    """The seed of a run: the one given, else that of ``lightning.seed_everything``, else 0."""
+    """Return the seed of a run: the one given, else that of ``lightning.seed_everything``, else 0."""
     if seed is not None:
         return seed
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def seed_for(seed: int, purpose: str, *, round: int = 0, client: int = -1) -> int:
-    """Derives an independent seed in ``[0, 2**32)`` (NumPy takes no more).
+    """Derive an independent seed in ``[0, 2**32)`` (NumPy takes no more).
 
     Args:
         seed: The run's seed.
@@ -40,7 +40,7 @@ def seed_for(seed: int, purpose: str, *, round: int = 0, client: int = -1) -> in
 
 
 def seed_all(seed: int) -> None:
-    """Seeds Python, NumPy and torch on every device.
+    """Seed Python, NumPy and torch on every device.
 
     Unlike ``seed_everything`` this leaves the environment's variables alone.
     """
@@ -61,12 +61,12 @@ def _has_accelerator() -> bool:
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Puts the states of Python's, NumPy's and torch's generators back after the block, however it ends."""
+    """Put the states of Python's, NumPy's and torch's generators back after the block, however it ends."""
     raised: BaseException | None = None
     with isolate_rng(include_cuda=_has_accelerator()):
         try:
             yield
-        except BaseException as error:  # isolate_rng puts nothing back when it sees one
+        except BaseException as error:  # isolate_rng restores nothing when it sees one
             raised = error
     if raised is not None:
         raise raised
@@ -74,7 +74,7 @@ def random_states_kept() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds Python, NumPy and torch for the block and puts their states back after it, however it ends."""
+    """Seed Python, NumPy and torch for the block and restore their states after it, however it ends."""
     with random_states_kept():
         seed_all(seed)
         yield

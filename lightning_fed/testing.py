@@ -35,35 +35,35 @@ class ToyModule(LightningModule):
         self.net = nn.Sequential(nn.Linear(8, hidden), nn.ReLU(), nn.Linear(hidden, 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, (batch, 2)."""
+        """Return logits, (batch, 2)."""
         return self.net(x)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy, logged as ``train_loss``."""
+        """Return the cross-entropy, logged as ``train_loss``."""
         loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
         self.log("train_loss", loss, on_step=False, on_epoch=True)
         return loss
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Logs ``val_loss`` and ``val_acc``."""
+        """Log ``val_loss`` and ``val_acc``."""
         logits = self(batch[0])
         self.log("val_loss", nn.functional.cross_entropy(logits, batch[1]))
         self.log("val_acc", (logits.argmax(-1) == batch[1]).float().mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD."""
+        """Return an SGD."""
         return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"])
 
 
 def toy_data(examples: int = 96, seed: int = 0) -> TensorDataset:
-    """Inputs (examples, 8) float32 and labels (examples,) int64 that ``ToyModule`` can learn."""
+    """Return inputs (examples, 8) float32 and labels (examples,) int64 that ``ToyModule`` can learn."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(examples, 8, generator=generator)
     return TensorDataset(x, (x[:, 0] * x[:, 1] > 0).long())
 
 
 def toy_weights() -> Weights:
-    """Weights of several dtypes and shapes, bfloat16 and a scalar among them."""
+    """Return weights of several dtypes and shapes, bfloat16 and a scalar among them."""
     return {
         "matrix": torch.arange(6.0).reshape(2, 3),
         "narrow": torch.tensor([1.0, 3.140625, -2.0], dtype=torch.bfloat16),
@@ -78,7 +78,7 @@ def _weights_in(message: Message) -> Weights:
 
 
 def counting_client() -> ClientApp:
-    """Client ``k`` adds ``k + 1`` to all it gets, counts ``k + 1`` examples, and keeps how often it was called."""
+    """Build clients: ``k`` adds ``k + 1`` to all it gets, counts ``k + 1`` examples, and counts its calls."""
     app = ClientApp()
 
     @app.train()
@@ -99,7 +99,7 @@ def counting_client() -> ClientApp:
 
 
 def scribbling_client() -> ClientApp:
-    """A client that replies with what it got, and before that writes into everything it got."""
+    """Return a client that replies with what it got, and before that writes into everything it got."""
     app = ClientApp()
 
     @app.train()
@@ -121,7 +121,7 @@ def scribbling_client() -> ClientApp:
 
 
 def failing_client(fails: Callable[[int], bool]) -> ClientApp:
-    """A client that raises ``ValueError("client k fails")`` where ``fails(k)``, else does as ``counting_client``."""
+    """Build clients that raise ``ValueError("client k fails")`` where ``fails(k)``, else do as ``counting_client``."""
     app, counting = ClientApp(), counting_client()
 
     @app.train()
@@ -135,7 +135,7 @@ def failing_client(fails: Callable[[int], bool]) -> ClientApp:
 
 
 def send(grid: Grid, kind: str = MessageType.TRAIN, weights: Weights | None = None) -> list[Message]:
-    """Sends one shared RecordDict to every node, as Flower's strategies do, and collects the replies by node."""
+    """Send one shared RecordDict to every node, as Flower's strategies do, and collect the replies by node."""
     arrays = messages.pack(toy_weights() if weights is None else weights)
     record = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: messages.round_config(1, 0)})
     sent = [Message(record, node_id, kind) for node_id in sorted(grid.get_node_ids())]
@@ -149,7 +149,7 @@ def _metric(reply: Message, name: str) -> Any:
 
 
 def case_main_returns(engine: Engine) -> None:
-    """What main returns comes back; what it raises, too."""
+    """Check that what main returns comes back; what it raises, too."""
     assert engine.run(lambda grid: len(list(grid.get_node_ids())), counting_client(), lambda: 3) == 3
 
     def stop(grid: Grid) -> None:
@@ -161,7 +161,7 @@ def case_main_returns(engine: Engine) -> None:
 
 
 def case_every_client_answers(engine: Engine) -> None:
-    """Each client gets the weights once, knows who it is, and its reply carries its own work."""
+    """Check that each client gets the weights once, knows who it is, and replies with its own work."""
     replies = engine.run(send, counting_client(), lambda: 4)
     assert sorted(_metric(reply, "client") for reply in replies) == [0, 1, 2, 3]
     for reply in replies:
@@ -172,13 +172,13 @@ def case_every_client_answers(engine: Engine) -> None:
 
 
 def case_evaluates(engine: Engine) -> None:
-    """Evaluate messages reach the evaluate function."""
+    """Check that evaluate messages reach the evaluate function."""
     replies = engine.run(lambda grid: send(grid, MessageType.EVALUATE), counting_client(), lambda: 2)
     assert sorted(_metric(reply, "client") for reply in replies) == [0, 1]
 
 
 def case_state_stays_with_the_client(engine: Engine) -> None:
-    """A client's Context lives from round to round, and is its own."""
+    """Check that a client's Context lives from round to round, and is its own."""
 
     def main(grid: Grid) -> list[Any]:
         first = sorted(grid.get_node_ids())[0]
@@ -194,7 +194,7 @@ def case_state_stays_with_the_client(engine: Engine) -> None:
 
 
 def case_scribbling_changes_nobody(engine: Engine) -> None:
-    """A client that writes into what it got changes neither the other clients' weights nor the server's."""
+    """Check that a client that writes into what it got changes no other client's weights and not the server's."""
     weights = toy_weights()
     replies = engine.run(lambda grid: send(grid, weights=weights), scribbling_client(), lambda: 3)
     for reply in replies:
@@ -205,7 +205,7 @@ def case_scribbling_changes_nobody(engine: Engine) -> None:
 
 
 def case_failure_is_a_reply(engine: Engine) -> None:
-    """A client that raises replies with its error, and the others are not touched."""
+    """Check that a client that raises replies with its error, and the others are not touched."""
     replies = engine.run(send, failing_client(lambda client: client == 1), lambda: 3)
     failed = [reply for reply in replies if reply.has_error()]
     assert len(replies) == 3

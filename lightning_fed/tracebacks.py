@@ -29,13 +29,13 @@ _WAYS_OUT = {
 
 
 def words(error: BaseException) -> str:
-    """As Python says it below a traceback, ``ValueError: boom``, and the way out where the words do not tell it."""
+    """Return what Python says below a traceback, ``ValueError: boom``, and a way out that the words do not tell."""
     said = "".join(traceback.format_exception_only(error)).strip()
     return " ".join([said, *(f"-- {way}" for known, way in _WAYS_OUT.items() if known in said)])
 
 
 def frames(error: BaseException) -> str:
-    """An exception's traceback with the frames of libraries folded; empty where it was not raised.
+    """Return an exception's traceback with the frames of libraries folded; empty where it was not raised.
 
     Where the environment variable ``LIGHTNING_FED_TRACEBACK`` is ``full``, all are there.
     """
@@ -47,7 +47,7 @@ def frames(error: BaseException) -> str:
 
 
 def shorten(error: E) -> E:
-    """Takes the frames of libraries off an error that is about to reach the user, and off its cause.
+    """Take the frames of libraries off an error that is about to reach the user, and off its cause.
 
     What the cause says is in the error's own words already, with the user's frames.
     """
@@ -59,7 +59,7 @@ def shorten(error: E) -> E:
 
 
 def release_frames(error: BaseException) -> None:
-    """Lets go what the frames of an error, and of those behind it, keep in memory."""
+    """Release what the frames of an error, and of those behind it, keep in memory."""
     seen: BaseException | None = error
     while seen is not None and seen.__traceback__ is not None:
         seen.__traceback__ = None
@@ -86,7 +86,7 @@ class _Folded(traceback.StackSummary):
 
 
 def _fold(stack: traceback.StackSummary) -> traceback.StackSummary:
-    """The user's frames, and the last one, which is where it was raised; the last few where none is the user's."""
+    """Return the user's frames, and the last one, where it was raised; the last few where none is the user's."""
     if _shows_all():
         return stack
     folded, run = _Folded(), list[str]()
@@ -121,7 +121,7 @@ def _own_frames(tb: TracebackType | None) -> TracebackType | None:
 
 
 def _library(file: str) -> str | None:
-    """Which library a file is of; ``None`` for the user's own and for all others."""
+    """Return which library a file is of; ``None`` for the user's own and for all others."""
     return next((name for name, folder in _folders().items() if file.startswith(folder)), _of_python(file))
 
 

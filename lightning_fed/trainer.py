@@ -149,7 +149,7 @@ class FederatedTrainer(ServerTrainer):
         ckpt_path: Any = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Trains the module over the clients; arguments as in ``Trainer.fit``.
+        """Train the module over the clients; arguments as in ``Trainer.fit``.
 
         The train data is dealt out among the clients, the validation data is the server's. ``ckpt_path`` resumes a run:
         its end is that of a run never interrupted, bit for bit.
@@ -180,7 +180,7 @@ class FederatedTrainer(ServerTrainer):
         ckpt_path: Any = None,
         weights_only: bool | None = None,
     ) -> ServerApp:
-        """The Flower ServerApp that ``fit`` runs, for any of Flower's runtimes; arguments as ``fit``."""
+        """Return the Flower ServerApp that ``fit`` runs, for any of Flower's runtimes; arguments as ``fit``."""
         task = self._task(model, train_dataloaders, val_dataloaders, datamodule)
         return self._server_app(task, ckpt_path, weights_only)
 
@@ -190,7 +190,7 @@ class FederatedTrainer(ServerTrainer):
         train_dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
     ) -> ClientApp:
-        """The Flower ClientApp that ``fit`` runs; which client it is the node config's ``partition-id`` tells."""
+        """Return the Flower ClientApp that ``fit`` runs; the node config's ``partition-id`` says which client it is."""
         task = self._task(model, train_dataloaders, None, datamodule)
         # There is no server here whose fit would ask the module for them.
         task.module.trainer = self
@@ -219,7 +219,7 @@ class FederatedTrainer(ServerTrainer):
         return _Task(module, datamodule, val, deal, side)
 
     def _look_at_callbacks(self) -> None:
-        """Looks at what came to the list of callbacks since it was made: appended, or by the Tuner."""
+        """Look at what came to the list of callbacks since it was made: appended, or by the Tuner."""
         self.callbacks = self._roles.without_moved(self.callbacks)
         faults = self._roles.misplaced(self.callbacks)
         if faults:

@@ -1,4 +1,4 @@
-"""A view: a subclass of an instance's own class, laid over the instance for a while.
+"""A view: a subclass of an instance's own class, which the instance has for a while.
 
 The server and the clients of one process share one module under two views. A copy would not do: copies of compiled
 modules, or of modules that hold a closure over a layer, silently train nothing.
@@ -46,29 +46,29 @@ class View:
 
 
 def _new(cls: Any, *args: Any) -> Any:
-    """As ``copyreg.__newobj__``, which pickle accepts for the instance's present class only."""
+    """Do as ``copyreg.__newobj__``, which pickle accepts for the instance's present class only."""
     return cls.__new__(cls, *args)
 
 
 def user_class(instance: object) -> type:
-    """The class that the user overrides, whichever view lies over the instance."""
+    """Return the class that the user wrote, whichever view the instance has."""
     return below(type(instance))
 
 
 def below(cls: type) -> type:
-    """The class that the user overrides, where a class is that of a view over it."""
+    """Return the class that the user wrote, where a class is that of a view over it."""
     return getattr(cls, _CLASS, cls)
 
 
 def overrides(instance: object, base: type, name: str) -> bool:
-    """Whether somebody wrote a hook: in the class, whichever view lies over it, or on the instance itself."""
+    """Return whether a hook is overridden: in the user's class, under whichever view, or on the instance itself."""
     if name in vars(instance) or name in vars(instance).get(_HIDDEN, {}):
         return True
     return getattr(user_class(instance), name, None) is not getattr(base, name, None)
 
 
 def users_own(instance: Any, name: str) -> Any:
-    """A method as the user has it, whichever view lies over the instance: what stands on the instance comes first."""
+    """Return a method as the user has it, under whichever view: what stands on the instance comes first."""
     own = {**vars(instance), **vars(instance).get(_HIDDEN, {})}
     if name in own:
         return own[name]
@@ -91,7 +91,7 @@ def _names(view: type) -> frozenset[str]:
 
 
 def move_to_class(instance: Any) -> None:
-    """Gives the user's class what was set on a view: ``type(self).count += 1`` means the class that the user wrote."""
+    """Give the user's class what was set on a view: ``type(self).count += 1`` means the class that the user wrote."""
     cls = type(instance)
     if not issubclass(cls, View):
         return
@@ -102,10 +102,10 @@ def move_to_class(instance: Any) -> None:
 
 @contextmanager
 def viewed_as(instance: Any, view: type[View]) -> Iterator[None]:
-    """Gives ``instance`` the class ``view`` + its own class for the time of the block.
+    """Give ``instance`` the class ``view`` + its own class for the time of the block.
 
     What stands in the instance's ``__dict__`` under a name of the view would shadow it (``module.compile()`` and
-    ``LightningCLI`` put methods there): it is taken out for the block. A view laid over another view sees what the
+    ``LightningCLI`` put methods there): it is taken out for the block. A view over another view sees what the
     other one hid.
     """
     outer = type(instance)

@@ -43,7 +43,7 @@ def test_example(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.syspath_prepend(script.parent)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "")  # examples set it; it is put back after the test
+    monkeypatch.setenv("PL_GLOBAL_SEED", "")  # examples set it; it is restored after the test
     monkeypatch.delenv("PL_GLOBAL_SEED")
     runpy.run_path(str(script), run_name="__main__")
     said = capsys.readouterr().out

@@ -19,13 +19,13 @@ R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord, RecordDict)
 
 
 def new_run() -> Run:
-    """A run with a number of its own."""
+    """Return a run with a number of its own."""
     return Run.create_empty(run_id=uuid.uuid4().int >> 65)
 
 
 @contextmanager
 def server_identity(run_id: int) -> Iterator[None]:
-    """In the block, ``Message(...)`` is sent by the server of a run; it reads that from these variables."""
+    """Let ``Message(...)`` be sent by the server of a run, in the block; it reads that from these variables."""
     names = ("_task_id", "_run_id", "_node_id")
     before = {name: getattr(TaskIdentity, name) for name in names}
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SUPERLINK_NODE_ID
@@ -37,11 +37,11 @@ def server_identity(run_id: int) -> Iterator[None]:
 
 
 def number(message: Message) -> None:
-    """Gives a message a number of its own, as Flower does where it sends one."""
+    """Give a message a number of its own, as Flower does where it sends one."""
     message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
 
 
 def filled(record: R, content: Mapping[str, Any]) -> R:
-    """A new record with a content of the right kind, without Flower's check of each part, which takes its time."""
+    """Fill a new record with a content of the right kind, without Flower's check of each part, which takes its time."""
     record.__dict__["_data"].update(content)
     return record

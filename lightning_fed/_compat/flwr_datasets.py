@@ -6,11 +6,11 @@ from typing import Any
 
 
 def num_partitions(partitioner: Any) -> int | None:
-    """How many clients a partitioner deals out to, where it was told; asking it itself opens the data."""
+    """Return how many clients a partitioner deals out to, where it was told; asking it itself opens the data."""
     count = getattr(partitioner, "_num_partitions", None)
     return count if isinstance(count, int) else None
 
 
 def partition_by(partitioner: Any, default: Any = None) -> Any:
-    """The column by which a partitioner deals out."""
+    """Return the column by which a partitioner deals out."""
     return getattr(partitioner, "_partition_by", default)

@@ -38,7 +38,7 @@ KNOWN = {
 
 
 def digest(package: Path) -> str:
-    """A few letters that are others where one of the copied files is.
+    """Return a few letters that are others where one of the copied files is.
 
     Args:
         package: The folder of ``lightning.pytorch``.
@@ -49,7 +49,7 @@ def digest(package: Path) -> str:
 
 @cache
 def is_known() -> bool:
-    """Whether clients may use loops of our own."""
+    """Return whether clients may use loops of our own."""
     try:
         return digest(Path(lightning.pytorch.__file__).parent) in KNOWN
     except OSError:  # installed without its sources
@@ -57,7 +57,7 @@ def is_known() -> bool:
 
 
 def why_slower() -> str:
-    """What to say where it is not known."""
+    """Return what to say where it is not known."""
     return (
         f"Lightning {lightning.pytorch.__version__} is not one that lightning_fed was compared with, step by step:"
         " clients use its own training loop, which is slower, and they are not vectorized. The results are the same."

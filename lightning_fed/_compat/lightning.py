@@ -48,32 +48,32 @@ COMPILER = "_compiler_ctx"
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """The trainer that a module is attached to; ``module.trainer`` raises where there is none."""
+    """Return the trainer that a module is attached to; ``module.trainer`` raises where there is none."""
     return module._trainer
 
 
 def attach(module: LightningModule, trainer: Trainer | None) -> None:
-    """Attaches a module to a trainer, and not the modules in it."""
+    """Attach a module to a trainer, and not the modules in it."""
     module._trainer = trainer
 
 
 def running_hook(module: Any) -> str | None:
-    """The hook in which a module is, by which Lightning tells what may be logged."""
+    """Return the hook in which a module is, by which Lightning tells what may be logged."""
     return module._current_fx_name
 
 
 def set_running_hook(module: Any, name: str | None) -> None:
-    """Says in which hook a module is, without the search of ``nn.Module.__setattr__``."""
+    """Say in which hook a module is, without the search of ``nn.Module.__setattr__``."""
     module.__dict__["_current_fx_name"] = name
 
 
 def optimizes_automatically(module: LightningModule) -> bool:
-    """As the user wrote it, whatever a view makes of ``automatic_optimization``."""
+    """Return ``automatic_optimization`` as the user set it, whatever a view makes of it."""
     return module._automatic_optimization
 
 
 def on_before_transfer(module: LightningModule, batch: Any) -> Any:
-    """The module's hook of that name, where it or the datamodule has one."""
+    """Call the module's hook of that name, or the datamodule's."""
     return module._on_before_batch_transfer(batch, dataloader_idx=0)
 
 
@@ -81,7 +81,7 @@ class ChoosesBatches:
     """A base for views of modules: batch hooks of module and datamodule get what is a batch, and nothing else."""
 
     def is_batch(self, batch: Any) -> bool:
-        """Whether the hooks get it."""
+        """Return whether the hooks get it."""
         return True
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
@@ -95,28 +95,28 @@ class ChoosesBatches:
 
 
 def call_callbacks(trainer: Trainer, name: str, *args: Any) -> None:
-    """Calls a hook of all callbacks."""
+    """Call a hook of all callbacks."""
     call._call_callback_hooks(trainer, name, *args)
 
 
 def call_module(trainer: Trainer, name: str, *args: Any) -> Any:
-    """Calls a hook of the module."""
+    """Call a hook of the module."""
     return call._call_lightning_module_hook(trainer, name, *args)
 
 
 def to_device(trainer: Trainer, batch: Any) -> Any:
-    """Moves a batch to the trainer's device by the hooks that do so."""
+    """Move a batch to the trainer's device by the hooks that do so."""
     return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
 
 
 def clip_gradients(trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
-    """Clips gradients as the trainer is told to, by the module's hook."""
+    """Clip gradients as the trainer is told to, by the module's hook."""
     clipping = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
     trainer.precision_plugin._clip_gradients(module, optimizer, *clipping)
 
 
 def attach_data(trainer: Trainer, module: LightningModule, **given: Any) -> None:
-    """What a fit does with its arguments first.
+    """Take a fit's arguments, as a fit does first.
 
     Args:
         trainer: A trainer that has not begun.
@@ -128,18 +128,18 @@ def attach_data(trainer: Trainer, module: LightningModule, **given: Any) -> None
 
 
 def prepare(trainer: Trainer) -> None:
-    """What a fit does next: the hooks that prepare data and set up."""
+    """Call the hooks that prepare data and set up, as a fit does next."""
     trainer._data_connector.prepare_data()
     call._call_setup_hook(trainer)
 
 
 def configure_model(trainer: Trainer) -> None:
-    """Calls the module's hook of that name, under the strategy's context."""
+    """Call the module's hook of that name, under the strategy's context."""
     call._call_configure_model(trainer)
 
 
 def tear_down(trainer: Trainer) -> None:
-    """What a fit ends with."""
+    """End a fit: take its loops down and call the hooks."""
     trainer.fit_loop.teardown()
     call._call_teardown_hook(trainer)
 
@@ -148,22 +148,22 @@ def tear_down(trainer: Trainer) -> None:
 
 
 def results_of(trainer: Any) -> Any:
-    """What the loop that runs has logged by hook and name, or ``None`` where none runs."""
+    """Return what the loop that runs has logged by hook and name, or ``None`` where none runs."""
     return trainer._results
 
 
 def loop_results(loop: Any) -> Any:
-    """What one loop has logged."""
+    """Return what one loop has logged."""
     return loop._results
 
 
 def set_loop_results(loop: Any, results: ResultCollection) -> None:
-    """Gives a loop that has not begun what it is to log into."""
+    """Give a loop that has not begun what it is to log into."""
     loop._results = results
 
 
 def last_value(result: Any) -> Any:
-    """What the last call of ``log`` gave."""
+    """Return what the last call of ``log`` gave."""
     return result._forward_cache
 
 
@@ -178,38 +178,38 @@ class Accumulated:
     is_tensor: ClassVar[bool] = True
 
     def update(self, value: Tensor, batch_size: Any) -> None:
-        """Takes a step's value in, as Lightning does."""
+        """Take a step's value in, as Lightning does."""
         ResultMetric.update(self, value, batch_size)  # type: ignore[arg-type]
 
 
 def batch_size_for(results: ResultCollection, metric: ResultMetric, batch_size: int | None) -> Any:
-    """The number of examples by which a logged value is weighed."""
+    """Return the number of examples by which a logged value is weighed."""
     return results._extract_batch_size(metric, batch_size, metric.meta)
 
 
 def begin_batch(trainer: Trainer, batch: Any) -> None:
-    """Tells what is logged that a batch begins."""
+    """Tell what is logged that a batch begins."""
     trainer._logger_connector.on_batch_start(batch)
 
 
 def end_batch(trainer: Trainer) -> None:
-    """Tells what is logged that a batch is over."""
+    """Tell what is logged that a batch is over."""
     trainer._logger_connector.on_batch_end()
 
 
 def is_first_log_of(trainer: Any, hook: str | None) -> bool:
-    """Whether Lightning has yet to reset, at the next call of ``log``, what a hook logged in the epoch before."""
+    """Return whether Lightning has yet to reset, at the next ``log``, what a hook logged in the epoch before."""
     connector = trainer._logger_connector
     return connector._current_fx != hook and connector._first_loop_iter is not False
 
 
 def note_log_of(trainer: Any, hook: str | None) -> None:
-    """Tells what is logged that a hook has logged."""
+    """Tell what is logged that a hook has logged."""
     trainer._logger_connector._current_fx = hook
 
 
 def shown_metrics(trainer: Trainer) -> tuple[dict[str, Any], ...]:
-    """The values that stay after an epoch: for callbacks, for loggers, for the progress bar."""
+    """Return the values that stay after an epoch: for callbacks, for loggers, for the progress bar."""
     connector = trainer._logger_connector
     return connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics
 
@@ -224,57 +224,57 @@ class LightningEvaluationLoop(_EvaluationLoop):
         self.evaluate_batch(*args)
 
     def evaluate_batch(self, *args: Any) -> None:
-        """Evaluates one batch."""
+        """Evaluate one batch."""
         super()._evaluation_step(*args)
 
 
 def skips_backward(optimization: LightningAutomaticOptimization) -> bool:
-    """Whether steps have no backward pass, as while weights are averaged."""
+    """Return whether steps have no backward pass, as while weights are averaged."""
     return optimization._skip_backward
 
 
 def warn_once(loop: LightningEpochLoop, message: str) -> None:
-    """Warns in a loop, the first time."""
+    """Warn in a loop, the first time."""
     loop._warning_cache.warn(message)
 
 
 def is_last_ready_batch(loop: LightningEpochLoop) -> bool:
-    """Whether the epoch has as many batches behind it as it is to have."""
+    """Return whether the epoch has as many batches behind it as it is to have."""
     return loop._num_ready_batches_reached()
 
 
 def is_training_done(loop: LightningEpochLoop) -> bool:
-    """Whether batches or steps have come to their end."""
+    """Return whether batches or steps have come to their end."""
     return loop._is_training_done
 
 
 def count_step(loop: LightningEpochLoop) -> None:
-    """Counts a batch that stepped, by which loggers count."""
+    """Count a batch that stepped, by which loggers count."""
     loop._batches_that_stepped += 1
 
 
 def data_fetcher(loop: Any) -> DataFetcher | None:
-    """What gives the batches of a fit that has begun."""
+    """Return what gives the batches of a fit that has begun."""
     return loop._data_fetcher
 
 
 def combined_loader(loop: Any) -> CombinedLoader | None:
-    """All loaders of a fit or of an evaluation that has begun."""
+    """Return all loaders of a fit or of an evaluation that has begun."""
     return loop._combined_loader
 
 
 def is_in_turn(loaders: CombinedLoader) -> bool:
-    """Whether loaders come one after the other, and not a batch of each at a time."""
+    """Return whether loaders come one after the other, and not a batch of each at a time."""
     return loaders._mode == "sequential"
 
 
 def set_last_reload(loop: Any, epoch: int) -> None:
-    """Says in which epoch the train loaders were made, for ``reload_dataloaders_every_n_epochs``."""
+    """Say in which epoch the train loaders were made, for ``reload_dataloaders_every_n_epochs``."""
     loop._last_train_dl_reload_epoch = epoch
 
 
 def set_train_source(trainer: Trainer, loaders: Any) -> None:
-    """Gives a fit its train loaders, whatever the datamodule says."""
+    """Give a fit its train loaders, whatever the datamodule says."""
     trainer.fit_loop._data_source.instance = loaders
 
 
@@ -282,12 +282,12 @@ def set_train_source(trainer: Trainer, loaders: Any) -> None:
 
 
 def rates(monitor: LearningRateMonitor, trainer: Trainer) -> dict[str, float]:
-    """What a monitor would log now, by name."""
+    """Return what a monitor would log now, by name."""
     return monitor._extract_stats(trainer, "any")
 
 
 def show_metrics(bar: RichProgressBar, trainer: Trainer, module: LightningModule) -> None:
-    """Shows a bar's metrics as they are now."""
+    """Show a bar's metrics as they are now."""
     bar._update_metrics(trainer, module)
 
 
@@ -298,5 +298,5 @@ class LightningRichBar(RichProgressBar):
         return self.describe_round(current_epoch)
 
     def describe_round(self, current_epoch: int) -> str:
-        """What stands before the bar."""
+        """Return what stands before the bar."""
         return super()._get_train_description(current_epoch)

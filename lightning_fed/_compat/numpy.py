@@ -6,5 +6,5 @@ import numpy as np
 
 
 def everybodys_generator() -> np.random.RandomState:
-    """The generator from which the functions of ``np.random`` draw."""
+    """Return the generator from which the functions of ``np.random`` draw."""
     return np.random.mtrand._rand

@@ -88,7 +88,7 @@ class _NoProfiler(PassThroughProfiler):
 
 @contextmanager
 def _nothing_looked_for() -> Iterator[None]:
-    """A server's trainer looks for callbacks of other packages and for devices to tell of: a quarter of a small fit."""
+    """Leave out a quarter of a small fit: the search for other packages' callbacks and for devices to tell of."""
     look_for, tell = callback_connector._load_external_callbacks, setup._log_device_info
     callback_connector._load_external_callbacks = lambda group: []
     setup._log_device_info = lambda trainer: None
@@ -110,7 +110,7 @@ def _is_verified(trainer: Trainer) -> None:
 
 
 def _requested(data_source: _DataLoaderSource) -> Any:
-    """As Lightning's, which watches how loaders are made also where nothing but one that is there is handed over."""
+    """As Lightning's, which watches how loaders are made also where nothing but one that is there is returned."""
     return _request_dataloader(data_source) if data_source.is_module() else data_source.dataloader()
 
 

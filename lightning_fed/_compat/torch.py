@@ -36,32 +36,32 @@ OF_DYNAMO = "_dynamo"
 
 
 def parameters_in(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The dict in which a module itself, without those in it, holds its parameters."""
+    """Return the dict in which a module itself, without those in it, holds its parameters."""
     return module._parameters
 
 
 def buffers_in(module: nn.Module) -> dict[str, Tensor | None]:
-    """The dict in which a module itself holds its buffers."""
+    """Return the dict in which a module itself holds its buffers."""
     return module._buffers
 
 
 def versions_of(state: Mapping[str, Any]) -> Any:
-    """The versions of the layers that gave a state dict, without which some take it for that of an old release."""
+    """Return the versions of a state dict's layers, without which some take it for that of an old release."""
     return getattr(state, "_metadata", {})
 
 
 def set_versions(state: Any, versions: Any) -> None:
-    """Gives a state dict the versions of another."""
+    """Give a state dict the versions of another."""
     state._metadata = versions
 
 
 def watches_loading(module: nn.Module) -> bool:
-    """Whether a hook of a module sees what is loaded into it."""
+    """Return whether a hook of a module sees what is loaded into it."""
     return bool(module._load_state_dict_pre_hooks)
 
 
 def loads_as_torch(module: nn.Module) -> bool:
-    """Whether torch's own code copies what is loaded into a module's own parameters and buffers."""
+    """Return whether torch's own code copies what is loaded into a module's own parameters and buffers."""
     load = getattr(module._load_from_state_dict, "__func__", None)
     return getattr(load, "__module__", "").startswith("torch.nn.")
 
@@ -70,42 +70,42 @@ def loads_as_torch(module: nn.Module) -> bool:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How many times a tensor was written to in place."""
+    """Return how many times a tensor was written to in place."""
     return tensor._version
 
 
 def stored(sparse: Tensor) -> int:
-    """How many elements a sparse tensor stores; for one that is not coalesced ``nnz`` of its own raises."""
+    """Return how many elements a sparse tensor stores; for one that is not coalesced ``nnz`` of its own raises."""
     return sparse._nnz()
 
 
 def indices_and_values(sparse: Tensor) -> tuple[Tensor, Tensor]:
-    """What a sparse COO tensor stores, whether coalesced or not."""
+    """Return what a sparse COO tensor stores, whether coalesced or not."""
     return sparse._indices(), sparse._values()
 
 
 def storage_key(tensor: Tensor) -> int:
-    """What tensors that share memory have in common, as long as that memory lives."""
+    """Return what tensors that share memory have in common, as long as that memory lives."""
     return tensor.untyped_storage()._cdata
 
 
 def gradient_hooks(tensor: Tensor) -> tuple[Any, Any]:
-    """The hooks that see a tensor's gradient: before it is accumulated, and after."""
+    """Return the hooks that see a tensor's gradient: before it is accumulated, and after."""
     return tensor._backward_hooks, tensor._post_accumulate_grad_hooks
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a transform of ``torch.func`` is at work on a tensor."""
+    """Return whether a transform of ``torch.func`` is at work on a tensor."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_mutable(operator: Any) -> bool:
-    """Whether an operator writes to one of its arguments."""
+    """Return whether an operator writes to one of its arguments."""
     return operator._schema.is_mutable
 
 
 def allow_saved_tensor_hooks() -> None:
-    """Allows for them again, which a transform that broke off leaves disabled."""
+    """Allow for them again, which a transform that broke off leaves disabled."""
     torch._C._autograd._saved_tensors_hooks_enable()
 
 
@@ -113,7 +113,7 @@ def allow_saved_tensor_hooks() -> None:
 
 
 def step_hooks(optimizer: Optimizer) -> Iterator[Any]:
-    """The hooks that are called around an optimizer's steps, those of all optimizers, too."""
+    """Return the hooks that are called around an optimizer's steps, those of all optimizers, too."""
     yield from optimizer._optimizer_step_pre_hooks.values()
     yield from optimizer._optimizer_step_post_hooks.values()
     yield from _global_optimizer_pre_hooks.values()
@@ -121,28 +121,28 @@ def step_hooks(optimizer: Optimizer) -> Iterator[Any]:
 
 
 def last_rates(schedule: Any, default: Any) -> Any:
-    """The learning rates that a schedule gave last, one for each group."""
+    """Return the learning rates that a schedule gave last, one for each group."""
     return getattr(schedule, "_last_lr", default)
 
 
 def count_steps(schedule: Any, steps: int) -> None:
-    """Lets a schedule take itself for stepped so many times more."""
+    """Let a schedule take itself for stepped so many times more."""
     schedule.last_epoch += steps
     schedule._step_count += steps
 
 
 def schedules_in(schedule: Any) -> Any:
-    """The schedules that a schedule of schedules is made of."""
+    """Return the schedules that a schedule of schedules is made of."""
     return getattr(schedule, "_schedulers", ())
 
 
 def set_stepped(optimizer: Any, stepped: bool) -> bool:
-    """Lets schedules take an optimizer for stepped, of which they warn else; gives what they took it for."""
+    """Let schedules take an optimizer for stepped, of which they warn else; give what they took it for."""
     before = vars(optimizer).get("_opt_called", False)
     vars(optimizer)["_opt_called"] = stepped
     return bool(before)
 
 
 def has_count(sampler: RandomSampler) -> bool:
-    """Whether a sampler was told how many to draw."""
+    """Return whether a sampler was told how many to draw."""
     return sampler._num_samples is not None

@@ -11,26 +11,26 @@ SET_ON_METRICS = frozenset({"_computed", "_forward_cache"})
 
 
 def reductions(metric: Metric) -> dict[str, Any]:
-    """How the states of several processes become one, by name."""
+    """Return how the states of several processes become one, by name."""
     return metric._reductions
 
 
 def defaults(metric: Metric) -> dict[str, Any]:
-    """The states of a metric that saw nothing, by name."""
+    """Return the states of a metric that saw nothing, by name."""
     return metric._defaults
 
 
 def updates(metric: Metric) -> int:
-    """How many times a metric was updated."""
+    """Return how many times a metric was updated."""
     return int(metric._update_count)
 
 
 def computed(metric: Metric) -> Any:
-    """The value that a metric has computed and keeps, or ``None``."""
+    """Return the value that a metric has computed and keeps, or ``None``."""
     return metric._computed
 
 
 def as_updated(metric: Metric, times: int) -> None:
-    """Lets a metric whose states were set compute a value of them."""
+    """Let a metric whose states were set compute a value of them."""
     metric._update_count = times
     metric._computed = None

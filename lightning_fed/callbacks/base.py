@@ -63,7 +63,7 @@ class FederatedCallback(Callback):
     decides: ClassVar[frozenset[Decision]] = frozenset()
 
     def server_strategy(self, strategy: Strategy | None) -> Strategy | None:
-        """The strategy of the run.
+        """Return the strategy of the run.
 
         Args:
             strategy: ``None`` for the owner of ``"aggregation"``, who builds it; what the callbacks before built, for
@@ -72,27 +72,27 @@ class FederatedCallback(Callback):
         return strategy
 
     def client_mods(self, stage: Stage) -> Sequence[Mod]:
-        """Flower mods around the client's ``"train"`` or ``"evaluate"`` function, outermost first."""
+        """Return Flower mods around the client's ``"train"`` or ``"evaluate"`` function, outermost first."""
         return []
 
     def local_callbacks(self) -> Sequence[Callback]:
-        """New Lightning callbacks for one client's local fit."""
+        """Return new Lightning callbacks for one client's local fit."""
         return []
 
     def on_federation_start(self, trainer: Trainer) -> None:
-        """The data is dealt out and the strategy built; the first round is about to start."""
+        """Act once the data is dealt out and the strategy built; the first round is about to start."""
 
     def on_round_start(self, trainer: Trainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
-        """The cohort (client indices, ascending) is about to train or evaluate."""
+        """Act before the cohort (client indices, ascending) trains or evaluates."""
 
     def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
-        """A client's reply came in and is good."""
+        """Act on a client's reply that is good."""
 
     def on_client_error(self, trainer: Trainer, round: int, stage: Stage, error: ClientError) -> None:
-        """A client failed and the run goes on without it."""
+        """Act on a client's failure where the run goes on without it."""
 
     def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
-        """The clients are done with the round. ``metrics`` are about to be logged; what is added is logged, too."""
+        """Act once clients are done with the round; ``metrics``, and what is added to them, are about to be logged."""
 
 
 class PartitionOwner(FederatedCallback):
@@ -108,7 +108,7 @@ class PartitionOwner(FederatedCallback):
         raise NotImplementedError
 
     def prepare(self, loader: object, seed: int) -> None:
-        """Called once a fit, before the first round.
+        """Prepare for a fit, once, before the first round.
 
         Args:
             loader: What the user's ``train_dataloader`` gave, or ``None``.
@@ -116,7 +116,7 @@ class PartitionOwner(FederatedCallback):
         """
 
     def client(self, client: int, *, round: int) -> ClientLoaders:
-        """What a client trains and evaluates on."""
+        """Return what a client trains and evaluates on."""
         raise NotImplementedError
 
     @property
@@ -125,11 +125,11 @@ class PartitionOwner(FederatedCallback):
         return None
 
     def can_evaluate(self) -> bool:
-        """Whether clients may have data of their own to evaluate on."""
+        """Return whether clients may have data of their own to evaluate on."""
         return False
 
     def sizes(self) -> list[int] | None:
-        """The number of training examples of each client, or ``None`` where only training tells."""
+        """Return the number of training examples of each client, or ``None`` where only training tells."""
         return None
 
 
@@ -140,11 +140,11 @@ class CohortOwner(FederatedCallback):
     min_available_clients = 1
 
     def size(self, stage: Stage, num_clients: int) -> int:
-        """How many clients take part in a stage."""
+        """Return how many clients take part in a stage."""
         return num_clients
 
     def sample(self, stage: Stage, round: int, num_clients: int, seed: int) -> list[int]:
-        """The cohort of a round: client indices, ascending.
+        """Return the cohort of a round: client indices, ascending.
 
         Args:
             stage: ``"train"`` or ``"evaluate"``.
@@ -164,7 +164,7 @@ class FailureOwner(FederatedCallback):
     decides = frozenset({"failures"})
 
     def on_failure(self, error: ClientError, failed: int, cohort: int) -> None:
-        """A client failed; raising stops the run.
+        """Act on a client's failure; raising stops the run.
 
         Args:
             error: What happened, with client, round and stage.
@@ -174,7 +174,7 @@ class FailureOwner(FederatedCallback):
         raise error
 
     def min_results(self, cohort: int) -> int:
-        """How many good replies a round of ``cohort`` clients needs."""
+        """Return how many good replies a round of ``cohort`` clients needs."""
         return cohort
 
 
@@ -201,5 +201,5 @@ class Averaging(FederatedCallback):
         return self.weighting == "uniform"
 
     def server_strategy(self, strategy: Strategy | None) -> Strategy:
-        """The weighted mean."""
+        """Return the weighted mean."""
         return WeightedMean(uniform=self.uniform)

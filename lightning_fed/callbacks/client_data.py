@@ -82,12 +82,12 @@ class ClientData(PartitionOwner):
         return ClientLoaders(train=train, val=val)
 
     def can_evaluate(self) -> bool:
-        """Whether a client has data to evaluate on only the client knows."""
+        """Return whether a client has data to evaluate on only the client knows."""
         return True
 
 
 def _fault(given: Any) -> str | None:
-    """What is wrong with what a client is given: a clause, or ``None``."""
+    """Return what is wrong with what a client is given: a clause, or ``None``."""
     pair = given if isinstance(given, tuple) and len(given) == 2 else (given,)
     return next((fault for one in pair if (fault := _no_loader(one))), None)
 

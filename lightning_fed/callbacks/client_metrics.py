@@ -26,17 +26,17 @@ class ClientMetrics(FederatedCallback):
         self._values: dict[str, dict[int, float]] = {}
 
     def on_federation_start(self, trainer: Trainer) -> None:
-        """Forgets a round that broke off."""
+        """Forget a round that broke off."""
         self._values = {}
 
     def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
-        """Collects a client's values."""
+        """Collect a client's values."""
         prefix = CLIENT_METRICS if stage == "evaluate" else ""
         for name, value in report.metrics.items():
             self._values.setdefault(prefix + name, {})[report.client] = value
 
     def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
-        """Adds to what is logged."""
+        """Add to what is logged."""
         for name, values in self._values.items():
             if self.spread:
                 numbers = [value for value in values.values() if not math.isnan(value)] or [math.nan]

@@ -51,13 +51,13 @@ class FaultTolerance(FailureOwner):
         self._min_results, self._on_error = min_results, on_error
 
     def min_results(self, cohort: int) -> int:
-        """How many good replies a round of ``cohort`` clients needs."""
+        """Return how many good replies a round of ``cohort`` clients needs."""
         if isinstance(self._min_results, float):
             return max(1, math.ceil(self._min_results * cohort - 1e-9))
         return self._min_results
 
     def on_failure(self, error: ClientError, failed: int, cohort: int) -> None:
-        """Says that a client failed and goes on."""
+        """Say that a client failed and goes on."""
         if callable(self._on_error):
             self._on_error(error)
         elif self._on_error == "warn":

@@ -34,5 +34,5 @@ class FedAvgM(Averaging):
         self.learning_rate, self.momentum = learning_rate, momentum
 
     def server_strategy(self, strategy: Strategy | None) -> Strategy:
-        """The weighted mean with momentum."""
+        """Return the weighted mean with momentum."""
         return MomentumMean(learning_rate=self.learning_rate, momentum=self.momentum, uniform=self.uniform)

@@ -40,7 +40,7 @@ class FedAdagrad(Averaging):
         self.learning_rate, self.beta_1, self.tau = learning_rate, beta_1, tau
 
     def server_strategy(self, strategy: Strategy | None) -> Strategy:
-        """The mean with an Adagrad step."""
+        """Return the mean with an Adagrad step."""
         return AdagradMean(learning_rate=self.learning_rate, beta_1=self.beta_1, tau=self.tau, uniform=self.uniform)
 
 
@@ -70,7 +70,7 @@ class FedAdam(FedAdagrad):
         self.beta_2 = beta_2
 
     def server_strategy(self, strategy: Strategy | None) -> Strategy:
-        """The mean with the optimizer's step."""
+        """Return the mean with the optimizer's step."""
         return self._strategy(
             learning_rate=self.learning_rate,
             beta_1=self.beta_1,

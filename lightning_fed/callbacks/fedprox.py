@@ -29,7 +29,7 @@ class FedProx(FederatedCallback):
         self.mu = mu
 
     def local_callbacks(self) -> Sequence[Callback]:
-        """The callback that adds the gradient."""
+        """Return the callback that adds the gradient."""
         return [ProximalTerm(self.mu)]
 
 
@@ -47,12 +47,12 @@ class ProximalTerm(Callback):
         self._anchor: dict[Tensor, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remembers the round's weights."""
+        """Remember the round's weights."""
         self._anchor = {p: p.detach().clone() for p in pl_module.parameters()}
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Adds the gradient of the term to this optimizer's parameters; those that are not trained have none."""
+        """Add the gradient of the term to this optimizer's parameters; those that are not trained have none."""
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if p.grad is None or p not in self._anchor:
@@ -62,9 +62,9 @@ class ProximalTerm(Callback):
                 p.grad.add_(p - self._anchor[p], alpha=self.mu)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets the remembered weights go."""
+        """Release the remembered weights."""
         self._anchor = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lets the remembered weights go."""
+        """Release the remembered weights."""
         self._anchor = {}

@@ -56,7 +56,7 @@ class FlowerStrategy(FederatedCallback):
         self.running = strategy
 
     def server_strategy(self, strategy: Strategy | None) -> Strategy:
-        """A copy of the strategy behind an adaptor: a second fit must not start with the moments of the first.
+        """Return a copy of the strategy behind an adaptor: a second fit must not start with the moments of the first.
 
         What cannot be copied (an open file, a writer, a lock, a connection) both have; a second fit is told so.
         """
@@ -70,7 +70,7 @@ class FlowerStrategy(FederatedCallback):
         return Adaptor(self.running)
 
     def client_mods(self, stage: Stage) -> Sequence[Mod]:
-        """The strategy's own mods, around training only: Flower's clipping mods make evaluation fail."""
+        """Return the strategy's own mods, around training only: Flower's clipping mods make evaluation fail."""
         return self.mods if stage == "train" else []
 
 
@@ -78,37 +78,37 @@ class Adaptor(StandIn):
     """The boundary to a strategy that expects all replies at once, with the same metrics in each."""
 
     def summary(self) -> None:
-        """As the strategy."""
+        """Do as the strategy."""
         self.inner.summary()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As the strategy."""
+        """Do as the strategy."""
         return self.inner.configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """As the strategy, over metrics that all clients report."""
+        """Do as the strategy, over metrics that all clients report."""
         return self.inner.aggregate_train(server_round, _with_common_metrics(replies))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As the strategy."""
+        """Do as the strategy."""
         return self.inner.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """As the strategy, over metrics that all clients report."""
+        """Do as the strategy, over metrics that all clients report."""
         return self.inner.aggregate_evaluate(server_round, _with_common_metrics(replies))
 
     def state_dict(self) -> dict[str, Any]:
-        """What the run has changed of the strategy, and of strategies that it wraps."""
+        """Return what the run has changed of the strategy, and of strategies that it wraps."""
         return self.checkpoint_state.dump()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what ``state_dict`` gave."""
+        """Take back what ``state_dict`` gave."""
         self.checkpoint_state.load(state)
 
 
@@ -123,7 +123,7 @@ def _with_common_metrics(replies: Iterable[Message]) -> list[Message]:
 
 
 def _copy(strategy: Strategy) -> tuple[Strategy, list[str]]:
-    """A copy that shares nothing with the strategy; the names of attributes that cannot be copied and are shared."""
+    """Return a copy that shares nothing with the strategy, and the names of attributes that could not be copied."""
     try:
         return copy.deepcopy(strategy), []
     except Exception:

@@ -50,29 +50,29 @@ class History(FederatedCallback):
         self._said: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Notes whether this is a fit: ``test(ckpt_path="best")`` restores callbacks, too."""
+        """Note whether this is a fit: ``test(ckpt_path="best")`` restores callbacks, too."""
         self._evaluates = stage != "fit"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A new fit starts a new table; a resumed one goes on with its own."""
+        """Start a new table for a new fit; a resumed one goes on with its own."""
         # Not the epoch: with a checkpoint saved at the end of validation it still is the round that was done.
         done = trainer.global_step
         self.rows = [row for row in self.rows if row["round"] <= done]
         self.clients = [row for row in self.clients if row["round"] <= done]
 
     def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
-        """Keeps a client's own numbers, if asked to."""
+        """Keep a client's own numbers, if asked to."""
         if self.per_client:
             row = {"round": round, "stage": stage, "client": report.client, "num_examples": report.num_examples}
             self.clients.append({**row, **self._metrics(report.metrics, _OF_CLIENTS)})
 
     def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
-        """Starts the round's row."""
+        """Start the round's row."""
         self.rows.append({"round": round})
         self._take_round(metrics)
 
     def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *args: Any) -> None:
-        """Completes the round's row with what callbacks after this one added to the metrics."""
+        """Complete the round's row with what callbacks after this one added to the metrics."""
         self._take_round(trainer.round_metrics)
 
     def _take_round(self, metrics: Mapping[str, float]) -> None:
@@ -81,7 +81,7 @@ class History(FederatedCallback):
         self._from_clients.update(found)
 
     def _metrics(self, logged: Mapping[str, T], columns: Sequence[str]) -> dict[str, T]:
-        """What is logged, without names that are columns of the table."""
+        """Return what is logged, without names that are columns of the table."""
         taken = [name for name in columns if name in logged]
         if new := [name for name in taken if name not in self._said]:
             self._said.update(new)
@@ -92,7 +92,7 @@ class History(FederatedCallback):
         return {name: value for name, value in logged.items() if name not in taken}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds the server's validation to the round's row."""
+        """Add the server's validation to the round's row."""
         if self.rows and not trainer.sanity_checking and trainer.state.fn == "fit":
             # Of a name that clients logged, too, Lightning has the later value, which is that of the validation.
             self._from_clients -= logged_names(results_of(trainer))
@@ -101,14 +101,14 @@ class History(FederatedCallback):
             self.rows[-1] = {**self.rows[-1], **own}
 
     def state_dict(self) -> dict[str, Any]:
-        """The table, and which of its columns are the clients'."""
+        """Return the table, and which of its columns are the clients'."""
         rows, clients = (
             [{name: _plain(v) for name, v in row.items()} for row in table] for table in (self.rows, self.clients)
         )
         return {"rows": rows, "clients": clients, "from_clients": sorted(self._from_clients)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the table back in a fit; testing a checkpoint leaves that of the run alone."""
+        """Take the table back in a fit; testing a checkpoint leaves that of the run alone."""
         if self._evaluates:
             return
         self.rows, self.clients = list(state_dict["rows"]), list(state_dict["clients"])
@@ -130,7 +130,7 @@ class History(FederatedCallback):
         return [row[name] for row in self.rows if name in row]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes the table, one line a round."""
+        """Write the table, one line a round."""
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, ["round", *self.names])
             writer.writeheader()
@@ -144,7 +144,7 @@ class History(FederatedCallback):
         return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
 
     def plot(self, path: str | os.PathLike[str] | None = None, names: Sequence[str] | None = None) -> Figure:
-        """Draws the curves, one panel a quantity: the clients' average and the server's own, side by side.
+        """Draw the curves, one panel a quantity: the clients' average and the server's own, side by side.
 
         Args:
             path: Where to save the picture, if anywhere.
@@ -177,7 +177,7 @@ class History(FederatedCallback):
 
 
 def _plain(value: Any) -> Any:
-    """What a callback added may be a number of NumPy or a tensor, which a checkpoint would not give back."""
+    """Return what a callback added may be a number of NumPy or a tensor, which a checkpoint would not give back."""
     return value.item() if hasattr(value, "item") else value
 
 

@@ -26,7 +26,7 @@ class LearningRates(FederatedCallback):
         self.weight_decay = any(monitor.log_weight_decay for monitor in monitors)
 
     def local_callbacks(self) -> Sequence[Callback]:
-        """The callback that reports."""
+        """Return the callback that reports."""
         return [ReportLearningRates(self.momentum, self.weight_decay)]
 
 
@@ -45,15 +45,15 @@ class ReportLearningRates(Callback):
         self._found: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds the names."""
+        """Find the names."""
         self._monitor.on_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads the rates."""
+        """Read the rates."""
         self._found = rates(self._monitor, trainer)
 
     def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Reports them beside what the module has logged."""
+        """Report them beside what the module has logged."""
         states = [
             MetricState(name, LAST, {"value": torch.tensor(float(rate), dtype=torch.float64)}, RATE)
             for name, rate in self._found.items()

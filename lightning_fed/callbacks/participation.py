@@ -60,7 +60,7 @@ class PartialParticipation(CohortOwner):
         self.min_available_clients = min_available_clients
 
     def size(self, stage: Stage, num_clients: int) -> int:
-        """How many of ``num_clients`` take part in a stage.
+        """Return how many of ``num_clients`` take part in a stage.
 
         Raises:
             ConfigurationError: If there are fewer clients than a minimum asks for.

@@ -145,7 +145,7 @@ class Partition(PartitionOwner):
         return f"{name} cannot deal out {examples} examples: {error}{hint}"
 
     def _columns(self, dataset: Any) -> dict[str, np.ndarray[Any, Any]]:
-        """What a partitioner may deal by, without reading an example."""
+        """Return what a partitioner may deal by, without reading an example."""
         from datasets import ClassLabel, Dataset, Value
 
         labels = None if self._labels is None else self._given(dataset)
@@ -162,7 +162,7 @@ class Partition(PartitionOwner):
         return dict.fromkeys(sorted(names), np.asarray(found))
 
     def _given(self, dataset: Any) -> np.ndarray[Any, Any]:
-        """The labels that the user gave, (n,)."""
+        """Return the labels that the user gave, (n,)."""
         labels: Any = self._labels
         what = "Partition(labels=...) is a"
         if callable(labels):
@@ -182,7 +182,7 @@ class Partition(PartitionOwner):
         return array
 
     def _require_labels(self, columns: dict[str, np.ndarray[Any, Any]]) -> None:
-        """Checks that every example has what the partitioner deals by."""
+        """Check that every example has what the partitioner deals by."""
         wanted = partition_by(self.partitioner)
         column = columns.get(wanted, np.zeros(0)) if isinstance(wanted, str) else np.zeros(0)
         if column.dtype.kind not in "Of":
@@ -197,7 +197,7 @@ class Partition(PartitionOwner):
             )
 
     def _require_held_out(self) -> None:
-        """Checks that somebody has an example to evaluate on, where that is asked for."""
+        """Check that some client has an example to evaluate on, where that is asked for."""
         clients = range(self.num_clients)
         if not self.val_fraction or any(len(self.split(client)[1]) for client in clients):
             return
@@ -211,7 +211,7 @@ class Partition(PartitionOwner):
         )
 
     def indices(self, client: int) -> np.ndarray[Any, Any]:
-        """All examples of a client, training and held out: indices into the dataset, int64, ascending."""
+        """Return all examples of a client, training and held out: indices into the dataset, int64, ascending."""
         if self._dealt is None:
             raise ConfigurationError("The data has not been dealt out yet: call trainer.fit, or partition.prepare.")
         if client not in self._cache:
@@ -220,7 +220,7 @@ class Partition(PartitionOwner):
         return self._cache[client]
 
     def split(self, client: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """A client's training and held-out examples: indices into the dataset, int64, ascending."""
+        """Return a client's training and held-out examples: indices into the dataset, int64, ascending."""
         own = self.indices(client)
         held_out = min(int(self.val_fraction * len(own) + 0.5), max(len(own) - 1, 0))
         chosen = np.zeros(len(own), dtype=bool)
@@ -245,15 +245,15 @@ class Partition(PartitionOwner):
         return slice_loader(self._loader, indices, part=self._read.get((which, client)), **how)
 
     def can_evaluate(self) -> bool:
-        """Whether anything is held out."""
+        """Return whether anything is held out."""
         return self.val_fraction > 0
 
     def sizes(self) -> list[int]:
-        """The number of training examples of each client."""
+        """Return the number of training examples of each client."""
         return [len(self.split(client)[0]) for client in range(self.num_clients)]
 
     def plot(self, path: str | os.PathLike[str] | None = None, **kwargs: Any) -> Figure:
-        """Draws each client's label distribution.
+        """Draw each client's label distribution.
 
         Args:
             path: Where to save the picture, if anywhere.

@@ -22,29 +22,29 @@ class RoundProgress(FederatedCallback):
     _what = ""
 
     def on_round_start(self, trainer: Trainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
-        """Starts a bar for the cohort."""
+        """Start a bar for the cohort."""
         self._done, self._total = 0, len(cohort)
         of = f"/{trainer.max_epochs}" if trainer.max_epochs != -1 else ""
         self._what = f"Round {round}{of} {'training' if stage == 'train' else 'evaluating'}"
         self.show(self._what, 0, len(cohort))
 
     def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
-        """A client is done."""
+        """Count a client that is done."""
         self._done += 1
         self.show(self._what, self._done)
 
     def on_client_error(self, trainer: Trainer, round: int, stage: Stage, error: ClientError) -> None:
-        """A client failed, and is done, too."""
+        """Count a client that failed, and is done, too."""
         self._done += 1
         self.show(self._what, self._done)
 
     def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
-        """All are done, those who had nothing to evaluate on, too."""
+        """Fill the bar: those who had nothing to evaluate on are done, too."""
         if self._done < self._total:
             self.show(self._what, self._total)
 
     def show(self, what: str, done: int, total: int | None = None) -> None:
-        """Draws ``done`` clients of ``total`` (unchanged if ``None``)."""
+        """Draw ``done`` clients of ``total`` (unchanged if ``None``)."""
         raise NotImplementedError
 
 
@@ -61,7 +61,7 @@ class TQDMRoundBar(RoundProgress, TQDMProgressBar):
         bar.refresh()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Shows the round's metrics; the clients have moved the bar."""
+        """Show the round's metrics; the clients have moved the bar."""
         self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
 
@@ -69,7 +69,7 @@ class RichRoundBar(RoundProgress, LightningRichBar):
     """Lightning's Rich bar with clients in place of batches."""
 
     def describe_round(self, current_epoch: int) -> str:
-        """What stands before the bar."""
+        """Return what stands before the bar."""
         return f"Round {current_epoch + 1}"  # until the cohort is known
 
     def show(self, what: str, done: int, total: int | None = None) -> None:
@@ -83,7 +83,7 @@ class RichRoundBar(RoundProgress, LightningRichBar):
         self.refresh()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Shows the round's metrics; the clients have moved the bar."""
+        """Show the round's metrics; the clients have moved the bar."""
         show_metrics(self, trainer, pl_module)
         self.refresh()
 
@@ -105,37 +105,37 @@ class RoundPrinter(FederatedCallback, ProgressBar):
         self._began = 0.0
 
     def enable(self) -> None:
-        """Lets it print."""
+        """Let it print."""
         self._enabled = True
 
     def disable(self) -> None:
-        """Lets it print nothing."""
+        """Let it print nothing."""
         self._enabled = False
 
     def on_round_start(self, trainer: Trainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
-        """Begins a round, or its evaluation."""
+        """Begin a round, or its evaluation."""
         if stage == "train":
             self._done, self._own, self._began = {}, {}, time.monotonic()
         self._done[stage] = [0, len(cohort)]
 
     def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
-        """Counts a client."""
+        """Count a client."""
         self._done[stage][0] += 1
 
     def on_validation_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Keeps the server's own metrics."""
+        """Keep the server's own metrics."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._of_clients.update(trainer.round_metrics)
             own = trainer.callback_metrics.items()
             self._own = {name: float(value) for name, value in own if name not in self._of_clients}
 
     def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Prints the round."""
+        """Print the round."""
         if self._enabled:
             self.print(self.line(trainer), flush=True)
 
     def line(self, trainer: Any) -> str:
-        """The line of the round that ends."""
+        """Return the line of the round that ends."""
         of = f"/{trainer.max_epochs}" if trainer.max_epochs != -1 else ""
         doing = {"train": "trained", "evaluate": "evaluated"}
         counts = ", ".join(f"{done} of {total} {doing[stage]}" for stage, (done, total) in self._done.items())
@@ -146,6 +146,6 @@ class RoundPrinter(FederatedCallback, ProgressBar):
 
 
 def is_terminal() -> bool:
-    """Whether a bar can be drawn where the program writes to: in a terminal or a notebook."""
+    """Return whether a bar can be drawn where the program writes to: in a terminal or a notebook."""
     console = get_console()
     return (console.is_terminal or console.is_jupyter) and not console.is_dumb_terminal

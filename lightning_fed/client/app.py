@@ -33,10 +33,10 @@ class DataSource(Protocol):
     """Where clients' data comes from."""
 
     def __call__(self, client: int, round: int) -> ClientLoaders:
-        """A client's loaders in a round."""
+        """Return a client's loaders in a round."""
 
     def roots(self) -> dict[str, Any]:
-        """What clients' data depends on, by name."""
+        """Return what clients' data depends on, by name."""
 
 
 @dataclass
@@ -64,20 +64,20 @@ class ClientSide:
     is_stale: str = ""
 
     def roots(self) -> dict[str, Any]:
-        """What a client's work depends on besides weights and data, by name."""
+        """Return what a client's work depends on besides weights and data, by name."""
         return {"module": self.module, "options": vars(self.options), "mods": self.mods}
 
     def data_roots(self) -> dict[str, Any]:
-        """What a client's data depends on, likewise."""
+        """Return what a client's data depends on, likewise."""
         return {"datamodule": self.datamodule, **self.data.roots()}
 
     def work(self, task: LocalTask) -> LocalWork:
-        """What a client works on; opens its data, and everybody's generators are the caller's to keep."""
+        """Return what a client works on; opens its data, and everybody's generators are the caller's to keep."""
         loaders = self.data(task.client, task.round)
         return LocalWork(self.module, self.datamodule, loaders, task, self.options)
 
     def look_ahead(self, weights: Weights, seed: int) -> None:
-        """Looks, before the first round, at what ``configure_optimizers`` gives; raises as ``LookAhead.look``."""
+        """Look, before the first round, at what ``configure_optimizers`` gives; raises as ``LookAhead.look``."""
         with random_states_kept():
             first = LocalWork(
                 self.module, self.datamodule, ClientLoaders(), LocalTask(0, 1, seed, weights), self.options
@@ -85,7 +85,7 @@ class ClientSide:
             LookAhead(first, self.data).look()
 
     def probe_vectorized(self, stages: Sequence[str], clients: int, weights: Weights, seed: int) -> None:
-        """Finds out, before the first round, in which stages clients can be vectorized.
+        """Find out, before the first round, in which stages clients can be vectorized.
 
         Raises:
             ConfigurationError: If that is required and cannot be done.
@@ -114,11 +114,11 @@ class LocalClientApp(ClientApp, ServedApp):
         self._changes: Changes | None = None
 
     def roots(self) -> dict[str, Any]:
-        """All that clients work with, by name."""
+        """Return all that clients work with, by name."""
         return {**self._side.roots(), **self._side.data_roots()}
 
     def changes(self) -> bytes | None:
-        """What has changed at the server since this was asked last, for ``change`` of the copies in other processes.
+        """Return what has changed at the server since the last call, for ``change`` of the copies in other processes.
 
         Raises:
             ConfigurationError: If it cannot be sent.
@@ -133,7 +133,7 @@ class LocalClientApp(ClientApp, ServedApp):
         return self._changes.take()
 
     def change(self, changes: bytes) -> None:
-        """Makes the changes that another process' ``changes`` gave; where that fails, so does all work from then on."""
+        """Make the changes that another process' ``changes`` gave; where that fails, so does all work from then on."""
         try:
             apply(changes, self.roots())
         except Exception as error:
@@ -143,12 +143,12 @@ class LocalClientApp(ClientApp, ServedApp):
         return {**self.__dict__, "_changes": None}
 
     def max_messages(self, stage: str) -> int:
-        """How many messages of a type to give to ``serve``."""
+        """Return how many messages of a type to give to ``serve``."""
         dispatcher = self._side.dispatcher
         return 1 if dispatcher is None else dispatcher.size(stage)
 
     def serve(self, received: Sequence[tuple[Message, Context]]) -> list[Message]:
-        """The replies to messages of one type, in their order."""
+        """Return the replies to messages of one type, in their order."""
         side, stage = self._side, received[0][0].metadata.message_type
         calls = [_Call(message, context, extras.detach_integers(message)) for message, context in received]
         results: Sequence[LocalResult | None] = [None] * len(calls)
@@ -162,7 +162,7 @@ class LocalClientApp(ClientApp, ServedApp):
 
 
 def build_client_app(side: ClientSide) -> LocalClientApp:
-    """A ClientApp with a train and an evaluate function, and a query function that tells which client this is."""
+    """Build a ClientApp with a train and an evaluate function, and a query function that tells which client it is."""
     app = LocalClientApp(side)
 
     @app.train()
@@ -246,7 +246,7 @@ def _reply(stage: str, message: Message, result: LocalResult) -> Message:
 
 
 def _with_extras(reply: Message, *results: LocalResult) -> Message:
-    """A reply that mods have done with, and what they must not see."""
+    """Return a reply that mods have done with, and what they must not see."""
     if not reply.has_error():
         for result in results:
             extras.attach(reply, extras.Extras.of(result.weights, result.metrics, result.notes))

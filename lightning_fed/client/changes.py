@@ -55,7 +55,7 @@ class Changes:
         self._snapshots: list[Snapshot] = [snapshot, data]
 
     def take(self) -> bytes | None:
-        """What has changed, to be given to ``apply`` wherever there is a copy; ``None`` where nothing has.
+        """Return what has changed, to be given to ``apply`` wherever there is a copy; ``None`` where nothing has.
 
         Raises:
             ConfigurationError: If what was put there cannot be sent.
@@ -80,7 +80,7 @@ class Changes:
 
 
 def apply(changes: bytes, roots: Mapping[str, Any]) -> None:
-    """Makes the same changes to copies of the roots."""
+    """Make the same changes to copies of the roots."""
     found: list[_Change] = _Unpickler(io.BytesIO(changes), roots).load()
     for thing, kind, now in [(_follow(roots, steps), kind, now) for steps, kind, now in found]:
         if kind == "flags":
@@ -113,7 +113,7 @@ def _changes(snapshot: Snapshot) -> list[_Change]:
 
 
 def _change(node: Node, is_data: bool) -> tuple[str, Any] | None:
-    """What kind of thing a node is, and what is there now; ``None`` where that is nothing to a client."""
+    """Return what kind of thing a node is, and what is there now; ``None`` where that is nothing to a client."""
     if isinstance(node, Generator):
         return None  # seeded for each client
     if isinstance(node, TensorFlags):
@@ -141,7 +141,7 @@ def _change(node: Node, is_data: bool) -> tuple[str, Any] | None:
 
 
 def _is_in_order(held: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
-    """Whether a dict is in the order that the other side's has, with what is new at its end."""
+    """Return whether a dict is in the order that the other side's has, with what is new at its end."""
     known = [key for key in held if key in before]
     return known == [key for key in before if key in held] and list(held)[: len(known)] == known
 

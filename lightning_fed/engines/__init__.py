@@ -11,7 +11,7 @@ ENGINES: dict[str, type[Engine]] = {"in_process": InProcess, "processes": Proces
 
 
 def made(engine: str | Engine, cuda: list[int], num_workers: int | None, clients_per_device: int) -> Engine:
-    """An engine by its name; one that is made already is given back.
+    """Return an engine by its name; one that is made already is given back.
 
     Args:
         engine: The name or the engine.

@@ -27,19 +27,19 @@ class LocalGrid(Grid):
 
     @abstractmethod
     def node_of(self, client: int) -> int:
-        """Flower's address of a client."""
+        """Return Flower's address of a client."""
 
     @abstractmethod
     def client_of(self, node_id: int) -> int:
-        """The client at one of Flower's addresses."""
+        """Return the client at one of Flower's addresses."""
 
     @abstractmethod
     def begin_round(self) -> None:
-        """From here on what clients keep is remembered as it is now."""
+        """Remember what clients keep as it is now."""
 
     @abstractmethod
     def client_states(self, *, before_round: bool = False) -> dict[int, RecordDict]:
-        """What clients keep from round to round, by client; those that keep nothing are left out.
+        """Return what clients keep from round to round, by client; those that keep nothing are left out.
 
         Args:
             before_round: What they kept when ``begin_round`` was called last.
@@ -47,7 +47,7 @@ class LocalGrid(Grid):
 
     @abstractmethod
     def load_client_states(self, states: dict[int, RecordDict]) -> None:
-        """Takes back what ``client_states`` gave."""
+        """Take back what ``client_states`` gave."""
 
 
 class Engine(ABC):
@@ -76,7 +76,7 @@ class Engine(ABC):
 
     @abstractmethod
     def run(self, main: Callable[[Grid], T], client_app: ClientApp, num_clients: Callable[[], int]) -> T:
-        """Runs ``main`` and returns what it returns.
+        """Run ``main`` and return what it returns.
 
         Args:
             main: The server's side, called once.

@@ -32,7 +32,7 @@ class InProcess(Engine):
 
 
 def deliver(metadata: Metadata, content: RecordDict) -> Message:
-    """A message as it reaches a client, with records of its own that the client may write to."""
+    """Return a message as it reaches a client, with records of its own that the client may write to."""
     return make_message(metadata=metadata, content=messages.copy_for_delivery(content))
 
 
@@ -83,7 +83,7 @@ class InProcessGrid(LocalGrid):
         return self._contexts[client]
 
     def _context_of(self, message: Message) -> Context:
-        """The context of the client that a message is for, whose state is remembered as the round found it."""
+        """Return the context of the client that a message is for, whose state is remembered as the round found it."""
         client = self.client_of(message.metadata.dst_node_id)
         context = self._context(client)
         if client not in self._kept:
@@ -99,38 +99,38 @@ class InProcessGrid(LocalGrid):
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Runs the clients as the replies are read, in the order of the messages; nothing to time out on."""
+        """Run the clients as the replies are read, in the order of the messages; nothing to time out on."""
         waiting = iter(messages)
         for first in waiting:
             together = [first, *islice(waiting, self.app.max_messages(first.metadata.message_type) - 1)]
             for message in together:
                 number(message)
             replies = self._call(together)
-            while replies:  # each is let go before the next is read
+            while replies:  # each is released before the next is read
                 yield replies.pop(0)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Runs the clients now and keeps their replies for ``pull_messages``."""
+        """Run the clients now and keeps their replies for ``pull_messages``."""
         replies = list(self.send_and_receive(messages))
         self._replies.update({reply.metadata.reply_to_message_id: reply for reply in replies})
         return [reply.metadata.reply_to_message_id for reply in replies]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to pushed messages, each once."""
+        """Return the replies to pushed messages, each once."""
         return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
 
     def get_node_ids(self) -> Iterable[int]:
-        """The addresses of all clients."""
+        """Return the addresses of all clients."""
         return range(1, self.num_clients + 1)
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """As ``Message(...)``."""
+        """Do as ``Message(...)``."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def set_run(self, run: Run) -> None:
-        """Takes Flower's description of the run."""
+        """Take Flower's description of the run."""
         self._run = run
 
     @property

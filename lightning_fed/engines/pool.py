@@ -44,26 +44,26 @@ class Pool:
         self.closed = False
 
     def grow(self, count: int) -> None:
-        """Starts workers until there are ``count``."""
+        """Start workers until there are ``count``."""
         while len(self.workers) < count:
             number = len(self.workers)
             self.workers.append(Worker(self, self._devices[number % len(self._devices)] if self._devices else None))
 
     def close(self) -> None:
-        """Ends all workers."""
+        """End all workers."""
         for worker in self.workers:
             worker.end()
         self.workers, self._packed, self.closed = [], None, True
 
     def stop_forking(self) -> bool:
-        """From now on starts workers without a fork, unless the user asked for it."""
+        """Start workers without a fork from now on, unless the user asked for it."""
         if self._method == "fork":
             return False
         self._found = "forkserver"
         return True
 
     def launch(self, device: int | None) -> tuple[socket.socket, BaseProcess, int]:
-        """A new process, the connection to it, and how many changes it begins with."""
+        """Return a new process, the connection to it, and how many changes it begins with."""
         ours, theirs = socket.socketpair()
         try:
             if start_method(self._method or self._found, self._start.threads) == "fork":
@@ -101,17 +101,17 @@ class Worker:
         self.connection, self._process, self._known = pool.launch(device)
 
     def send(self, packed: transport.Packed) -> None:
-        """Tells the process something."""
+        """Tell the process something."""
         transport.write(self.connection, packed)
 
     def changes(self) -> Sequence[bytes]:
-        """What has changed since the process started, or since this was asked last."""
+        """Return what has changed since the process started, or since this was asked last."""
         new = self._pool.changes[self._known :]
         self._known = len(self._pool.changes)
         return new
 
     def receive(self) -> list[Done] | None:
-        """What the process says; ``None`` when it speaks of itself: it is ready, or has given way to one that will be.
+        """Return what the process says; ``None`` when it is ready, or gave way to one that will be.
 
         Raises:
             EOFError: If it died.
@@ -129,7 +129,7 @@ class Worker:
         return said
 
     def replace(self) -> str:
-        """Ends the process, says how it ended, and starts another.
+        """End the process, says how it ended, and starts another.
 
         Raises:
             ConfigurationError: If process after process dies before it is ready.
@@ -143,7 +143,7 @@ class Worker:
         return how
 
     def end(self) -> str:
-        """Ends the process, if it has not ended, and says how it did."""
+        """End the process, if it has not ended, and say how it did."""
         self.connection.close()
         process, self._process = self._process, None
         if process is None:
@@ -163,7 +163,7 @@ class Worker:
 
 
 def start_method(wanted: StartMethod | None, threads: int) -> StartMethod:
-    """How workers start: as wanted, else by a fork where that is safe.
+    """Return how workers start: as wanted, else by a fork where that is safe.
 
     A fork starts at once and has all that this process has. It must not inherit locks that another thread holds, a
     CUDA context, or a thread pool that it would use.
@@ -173,7 +173,7 @@ def start_method(wanted: StartMethod | None, threads: int) -> StartMethod:
 
 
 def prepare() -> None:
-    """Lets the imports of the workers' common parent go on while this process opens the data."""
+    """Let the imports of the workers' common parent go on while this process opens the data."""
     _forkserver()
     with _main_left_out():
         from multiprocessing import forkserver
@@ -189,7 +189,7 @@ def _forkserver() -> multiprocessing.context.ForkServerContext:
 
 @contextmanager
 def _main_left_out() -> Iterator[None]:
-    """Keeps workers from running the user's script once more: what they need of it is sent by value."""
+    """Keep workers from running the user's script once more: what they need of it is sent by value."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

@@ -135,7 +135,7 @@ class Delivery:
         self.has: dict[Worker, set[int]] = {worker: set() for worker in grid.pool.workers}
 
     def replies(self) -> Iterator[Message]:
-        """The replies in the order of the messages; those that do not come in time are left out."""
+        """Return the replies in the order of the messages; those that do not come in time are left out."""
         try:
             for index in range(len(self.sent)):
                 self._hand_out(index)
@@ -178,7 +178,7 @@ class Delivery:
         worker.send(transport.dump(tasks))
 
     def _content(self, worker: Worker, message: Message) -> dict[str, Any]:
-        """The records of a message; those that others have, too, are sent ahead."""
+        """Return the records of a message; those that others have, too, are sent ahead."""
         content: dict[str, Any] = {}
         for name, record in message.content.items():
             if not isinstance(record, ArrayRecord):
@@ -196,7 +196,7 @@ class Delivery:
         return content
 
     def _collect(self, seconds: float | None) -> None:
-        """Takes in what workers say, and waits so long until one does."""
+        """Take in what workers say, and waits so long until one does."""
         with selectors.DefaultSelector() as selector:
             for worker in self.has:
                 selector.register(worker.connection, selectors.EVENT_READ, worker)

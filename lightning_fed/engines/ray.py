@@ -133,13 +133,13 @@ class RayGrid(RemoteGrid):
                 self._replace(actor)
 
     def end(self) -> None:
-        """Ends all actors."""
+        """End all actors."""
         for actor in self._actors:
             self._ray.kill(actor)
         self._actors = []
 
     def _grow(self, clients: int) -> None:
-        """Starts actors, as late as this: by now Lightning has set module and data up."""
+        """Start actors, as late as this: by now Lightning has set module and data up."""
         wanted = min(clients, self._engine.num_workers or self._room())
         if len(self._actors) >= wanted:
             return
@@ -163,7 +163,7 @@ class RayGrid(RemoteGrid):
         return new
 
     def _room(self) -> int:
-        """How many actors the cluster has room for."""
+        """Return how many actors the cluster has room for."""
         has, names = self._ray.cluster_resources(), {"num_cpus": "CPU", "num_gpus": "GPU"}
         needs = {names.get(name, name): need for name, need in self._engine.client_resources.items() if need}
         room = min((int(has.get(name, 0) / need) for name, need in needs.items()), default=os.cpu_count() or 1)
@@ -191,7 +191,7 @@ class RayGrid(RemoteGrid):
         return actor.work.remote(_bytes(transport.to_bytes([self.task(message, content, call, new)])), *ahead)
 
     def _take(self, message: Message, reference: Any, actor: Any) -> tuple[Message, Any]:
-        """A reply as the loop gets it, and the actor that is free now."""
+        """Return a reply as the loop gets it, and the actor that is free now."""
         try:
             [done] = transport.from_bytes(self._ray.get(reference))
         except self._ray.exceptions.RayError as error:
@@ -217,11 +217,11 @@ class _Actor:
             self._said = traceback.format_exc()
 
     def said(self) -> str | None:
-        """Why it cannot work, or ``None``."""
+        """Return why it cannot work, or ``None``."""
         return self._said
 
     def work(self, task: Any, *ahead: Any) -> Any:
-        """One client's work; ``ahead`` are numbers and the arrays that they stand for."""
+        """Return one client's work; ``ahead`` are numbers and the arrays that they stand for."""
         assert self._start is not None
         told: list[Task] = transport.from_bytes(task)
         call = told[0].call

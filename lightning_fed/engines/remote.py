@@ -66,7 +66,7 @@ class RemoteGrid(InProcessGrid):
         self.changes: list[bytes] = []  # of what workers have copies of; each is told those that came after its start
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """The replies in the order of the messages, each as soon as it and those before it are there."""
+        """Return the replies in the order of the messages, each as soon as it and those before it are there."""
         sent = list(messages)
         for message in sent:
             number(message)
@@ -76,15 +76,15 @@ class RemoteGrid(InProcessGrid):
         yield from self._exchange(sent, self._calls, timeout)
 
     def _exchange(self, sent: list[Message], call: int, timeout: float | None) -> Iterator[Message]:
-        """The replies; ``call`` is the number of this exchange in the run."""
+        """Return the replies; ``call`` is the number of this exchange in the run."""
         raise NotImplementedError
 
     def task(self, message: Message, content: dict[str, Any], call: int, changes: Sequence[bytes]) -> Task:
-        """What a worker is told of a message, of its client, and of what the server has changed."""
+        """Return what a worker is told of a message, of its client, and of what the server has changed."""
         return Task(message.metadata, content, call, self._context_of(message), changes)
 
     def take_back(self, message: Message, done: Done) -> Message:
-        """A reply as the loop gets it; what the client keeps goes to its context."""
+        """Return a reply as the loop gets it; what the client keeps goes to its context."""
         if done.state is not None:
             self._context_of(message).state = done.state
         number(done.reply)
@@ -94,7 +94,7 @@ class RemoteGrid(InProcessGrid):
 
 
 def _exception(pickled: bytes, said: str | None) -> BaseException | None:
-    """A client's exception, if it survived the way: some read back as nothing, some with other words."""
+    """Return a client's exception, if it survived the way: some read back as nothing, some with other words."""
     try:
         exception = transport.from_bytes(pickled)
         return exception if (said or "").startswith(words(exception)) else None
@@ -103,7 +103,7 @@ def _exception(pickled: bytes, said: str | None) -> BaseException | None:
 
 
 def packed(start: Start, engine: str, pack: Callable[..., T]) -> T:
-    """What workers begin with, packed.
+    """Return what workers begin with, packed.
 
     Raises:
         ConfigurationError: If something in it cannot be pickled.
@@ -120,7 +120,7 @@ def packed(start: Start, engine: str, pack: Callable[..., T]) -> T:
 
 
 def _unpicklable(start: Start) -> str:
-    """The first attribute that cannot be pickled, as one would write it."""
+    """Return the first attribute that cannot be pickled, as one would write it."""
     for name, root in start.app.roots().items():
         for key, value in (root if isinstance(root, dict) else getattr(root, "__dict__", {})).items():
             try:

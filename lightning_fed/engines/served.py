@@ -47,12 +47,12 @@ class OneByOne(ServedApp):
 
 
 def served(app: ClientApp) -> ServedApp:
-    """An app as engines serve it."""
+    """Return an app as engines serve it."""
     return app if isinstance(app, ServedApp) else OneByOne(app)
 
 
 def answer(app: ServedApp, received: Sequence[tuple[Message, Context]]) -> list[Message]:
-    """The replies to messages of one type, in their order; an exception is a reply."""
+    """Return the replies to messages of one type, in their order; an exception is a reply."""
     if len(received) > 1:
         return app.serve(received)
     message, context = received[0]

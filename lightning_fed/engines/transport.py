@@ -49,7 +49,7 @@ class Packed:
 
 
 def dump(thing: Any, *, by_value: bool = False) -> Packed:
-    """Pickles ``thing``.
+    """Pickle ``thing``.
 
     Args:
         thing: Anything that can be pickled.
@@ -71,19 +71,19 @@ def dump(thing: Any, *, by_value: bool = False) -> Packed:
 
 
 def to_bytes(thing: Any, *, by_value: bool = False) -> bytes:
-    """As ``dump``, in one piece."""
+    """Do as ``dump``, in one piece."""
     stream = io.BytesIO()
     (_ByValue if by_value else _ByName)(stream, protocol=5).dump(thing)
     return stream.getvalue()
 
 
 def from_bytes(pickled: Any) -> Any:
-    """What ``to_bytes`` was given."""
+    """Return what ``to_bytes`` was given."""
     return pickle.loads(pickled)
 
 
 def write(to: socket.socket, packed: Packed) -> None:
-    """Sends an object; the receiver calls ``receive``."""
+    """Send an object; the receiver calls ``receive``."""
     sizes = struct.pack(f"!{len(packed.sizes)}Q", *packed.sizes)
     header = _HEADER.pack(len(packed.pickled), len(packed.sizes))
     # The descriptor goes with the first byte that is read.
@@ -92,7 +92,7 @@ def write(to: socket.socket, packed: Packed) -> None:
 
 
 def receive(source: socket.socket) -> Any:
-    """Waits for an object.
+    """Wait for an object.
 
     Raises:
         EOFError: If the other side has gone.

@@ -91,7 +91,7 @@ class Failed:
 
 
 def work(connection: socket.socket, device: int | None, start: Start | None, foreign: Sequence[socket.socket]) -> None:
-    """The worker's main function: serves tasks until the other side goes away.
+    """Serve tasks until the other side goes away: the worker's main function.
 
     Args:
         connection: To the engine.
@@ -157,7 +157,7 @@ def serve(
     known: dict[tuple[int, int], ArrayRecord],
     pack: Callable[[list[Done]], T],
 ) -> T:
-    """Clients' work, packed; an exception is a reply, also that of packing it.
+    """Do clients' work, and pack it; an exception is a reply, also that of packing it.
 
     Args:
         app: The client app.
@@ -183,7 +183,7 @@ def serve(
 
 
 def _sealed(reply: Message, context: Context) -> Done:
-    """A reply whose exception is bytes: reading these may fail without the rest, and what it says is text anyway."""
+    """Make a reply's exception bytes: reading these may fail without the rest, and what it says is text anyway."""
     done = Done(reply, context.state)
     exception = reply.error.__dict__.pop("exception", None) if reply.has_error() else None
     with suppress(Exception):
@@ -192,7 +192,7 @@ def _sealed(reply: Message, context: Context) -> Done:
 
 
 def _packable(done: Done, message: Message, pack: Callable[[list[Done]], Any]) -> Done:
-    """What can be sent of it: where that is not all, the error."""
+    """Return what can be sent of it: where that is not all, the error."""
     try:
         pack([done])
         return done

@@ -14,7 +14,7 @@ _RUNNING = threading.RLock()
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """The time of a fit.
+    """Run a fit as a program of one process.
 
     Raises:
         ConfigurationError: If another thread of this process is in a fit.

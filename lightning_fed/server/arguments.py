@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def refusals(arguments: dict[str, Any]) -> list[str]:
-    """A sentence for each argument that a federation cannot take."""
+    """Return a sentence for each argument that a federation cannot take."""
     faults = []
     for name, (silent, instead) in REFUSED.items():
         value = arguments.get(name)
@@ -94,7 +94,7 @@ def _accumulation_faults(value: Any) -> list[str]:
 
 
 def refuse(*found: Sequence[str]) -> None:
-    """Reports all faults together.
+    """Report all faults together.
 
     Raises:
         ConfigurationError: If there are any.
@@ -105,7 +105,7 @@ def refuse(*found: Sequence[str]) -> None:
 
 
 def take_client_arguments(arguments: dict[str, Any], cuda: list[int], local_epochs: int) -> dict[str, Any]:
-    """Takes the clients' arguments out of ``arguments``, which then are the server's, and returns them.
+    """Take the clients' arguments out of ``arguments``, which then are the server's, and return them.
 
     A server trains nothing: what steers training is the clients' alone, what steers numerics is for both.
 
@@ -130,7 +130,7 @@ def take_client_arguments(arguments: dict[str, Any], cuda: list[int], local_epoc
 
 
 def cuda_devices(accelerator: str | Accelerator, devices: Any) -> list[int]:
-    """The CUDA devices asked for, by index; none if something else was asked for.
+    """Return the CUDA devices asked for, by index; none if something else was asked for.
 
     Args:
         accelerator: As ``Trainer`` takes it.
@@ -142,7 +142,7 @@ def cuda_devices(accelerator: str | Accelerator, devices: Any) -> list[int]:
 
 
 def placement_faults(callbacks: Sequence[Any], client_callbacks: Sequence[Any], num_clients: int | None) -> list[str]:
-    """A sentence for each callback that is none, is in the wrong place, or decides what another one decides.
+    """Return a sentence for each callback that is none, is in the wrong place, or decides what another one decides.
 
     Args:
         callbacks: What was given for the server.
@@ -159,7 +159,7 @@ def placement_faults(callbacks: Sequence[Any], client_callbacks: Sequence[Any], 
 
 
 def say_what_is_logged(steps: int | None) -> None:
-    """Says of ``log_every_n_steps`` that the server, to whom a round is a step, logs every round.
+    """Say of ``log_every_n_steps`` that the server, to whom a round is a step, logs every round.
 
     Args:
         steps: What the user gave.
@@ -172,7 +172,7 @@ def say_what_is_logged(steps: int | None) -> None:
 
 
 def engine_faults(engine: object, known: Iterable[str], numbers: dict[str, int | None]) -> list[str]:
-    """A sentence for each fault in ``engine=`` and what goes with it.
+    """Return a sentence for each fault in ``engine=`` and what goes with it.
 
     Args:
         engine: A name or an ``Engine``.
@@ -194,12 +194,12 @@ def engine_faults(engine: object, known: Iterable[str], numbers: dict[str, int |
 
 
 def choice_faults(name: str, value: object, known: Iterable[str]) -> list[str]:
-    """A sentence if an argument is none of the words that it may be."""
+    """Return a sentence if an argument is none of the words that it may be."""
     return [] if value in (words := tuple(known)) else [f"{name}={value!r} is unknown: write one of {words}."]
 
 
 def vectorize_faults(vectorize: object, compiles: bool, engine: object) -> list[str]:
-    """A sentence for each fault in ``vectorize_clients=`` and ``compile_clients=``, with this ``engine=``."""
+    """Return a sentence for each fault in ``vectorize_clients=`` and ``compile_clients=``, with this ``engine=``."""
     if vectorize is False:
         alone = "compile_clients=True compiles vectorized clients: write vectorize_clients=True, too."
         return [alone] if compiles else []
@@ -216,7 +216,7 @@ def vectorize_faults(vectorize: object, compiles: bool, engine: object) -> list[
 
 
 def limit_faults(numbers: dict[str, int | None], endless: bool) -> list[str]:
-    """A sentence for each fault in the numbers that ``FederatedTrainer`` takes.
+    """Return a sentence for each fault in the numbers that ``FederatedTrainer`` takes.
 
     Args:
         numbers: ``max_rounds``, ``num_clients``, ``local_epochs``, ``local_steps``, ``num_workers`` and

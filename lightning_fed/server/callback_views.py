@@ -107,7 +107,7 @@ class ChecksOnceARound(View):
             users_own(self, "on_validation_end")(trainer, pl_module)
 
 
-# What lies over Lightning's own callbacks in the server's fit.
+# The views of Lightning's own callbacks in the server's fit.
 VIEWS: dict[type[Callback], type[View]] = {
     LearningRateMonitor: MonitorsClients,
     ModelCheckpoint: SavesOnceARound,

@@ -56,17 +56,17 @@ class RunState:
         self._said: list[str] = []
 
     def begin_round(self) -> None:
-        """Until ``end_round``, what is saved is what stands now: a round that was not ended will be run again."""
+        """Save what is there now, until ``end_round``: a round that was not ended will be run again."""
         self._snapshot = self._strategy.snapshot()
         if self._clients is not None:
             self._clients.begin_round()
 
     def end_round(self) -> None:
-        """The round's new weights are taken over."""
+        """Note that the round's new weights are the module's."""
         self._snapshot = None
 
     def save(self) -> dict[str, Any]:
-        """For a checkpoint: tensors, numbers, strings, lists and dicts."""
+        """Return what goes into a checkpoint: tensors, numbers, strings, lists and dicts."""
         state: dict[str, Any] = {
             "seed": self.seed,
             "num_clients": self.num_clients,
@@ -83,7 +83,7 @@ class RunState:
         return state
 
     def restore(self, found: Found, loaded: Mapping[str, dict[str, str]]) -> None:
-        """Takes up what a checkpoint holds, and says once all that this run has otherwise.
+        """Take up what a checkpoint holds, and say once all that this run has otherwise.
 
         Args:
             found: What the checkpoint holds.
@@ -140,7 +140,7 @@ class RunState:
         return notes + self._configuration_notes(state)
 
     def _configuration_notes(self, state: dict[str, Any]) -> list[str]:
-        """What of the strategy is built otherwise than it was, and which of the two holds."""
+        """Return what of the strategy is built otherwise than it was, and which of the two holds."""
         now, built, present = self._strategy.method, self._strategy.configuration(), self._strategy.present()
         if "configuration" not in state:  # of an earlier version, which saved and restored every attribute
             simple = {name for name, v in state["strategy"].items() if isinstance(v, (bool, int, float, str))}

@@ -45,11 +45,11 @@ class Deal:
         self._makers: DataSnapshot | None = None
 
     def roots(self) -> dict[str, Any]:
-        """What clients' data depends on, by name."""
+        """Return what clients' data depends on, by name."""
         return {"train": self._train, "clients": self.owner.source}
 
     def open(self, round: int = 1) -> None:
-        """Opens the loader for a round, if it is not open.
+        """Open the loader for a round, if it is not open.
 
         Raises:
             ConfigurationError: If there is none to deal out.

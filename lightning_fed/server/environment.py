@@ -16,7 +16,7 @@ Init = TypeVar("Init", bound=Callable[..., None])
 
 
 def given_in_environment(cls: type) -> dict[str, Any]:
-    """The arguments that variables such as ``PL_FEDERATEDTRAINER_MAX_ROUNDS`` give, by name.
+    """Return the arguments that variables such as ``PL_FEDERATEDTRAINER_MAX_ROUNDS`` give, by name.
 
     Args:
         cls: A ``FederatedTrainer``: its own arguments and those of a ``Trainer`` are looked for.
@@ -32,7 +32,7 @@ def given_in_environment(cls: type) -> dict[str, Any]:
 
 
 def defaults_from_environment(init: Init) -> Init:
-    """Lets ``__init__`` take what it is not given from the environment."""
+    """Let ``__init__`` take what it is not given from the environment."""
 
     @functools.wraps(init)
     def with_defaults(self: object, **kwargs: Any) -> None:
@@ -43,7 +43,7 @@ def defaults_from_environment(init: Init) -> Init:
 
 @contextmanager
 def taken_from_environment(cls: type) -> Iterator[None]:
-    """Hides these variables while Lightning's own ``Trainer`` looks for its defaults: they have been taken."""
+    """Hide these variables while Lightning's own ``Trainer`` looks for its defaults: they have been taken."""
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(_prefix(cls))}
     try:
         yield

@@ -60,7 +60,7 @@ class About:
         return About(self.rates | other.rates, self.unlogged | other.unlogged, self.on_bar | other.on_bar)
 
     def under(self, prefix: str) -> About:
-        """The same of names with a prefix."""
+        """Return the same of names with a prefix."""
         each = (self.rates, self.unlogged, self.on_bar)
         return About(*(frozenset(prefix + name for name in names) for names in each))
 
@@ -79,7 +79,7 @@ class Exchange:
         self.raised: Exception | None = None  # by a callback or the engine while the strategy read the replies
 
     def messages(self, grid: Grid) -> list[Message]:
-        """What the strategy sends, in client order. (Flower shuffles, with the global random state.)
+        """Return what the strategy sends, in client order. (Flower shuffles, with the global random state.)
 
         Raises:
             RoundError: If the strategy raises.
@@ -104,7 +104,7 @@ class Exchange:
         return sent
 
     def replies(self, replies: Iterable[Message]) -> Iterator[Message]:
-        """The good replies in client order, as a strategy sees them; failures go to their owner."""
+        """Return the good replies in client order, as a strategy sees them; failures go to their owner."""
         try:
             yield from self._replies(replies)
         except Exception as error:
@@ -134,11 +134,11 @@ class Exchange:
             self._failed(self._error(client, f"did not reply within {self.terms.timeout:g} s."))
 
     def names(self, which: Callable[[metrics.MetricState], bool]) -> frozenset[str]:
-        """The names of those of the clients' states of which something holds."""
+        """Return the names of those of the clients' states of which something holds."""
         return frozenset(state.name for _, states in self.states for state in states if which(state))
 
     def about(self) -> About:
-        """What clients tell of the names that they logged."""
+        """Return what clients tell of the names that they logged."""
         logged = self.names(lambda state: state.logged)
         return About(
             rates=self.names(lambda state: state.attribute == metrics.RATE),
@@ -147,8 +147,10 @@ class Exchange:
         )
 
     def require_enough(self) -> None:
-        """Raises:
-        RoundError: If there are fewer good replies than the owner of failures asks for.
+        """Check that there are as many good replies as the owner of failures asks for.
+
+        Raises:
+            RoundError: If there are fewer.
         """
         needed = self.terms.failures.min_results(len(self.cohort))
         if self.good < needed:
@@ -160,7 +162,7 @@ class Exchange:
             )
 
     def new_weights(self, arrays: ArrayRecord | None) -> Weights:
-        """The global weights that the round gives, of what the strategy made of the replies.
+        """Return the global weights that the round gives, of what the strategy made of the replies.
 
         Raises:
             RoundError: If the strategy gave none, or some that cannot be used.
@@ -208,8 +210,10 @@ class Exchange:
         return read.num_examples
 
     def _check(self, read: extras.Reply) -> None:
-        """Raises:
-        ClientError: If a reply cannot be used.
+        """Check that a reply can be used.
+
+        Raises:
+            ClientError: If it cannot.
         """
         count, trains = read.num_examples, self.stage == "train"
         if not math.isfinite(count) or count < 0 or (trains and not count):
@@ -236,11 +240,11 @@ class Exchange:
         self.failed += 1
         self.terms.failures.on_failure(error, self.failed, len(self.cohort))
         self.terms.tell("on_client_error", self.round, self.stage, error)
-        release_frames(error)  # somebody may keep it, and its frames have the client's weights and batches
+        release_frames(error)  # the user may keep it, and its frames have the client's weights and batches
 
 
 def name_of(strategy: Strategy) -> str:
-    """A strategy's own name, or its class's."""
+    """Return a strategy's own name, or its class's."""
     return str(getattr(strategy, "name", type(strategy).__name__))
 
 

@@ -38,7 +38,7 @@ class Saved:
     state: dict[str, Any]
 
     def save(self) -> dict[str, Any]:
-        """As ``RunState.save``."""
+        """Do as ``RunState.save``."""
         return self.state
 
 
@@ -65,7 +65,7 @@ class Federation(Callback):
         self._state: Saves = Saved({})
 
     def __getstate__(self) -> dict[str, Any]:
-        """A pickle has no grid and no clients; what a checkpoint needs of them is in it."""
+        """Pickle without grid and clients; what a checkpoint needs of them is in it."""
         kept = {"has_begun": True, "_given": None, "_session": None, "_state": Saved(self.state_dict())}
         return {**self.__dict__, **kept}
 
@@ -86,23 +86,23 @@ class Federation(Callback):
         return self._session
 
     def begin(self, grid: Grid, deal: Deal, side: ClientSide) -> None:
-        """Takes up a grid; Lightning's fit follows."""
+        """Take up a grid; Lightning's fit follows."""
         self._given, self._session, self._state = FitInputs(grid, deal, side), None, Saved({})
         self.has_begun = False
 
     def end(self) -> None:
-        """Lets the grid and all data go; what a checkpoint saved after the fit needs is kept."""
+        """Let the grid and all data go; what a checkpoint saved after the fit needs is kept."""
         self.has_begun = True
         self._given = self._session = None
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        """The list of callbacks is whole: the module's own have joined it."""
+        """Take the list of callbacks, which the module's own have joined."""
         if self._given is not None:  # else it is not our fit, but a validation or test
             trainer.adopt_callbacks()
             self._given.deal.owner, self._given.side.mods = self.owners.partition, self.owners.mods()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A run is resumed: notes how the script sets it up, before callbacks load what the checkpoint holds."""
+        """Note how the script sets up a run that is resumed, before callbacks load what the checkpoint holds."""
         if self._given is not None and trainer.state.fn == TrainerFn.FITTING:
             callbacks = checkpoint["callbacks"]
             state = callbacks.get(self.state_key, {})
@@ -110,7 +110,7 @@ class Federation(Callback):
             self._given.resumed = Resumed(found, Session.script_of(self._given.side, self.owners, trainer))
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        """The module is set up: deals the data out, builds the strategy, takes up what a checkpoint holds."""
+        """Deal the data out, build the strategy, load what a checkpoint holds; the module is set up."""
         if self._given is None:
             return
         self._given.side.options.log_dir = trainer.log_dir
@@ -124,21 +124,21 @@ class Federation(Callback):
         self._session.start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Rounds begin, or go on: from here on there is something to save."""
+        """Begin rounds, or go on: from here on there is something to save."""
         self.has_begun = True
 
     def run_round(self) -> None:
-        """One round; if it fails the module has the weights of before."""
+        """Run one round; if it fails the module has the weights of before."""
         result = self.session.run_round()
         self.metrics, self.about = result.metrics, result.about
 
     def apply_weights(self) -> None:
-        """Loads the round's new weights into the module."""
+        """Load the round's new weights into the module."""
         self.session.apply_weights()
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """While a checkpoint is saved, also in the middle of a round, the module has the global weights."""
+        """Give the module the global weights while a checkpoint is saved, also in the middle of a round."""
         if self._session is None:
             yield
         else:
@@ -146,7 +146,7 @@ class Federation(Callback):
                 yield
 
     def state_dict(self) -> dict[str, Any]:
-        """What the run keeps from round to round; tensors and plain values only.
+        """Return what the run keeps from round to round; tensors and plain values only.
 
         In the middle of a round, or after one that failed: what stood when it began, for it will be run again.
         """

@@ -38,11 +38,11 @@ class Owners:
     callbacks: Sequence[FederatedCallback]
 
     def mods(self) -> dict[str, Sequence[Mod]]:
-        """The client mods of all methods by stage, outermost first."""
+        """Return the client mods of all methods by stage, outermost first."""
         return {stage: [mod for method in self.callbacks for mod in method.client_mods(stage)] for stage in STAGES}
 
     def build_strategy(self, module: nn.Module) -> Strategy:
-        """The strategy of the run: that of the owner of the aggregation, as the other methods wrap it.
+        """Return the strategy of the run: that of the owner of the aggregation, as the other methods wrap it.
 
         Raises:
             ConfigurationError: If a callback gives none.
@@ -63,7 +63,7 @@ class Owners:
         return strategy
 
     def check_cohort(self, clients: int, max_clients: int | None) -> None:
-        """Checks who takes part in a round.
+        """Check who takes part in a round.
 
         Args:
             clients: How many clients there are.
@@ -81,7 +81,7 @@ class Owners:
             )
 
     def training(self) -> list[FederatedCallback]:
-        """Those that have a part in local training.
+        """Return those that have a part in local training.
 
         Only these go to the clients, who may be in other processes, where a logger or a progress bar cannot be sent.
         """
@@ -89,17 +89,17 @@ class Owners:
 
 
 def local_callbacks(methods: Sequence[FederatedCallback]) -> list[Callback]:
-    """New callbacks of all methods for one client's local fit."""
+    """Return new callbacks of all methods for one client's local fit."""
     return [callback for method in methods for callback in method.local_callbacks()]
 
 
 def of(decision: Decision, callbacks: Sequence[FederatedCallback]) -> list[FederatedCallback]:
-    """The callbacks that decide one thing; more than one is a fault."""
+    """Return the callbacks that decide one thing; more than one is a fault."""
     return [callback for callback in callbacks if decision in callback.decides]
 
 
 def owner_faults(federated: Sequence[FederatedCallback], num_clients: int | None) -> list[str]:
-    """A sentence for each thing that two want to decide, and for what nobody decides and has no default."""
+    """Return a sentence for each thing that two want to decide, and for what nobody decides and has no default."""
     found = []
     for decision in ("partition", "cohort", "aggregation", "failures"):
         names = [type(callback).__name__ for callback in of(decision, federated)]
@@ -120,7 +120,7 @@ def owner_faults(federated: Sequence[FederatedCallback], num_clients: int | None
 
 
 def build(federated: Sequence[FederatedCallback], num_clients: int | None) -> Owners:
-    """Who decides what; defaults for what no callback decides.
+    """Return who decides what; defaults for what no callback decides.
 
     Args:
         federated: The federated callbacks, in the user's order.

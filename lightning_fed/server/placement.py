@@ -24,7 +24,7 @@ _SERVERS = (FederatedCallback, ProgressBar, Checkpoint)
 
 
 def written(callback: Callback, hooks: Iterable[str]) -> list[str]:
-    """Which of the hooks somebody wrote in a callback: those of Lightning's own making are not among them."""
+    """Return which hooks a callback overrides: those of Lightning's own making are not among them."""
     there = {*dir(type(callback)), *vars(callback)}  # what mock makes answers to every hook, and means none of them
     found = [hook for hook in hooks if hook in there and overrides(callback, Callback, hook)]
     return [hook for hook in found if not _is_lightnings(users_own(callback, hook))]
@@ -39,23 +39,23 @@ def _is_one_of(callback: Callback, names: Sequence[str]) -> bool:
 
 
 def replaces_loop(callback: Callback) -> bool:
-    """Whether a callback takes over the training loop, which no round can give it."""
+    """Return whether a callback replaces the training loop, which no round can give it."""
     return _is_one_of(callback, _NOWHERE)
 
 
 def is_local(callback: Callback) -> bool:
-    """Whether a callback is one of Lightning's that act on local training alone."""
+    """Return whether a callback is one of Lightning's that act on local training alone."""
     return _is_one_of(callback, _LOCAL)
 
 
 def acts_on_clients(callback: Callback) -> bool:
-    """Whether a module's callback acts where the clients are: on local training, batches or gradients."""
+    """Return whether a module's callback acts where the clients are: on local training, batches or gradients."""
     hooks = (*ON_GRADIENTS, *ON_BATCHES, *_ON_HELD_OUT)
     return is_local(callback) or (not isinstance(callback, _SERVERS) and bool(written(callback, hooks)))
 
 
 def misplaced(callbacks: Sequence[Callback], client_callbacks: Sequence[Callback]) -> list[str]:
-    """A sentence for each callback that cannot do its work where it was put."""
+    """Return a sentence for each callback that cannot do its work where it was put."""
     faults = []
     for callback in callbacks:
         name = type(callback).__name__
@@ -78,14 +78,14 @@ def misplaced(callbacks: Sequence[Callback], client_callbacks: Sequence[Callback
     for callback in (*callbacks, *client_callbacks):
         if replaces_loop(callback):
             faults.append(
-                f"{type(callback).__name__} takes over the training loop (an epoch of its own over the train loader, or"
+                f"{type(callback).__name__} replaces the training loop (an epoch of its own over the train loader, or"
                 " trial steps), which a round cannot give it: leave it out."
             )
     return faults
 
 
 def monitors_of_a_part(callbacks: Sequence[Callback], prefix: str) -> list[str]:
-    """Each callback that stops or saves by a metric of this prefix, as its user wrote it."""
+    """Return each callback that stops or saves by a metric of this prefix, as its user wrote it."""
     return [
         f"{type(callback).__name__}(monitor={callback.monitor!r})"
         for callback in callbacks
@@ -94,7 +94,7 @@ def monitors_of_a_part(callbacks: Sequence[Callback], prefix: str) -> list[str]:
 
 
 def once_a_round(callbacks: Sequence[Callback]) -> list[str]:
-    """A sentence for each of the user's callbacks at the server that may expect batches."""
+    """Return a sentence for each of the user's callbacks at the server that may expect batches."""
     said = []
     for callback in callbacks:
         hooks = [] if isinstance(callback, _SERVERS) else written(callback, ON_BATCHES)

@@ -46,7 +46,7 @@ class Given:
     trainer: dict[str, Any]
 
     def numbers(self) -> dict[str, int | None]:
-        """Those that count something, by name."""
+        """Return those that count something, by name."""
         return {
             "max_rounds": self.max_rounds,
             "num_clients": self.num_clients,
@@ -92,7 +92,7 @@ class RunPlan:
 
 
 def resolve(given: Given) -> RunPlan:
-    """What the arguments come to; says where some have less effect than one might think.
+    """Return what the arguments come to; says where some have less effect than one might think.
 
     Raises:
         ConfigurationError: If arguments contradict each other or have no meaning in a federation; all faults together.
@@ -141,7 +141,7 @@ def _refuse(given: Given, callbacks: list[Any], client_callbacks: list[Any]) -> 
 
 
 def _choose_device(engine: Engine, cuda: list[int], devices: Any, clients: dict[str, Any]) -> None:
-    """Writes into the clients' arguments which CUDA device they use, where the engine decides that."""
+    """Write into the clients' arguments which CUDA device they use, where the engine decides that."""
     if cuda and engine.shows_one_device:
         clients["devices"] = [0]
     elif engine.uses_first_device and len(cuda) > 1 and devices != "auto":

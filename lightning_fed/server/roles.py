@@ -41,15 +41,15 @@ class Roles:
         self.adopt(callbacks)
 
     def without_moved(self, callbacks: Sequence[Callback]) -> list[Callback]:
-        """The list before a fit: without what an earlier one added to it for the clients of another module."""
+        """Return the list before a fit: without what an earlier one added to it for the clients of another module."""
         return [callback for callback in callbacks if callback not in self._moved]
 
     def misplaced(self, callbacks: Sequence[Callback]) -> list[str]:
-        """A sentence for each callback that came to the list since and cannot do its work there."""
+        """Return a sentence for each callback that came to the list since and cannot do its work there."""
         return placement.misplaced([callback for callback in callbacks if callback not in self._of_module], ())
 
     def adopt(self, callbacks: Sequence[Callback]) -> None:
-        """Takes up the callbacks that are in the list by now.
+        """Take up the callbacks that are in the list by now.
 
         Raises:
             ConfigurationError: If two federated ones want to decide the same.
@@ -63,7 +63,7 @@ class Roles:
         self._options.method_callbacks = partial(owners.local_callbacks, methods)
 
     def begin(self, callbacks: Sequence[Callback]) -> None:
-        """The server's fit begins, and the list of its callbacks is whole."""
+        """Begin the server's fit; the list of its callbacks is whole."""
         self.adopt(callbacks)
         for callback in callbacks:
             for kind, view in VIEWS.items():
@@ -73,7 +73,7 @@ class Roles:
             rank_zero_warn(said)
 
     def place(self, given: Sequence[Callback]) -> list[Callback]:
-        """Which of the callbacks that the module's ``configure_callbacks`` gave are for the server.
+        """Return which of the callbacks that the module's ``configure_callbacks`` gave are for the server.
 
         Those that act on training have copies on the clients; at the server they validate, test and predict.
         """
@@ -85,7 +85,7 @@ class Roles:
         return stay
 
     def move(self, given: Sequence[Callback]) -> list[Callback]:
-        """Gives the clients copies of those of the module's callbacks that act on training, and tells which."""
+        """Give the clients copies of those of the module's callbacks that act on training, and tells which."""
         moved = [callback for callback in given if placement.acts_on_clients(callback)]
         # As in Lightning, they take the place of the user's of their kind.
         kept = [c for c in self._for_clients if not any(isinstance(one, type(c)) for one in moved)]

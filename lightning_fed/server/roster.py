@@ -30,7 +30,7 @@ class CohortGrid(Grid):
         self._asked, self._since = 0, 0.0
 
     def get_node_ids(self) -> Iterable[int]:
-        """The cohort's addresses.
+        """Return the cohort's addresses.
 
         Raises:
             ConfigurationError: If a strategy waits for more clients than the cohort has; it would wait for ever.
@@ -49,28 +49,28 @@ class CohortGrid(Grid):
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """As the grid below."""
+        """Do as the grid below."""
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """As the grid below."""
+        """Do as the grid below."""
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """As the grid below."""
+        """Do as the grid below."""
         return self._grid.pull_messages(message_ids)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """As the grid below."""
+        """Do as the grid below."""
         return self._grid.send_and_receive(messages, timeout=timeout)
 
     def set_run(self, run: Any) -> None:
-        """As the grid below."""
+        """Do as the grid below."""
         self._grid.set_run(run)
 
     @property
     def run(self) -> Any:
-        """As the grid below."""
+        """Do as the grid below."""
         return self._grid.run
 
 
@@ -112,9 +112,9 @@ class RollCall:
         return len(self._client_of)
 
     def node_of(self, client: int) -> int:
-        """Flower's address of a client."""
+        """Return Flower's address of a client."""
         return self._node_of[client]
 
     def client_of(self, node_id: int) -> int:
-        """The client at one of Flower's addresses."""
+        """Return the client at one of Flower's addresses."""
         return self._client_of[node_id]

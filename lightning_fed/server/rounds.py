@@ -99,7 +99,7 @@ class Rounds:
         self._said: set[str] = set()
 
     def run(self, round: int, weights: Weights, evaluate: bool) -> RoundResult:
-        """One round.
+        """Return one round.
 
         Args:
             round: The round, from 1.
@@ -176,7 +176,7 @@ class Rounds:
             getattr(callback, hook)(self.trainer, *args)
 
     def _say_once(self, note: str) -> None:
-        """Says what a client has to say, in whatever process it was; of notes that begin alike the first."""
+        """Say what a client has to say, in whatever process it was; of notes that begin alike the first."""
         if (beginning := note.split(":", 1)[0]) not in self._said:
             self._said.add(beginning)
             rank_zero_warn(note)
@@ -199,7 +199,7 @@ _LEFT_OUT = "The logged {} is not a single number on any client: it is not logge
 
 @contextmanager
 def _closed(received: Iterable[Message]) -> Iterator[Iterable[Message]]:
-    """Closes what an engine gives after the block: its workers must not wait for the garbage collector."""
+    """Close what an engine gives after the block: its workers must not wait for the garbage collector."""
     try:
         yield received
     finally:
@@ -209,7 +209,7 @@ def _closed(received: Iterable[Message]) -> Iterator[Iterable[Message]]:
 
 @contextmanager
 def quiet_flower() -> Iterator[None]:
-    """Keeps Flower's INFO lines of every round off the console, unless FLWR_LOG_LEVEL asks for them."""
+    """Keep Flower's INFO lines of every round off the console, unless FLWR_LOG_LEVEL asks for them."""
     logger = logging.getLogger("flwr")
     level = logger.level
     if "FLWR_LOG_LEVEL" in os.environ or level == logging.WARNING:  # to set a level makes all loggers forget theirs

@@ -44,7 +44,7 @@ class Script:
         federated: Sequence[FederatedCallback],
         callbacks: Sequence[Callback],
     ) -> Script:
-        """That of a run with these options of local fits, federated callbacks, and callbacks of the trainer."""
+        """Return that of a run with these options of local fits, federated callbacks, and callbacks of the trainer."""
         local = {"local_epochs": options.epochs, "local_steps": options.steps, "client_state": options.client_state}
         own = {str(name): value for name, value in module.hparams.items() if not str(name).startswith("_")}
         name = type(module).__name__
@@ -58,7 +58,7 @@ class Script:
         return cls(name, setup, arguments_of(callbacks), {one.state_key: type(one).__name__ for one in stateful})
 
     def differences(self, then: Mapping[str, Arguments], overwritten: Collection[tuple[str, str]] = ()) -> list[str]:
-        """What another run's ``setup`` has otherwise; this one's holds, but for what was overwritten."""
+        """Return what another run's ``setup`` has otherwise; this one's holds, but for what was overwritten."""
         now = self.setup
         gone, new = [name for name in then if name not in now], [name for name in now if name not in then]
         notes = [f"{_call(name, then[name])} was part of the run, and is none of this one." for name in gone]
@@ -74,23 +74,23 @@ class Script:
         return notes
 
     def has_another_module(self, then: Mapping[str, Arguments]) -> bool:
-        """Whether the module is built with other ``hparams`` than it was."""
+        """Return whether the module is built with other ``hparams`` than it was."""
         return self.module in then and then[self.module] != self.setup.get(self.module)
 
     def tells(self, argument: str, value: str, before: str, then: Mapping[str, Arguments]) -> bool:
-        """Whether ``differences`` says of an argument that it has this value, and had that one before."""
+        """Return whether ``differences`` says of an argument that it has this value, and had that one before."""
         return any(
             arguments.get(argument) == value and then.get(name, {}).get(argument) == before
             for name, arguments in self.setup.items()
         )
 
     def new_callbacks(self, saved: Collection[str], then: Mapping[str, Arguments]) -> list[str]:
-        """The federated callbacks that neither have anything in a checkpoint nor were part of its run."""
+        """Return the federated callbacks that neither have anything in a checkpoint nor were part of its run."""
         new = [name for key, name in self.stateful.items() if key not in saved and key not in then]
         return [f"{name} has nothing in the checkpoint: it begins in this round." for name in new]
 
     def overwritten(self, loaded: Mapping[str, Arguments], then: Mapping[str, Arguments]) -> dict[tuple[str, str], str]:
-        """What callbacks' states overwrote of the arguments that this script sets otherwise than the run's did.
+        """Return what callbacks' states overwrote of the arguments that this script sets otherwise than the run's did.
 
         Args:
             loaded: The arguments of all callbacks after they have loaded their states.
@@ -112,12 +112,12 @@ class Script:
 
 
 def arguments_of(callbacks: Sequence[Callback]) -> dict[str, Arguments]:
-    """The arguments that callbacks were built with, by their keys in a checkpoint; not of those that save it."""
+    """Return the arguments that callbacks were built with, by their keys in a checkpoint; not of those that save it."""
     return {one.state_key: _arguments_of(one) for one in callbacks if not isinstance(one, Checkpoint)}
 
 
 def _arguments_of(callback: Callback) -> Arguments:
-    """Those that a callback keeps under their names."""
+    """Return those that a callback keeps under their names."""
     attributes: dict[str, Any] = vars(callback)
     names = inspect.signature(type(callback).__init__).parameters
     kept = {name: name if name in attributes else f"_{name}" for name in names}

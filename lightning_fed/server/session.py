@@ -80,7 +80,7 @@ class FitInputs:
 
 @dataclass
 class RunningRound:
-    """The round that runs: until its new weights are taken over, a checkpoint holds what it began with.
+    """The round that runs: until its new weights are applied, a checkpoint holds what it began with.
 
     Attributes:
         before: The global weights that it began with.
@@ -92,7 +92,7 @@ class RunningRound:
 
 
 class Session:
-    """The rounds of one fit. Builds the strategy; before the first round, ``start`` takes up what a checkpoint holds.
+    """The rounds of one fit. Builds the strategy; before the first round, ``start`` loads what a checkpoint holds.
 
     Args:
         given: What the fit was given.
@@ -142,11 +142,11 @@ class Session:
 
     @staticmethod
     def script_of(side: ClientSide, owners: Owners, trainer: ServerTrainer) -> Script:
-        """How the script sets the run up."""
+        """Return how the script sets the run up."""
         return Script.of(side.options, side.module, owners.callbacks, trainer.callbacks)
 
     def start(self) -> None:
-        """Takes up what a checkpoint holds, looks whether ``configure_optimizers`` can work, and says who takes part.
+        """Load what a checkpoint holds, look whether ``configure_optimizers`` can work, and say who takes part.
 
         Raises:
             ConfigurationError: If checkpoint, strategy and module do not fit together.
@@ -165,7 +165,7 @@ class Session:
             callback.on_federation_start(trainer)
 
     def run_round(self) -> RoundResult:
-        """One round; if it fails the module has the weights of before."""
+        """Run one round; if it fails the module has the weights of before."""
         round, before = self._trainer.current_round, weights.read(self._module)
         self._running = running = RunningRound(before, before)
         self.state.begin_round()
@@ -185,7 +185,7 @@ class Session:
         return result
 
     def apply_weights(self) -> None:
-        """Loads the round's new weights into the module."""
+        """Load the round's new weights into the module."""
         if self._running is not None:
             weights.load(self._module, self._running.new)
             self._running = None
@@ -193,7 +193,7 @@ class Session:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """While a checkpoint is saved, also in the middle of a round, the module has the global weights."""
+        """Give the module the global weights while a checkpoint is saved, also in the middle of a round."""
         if self._running is None:
             yield
             return
@@ -203,7 +203,7 @@ class Session:
 
     @contextmanager
     def _weights_kept(self) -> Iterator[weights.Weights]:
-        """Gives the module's weights, which it has again after the block."""
+        """Give the module's weights, which it has again after the block."""
         present = weights.read(self._module)
         try:
             yield present
@@ -217,7 +217,7 @@ class Session:
             self._side.probe_vectorized(stages, self._owners.partition.num_clients, before, self._settings.seed)
 
     def _evaluates(self, round: int) -> bool:
-        """Whether clients evaluate in a round."""
+        """Return whether clients evaluate in a round."""
         every = self._trainer.check_val_every_n_epoch or 1
         return (
             round % every == 0

@@ -17,7 +17,7 @@ _MOST_CLIENTS = 1000
 def summary(
     owners: Owners, clients: int, max_rounds: int | None, engine: str, evaluates: bool, deals: bool = True
 ) -> str:
-    """A few lines.
+    """Return a few lines.
 
     Args:
         owners: Who decides what.

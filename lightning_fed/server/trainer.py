@@ -73,7 +73,7 @@ class ServerTrainer(Trainer):
 
     @contextmanager
     def logging_every_round(self) -> Iterator[None]:
-        """In the block, a fit, every round is logged, unless the user wants nothing logged of training.
+        """Log every round in the block, a fit, unless the user wants nothing logged of training.
 
         Outside of fits ``log_every_n_steps`` counts batches of ``validate``, ``test`` and ``predict``, as in Lightning.
         """
@@ -85,7 +85,7 @@ class ServerTrainer(Trainer):
             self.log_every_n_steps = every
 
     def where_shown(self, name: str) -> dict[str, bool]:
-        """Whether a name goes to the progress bar and to loggers, as arguments of ``log``.
+        """Return whether a name goes to the progress bar and to loggers, as arguments of ``log``.
 
         As in the first round that has it, for Lightning does not allow that one name is logged in two ways.
         """
@@ -95,7 +95,7 @@ class ServerTrainer(Trainer):
         return self._shown.setdefault(name, {"prog_bar": bar, "logger": name not in about.unlogged})
 
     def forget_earlier(self, names: Iterable[str], evaluated: bool) -> None:
-        """Forgets what clients logged in earlier rounds under names that this round has not.
+        """Forget what clients logged in earlier rounds under names that this round has not.
 
         Lightning keeps each value until the next of its name. Clients' evaluation stays for rounds without one, as the
         server's validation does.
@@ -113,19 +113,19 @@ class ServerTrainer(Trainer):
                 del kept[name]
 
     def claim_names(self) -> None:
-        """What the server's validation has just logged is the server's; called by the server view of the module."""
+        """Claim for the server what its validation has just logged; called by the server view of the module."""
         self._names_of_clients -= logged_names(results_of(self))
 
     def run_round(self) -> None:
-        """One round; called by the server view of the module."""
+        """Run one round; called by the server view of the module."""
         self.federation.run_round()
 
     def apply_weights(self) -> None:
-        """The server optimizer's step; called by the server view of the module."""
+        """Take the server optimizer's step; called by the server view of the module."""
         self.federation.apply_weights()
 
     def save_checkpoint(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
-        """As ``Trainer.save_checkpoint``; in the middle of a round it saves what the round began with.
+        """Do as ``Trainer.save_checkpoint``; in the middle of a round it saves what the round began with.
 
         A run that fails before it began, or went on, leaves a file that is there as it is.
         """
@@ -136,10 +136,10 @@ class ServerTrainer(Trainer):
             super().save_checkpoint(filepath, *args, **kwargs)
 
     def place_callbacks(self, given: Sequence[Callback]) -> list[Callback]:
-        """Which of the module's own callbacks are for the server; called by the server view of the module."""
+        """Return which of the module's own callbacks are for the server; called by the server view of the module."""
         return self._roles.place(given)
 
     def adopt_callbacks(self) -> None:
-        """Called by the federation when the module's own callbacks have joined the list."""
+        """Adopt the module's own callbacks, which have joined the list; called by the federation."""
         self._roles.begin(self.callbacks)
         self.federation.owners = self.owners

@@ -71,7 +71,7 @@ class RoundOutputs(dict[str, Any]):
         raise ConfigurationError(_NO_BATCH.format(f"outputs[{key!r}]"))
 
     def copy(self) -> RoundOutputs:
-        """A copy; Lightning makes one."""
+        """Return a copy; Lightning makes one."""
         return RoundOutputs(self)
 
 
@@ -87,14 +87,14 @@ class RoundLoader:
 
 
 class ApplyWeights(torch.optim.Optimizer):
-    """Its step takes over the round's weights. Nobody reads its ``lr`` but ``LearningRateMonitor``."""
+    """Its step applies the round's weights. Nobody reads its ``lr`` but ``LearningRateMonitor``."""
 
     def __init__(self, apply: Callable[[], None]) -> None:
         super().__init__([nn.Parameter(torch.zeros(1))], {"lr": 1.0, "weight_decay": 0.0})
         self._take_over = apply
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Takes the weights over."""
+        """Take the weights over."""
         if closure is not None:
             closure()
         self._take_over()
@@ -148,7 +148,7 @@ class ServerView(ChoosesBatches, View):
 
 
 def _rest(self: Any, *args: Any, **kwargs: Any) -> None:
-    """The clients run the user's hook."""
+    """Do nothing: the clients run the user's hook."""
 
 
 for _hook in (
@@ -166,5 +166,5 @@ for _hook in (
 
 
 def user_train_dataloader(source: Any) -> Any:
-    """What the user's own ``train_dataloader`` gives, under whichever view the module or datamodule stands."""
+    """Return what the user's own ``train_dataloader`` gives, under whichever view the module or datamodule stands."""
     return users_own(source, "train_dataloader")()

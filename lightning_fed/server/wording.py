@@ -26,7 +26,7 @@ _NOISE = ("The 'train_dataloader' does not have many workers", "Found .* in eval
 
 @contextmanager
 def speaking_of_rounds(clients_validate: bool) -> Iterator[None]:
-    """Lets Lightning speak of rounds for the block.
+    """Let Lightning speak of rounds for the block.
 
     Args:
         clients_validate: Whether clients validate, so that no validation loader at the server means nothing.

@@ -1,1 +1,1 @@
-"""What objects hold besides weights: found by a walk, noted, put back, compared."""
+"""What objects hold besides weights: found by a walk, noted, restored, compared."""

@@ -1,4 +1,4 @@
-"""How the content of tensors, arrays and pieces of memory is copied, compared and put back."""
+"""How the content of tensors, arrays and pieces of memory is copied, compared and restored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ContentAccess:
 
 
 def _without_repeats(tensor: Tensor) -> Tensor:
-    """A view of a tensor in which no element of an expanded one comes twice."""
+    """Return a view of a tensor in which no element of an expanded one comes twice."""
     if tensor.is_contiguous():
         return tensor
     for dim, stride in enumerate(tensor.stride()):
@@ -59,7 +59,7 @@ def _equal_tensor(tensor: Tensor, copy: Tensor) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The bytes, of which NaN's are equal, too, and the zeros are not."""
+    """Return the bytes, of which NaN's are equal, too, and the zeros are not."""
     flat = tensor.resolve_conj().resolve_neg().reshape(-1)
     if flat.stride(0) != 1:  # one element of an expanded tensor
         flat = flat.new_empty(flat.shape).copy_(flat)
@@ -126,7 +126,7 @@ def _mark_bytes(held: Any, samples: bool) -> tuple[Any, ...]:
 
 
 def memory_of(thing: Any) -> int:
-    """The bytes that a tensor, an array or a piece of memory contains."""
+    """Return the bytes that a tensor, an array or a piece of memory contains."""
     if isinstance(thing, Tensor) and thing.layout is not torch.strided:
         return stored(thing) * thing.element_size() if str(thing.layout).startswith("torch.sparse") else 0
     size = getattr(thing, "nbytes", None)
@@ -141,5 +141,5 @@ BYTES = ContentAccess(lambda held: held[:], _put_bytes, lambda held, copy: bytes
 
 
 def write(thing: Any, content: Any) -> None:
-    """Gives a tensor or an array the content that ``Content.read`` read."""
+    """Give a tensor or an array the content that ``Content.read`` read."""
     (TENSOR if isinstance(thing, Tensor) else ARRAY if isinstance(thing, np.ndarray) else BYTES).put(thing, content)

@@ -18,13 +18,13 @@ _DEEP = 4  # so many functions call each other before a generator is not looked 
 
 
 def of_function(function: types.FunctionType) -> list[Child]:
-    """What a function leads to."""
+    """Return what a function leads to."""
     closure = [(("closure", i), cell) for i, cell in enumerate(function.__closure__ or ())]
     return [*_drawn_by(function), *_defaults(function), *closure]
 
 
 def of_class(cls: type) -> list[Child]:
-    """The classes within a class, and what its functions lead to, but for the variables around them.
+    """Return the classes within a class, and what its functions lead to, but for the variables around them.
 
     These are the code's that made the class.
     """
@@ -40,7 +40,7 @@ def of_class(cls: type) -> list[Child]:
 
 
 def _functions(value: Any) -> Iterator[types.FunctionType]:
-    """The functions behind an attribute of a class: a method's, a property's, a decorated one."""
+    """Return the functions behind an attribute of a class: a method's, a property's, a decorated one."""
     if isinstance(value, types.FunctionType):
         yield value
     if isinstance(value, type):
@@ -53,7 +53,7 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
 
 
 def _defaults(function: types.FunctionType, method: str | None = None) -> list[Child]:
-    """The default arguments, and attributes of a method, that may change."""
+    """Return the default arguments, and attributes of a method, that may change."""
     held = [("__defaults__", function.__defaults__), ("__kwdefaults__", function.__kwdefaults__)]
     if method is None:
         return [(("attribute", name), value) for name, value in held if value]
@@ -69,7 +69,7 @@ def _is_fixed(value: Any) -> bool:
 
 
 def _drawn_by(function: types.FunctionType) -> list[Child]:
-    """The generators that a function, or one that it calls, finds around it."""
+    """Return the generators that a function, or one that it calls, finds around it."""
     return [(("global", name), one) for name, one in _drawn(function, "", set())]
 
 
@@ -100,7 +100,7 @@ def _held_by(value: Any) -> list[tuple[Any, Any]]:
 
 
 def _around(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """The variables that a function finds in its module, and in the function that made it."""
+    """Return the variables that a function finds in its module, and in the function that made it."""
     names = (name for name in _names_in(function.__code__) if name in function.__globals__)
     yield from ((name, function.__globals__[name]) for name in names)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):

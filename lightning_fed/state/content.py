@@ -70,12 +70,12 @@ class Content(Node):
         return not alike(self._mark, self._reader.mark(self.thing, self._limits.samples))
 
     def read(self) -> Any:
-        """A copy of what it contains now."""
+        """Return a copy of what it contains now."""
         return self._reader.copy(self.thing)
 
     @property
     def is_lost(self) -> bool:
-        """Whether it was written to and there is no copy to put back."""
+        """Whether it was written to and there is no copy to restore."""
         return self.copy is None and self.differs()
 
     def restore(self) -> None:
@@ -112,7 +112,7 @@ class TensorFlags(Node):
         return self.is_changed() or (self._has_gradient and self.thing.grad is not self._gradient)
 
     def is_changed(self) -> bool:
-        """Whether something else than its gradient differs."""
+        """Return whether something else than its gradient differs."""
         tensor: Tensor = self.thing
         requires_grad, attributes = self.saved
         return (
@@ -123,14 +123,14 @@ class TensorFlags(Node):
         )
 
     def has_other_hooks(self) -> bool:
-        """Whether hooks were registered or removed."""
+        """Return whether hooks were registered or removed."""
         on_gradients, accumulated = now = _hooks(self.thing)
         if not (on_gradients or accumulated):
             return any(self._hooks)
         return any(not same(hooks or {}, saved) for hooks, saved in zip(now, self._hooks, strict=True))
 
     def flags(self) -> tuple[bool, dict[str, Any]]:
-        """Whether it is trained, and its attributes, as they are now."""
+        """Return whether it is trained, and its attributes, as they are now."""
         return self.thing.requires_grad, dict(_attributes(self.thing))
 
     def restore(self) -> None:
@@ -149,7 +149,7 @@ class TensorFlags(Node):
 
 
 def set_flags(tensor: Tensor, requires_grad: bool, attributes: dict[str, Any]) -> None:
-    """Gives a tensor what ``TensorFlags.flags`` read."""
+    """Give a tensor what ``TensorFlags.flags`` read."""
     if tensor.is_leaf and tensor.requires_grad != requires_grad:
         tensor.requires_grad_(requires_grad)
     for name in _attributes(tensor).keys() - attributes.keys():
@@ -171,7 +171,7 @@ def _pointer(tensor: Tensor) -> Any:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has content that can be copied and put back."""
+    """Return whether a tensor has content that can be copied and restored."""
     wrapped = is_wrapped(tensor)
     return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized or wrapped)
 
@@ -198,7 +198,7 @@ class Generator(Node):
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two states of generators, or two marks, are the same."""
+    """Return whether two states of generators, or two marks, are the same."""
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     if isinstance(one, np.ndarray):

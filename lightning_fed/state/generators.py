@@ -61,21 +61,21 @@ _KINDS: dict[type, GeneratorKind] = {
 
 @cached(4096)
 def generator_kind(cls: type) -> GeneratorKind | None:
-    """How generators of a class are handled; ``None`` for any other class, and for one that draws from the system."""
+    """Return how generators of a class are handled; ``None`` for others, and for one that draws from the system."""
     if issubclass(cls, random.SystemRandom):
         return None
     return next((kind for base, kind in _KINDS.items() if issubclass(cls, base)), None)
 
 
 def is_global(generator: object) -> bool:
-    """Whether it is the one that Python, NumPy or torch has for everybody."""
+    """Return whether it is the one that Python, NumPy or torch has for everybody."""
     everybodys = (random.seed.__self__, everybodys_generator(), torch.default_generator)  # type: ignore[attr-defined]
     return any(generator is one for one in everybodys)
 
 
 @cached(4096)
 def seeding_method(cls: type) -> Callable[[Any, int], Any] | None:
-    """The method by which objects of a class are seeded, with whatever they draw from, or ``None``.
+    """Return the method by which objects of a class are seeded, with whatever they draw from, or ``None``.
 
     MONAI's transforms have ``set_random_state``, those of albumentations ``set_random_seed``.
     """

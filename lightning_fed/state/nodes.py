@@ -1,4 +1,4 @@
-"""Things that may change: each remembers what it held, tells whether that is so still, and puts it back."""
+"""Things that may change: each remembers what it held, tells whether that is so still, and restores it."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class Node:
         return re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", written)
 
     def children(self) -> Iterable[Child]:
-        """What is reached from here, each with its step."""
+        """Return what is reached from here, each with its step."""
         return ()
 
     def save(self) -> None:
-        """Takes note of what it holds now."""
+        """Take note of what it holds now."""
 
     def differs(self) -> bool:
-        """Whether it holds something else than what was saved."""
+        """Return whether it holds something else than what was saved."""
         return False
 
     def restore(self) -> None:
-        """Puts back what was saved."""
+        """Put back what was saved."""
 
 
 def _written(kind: str, key: Any) -> str:
@@ -94,7 +94,7 @@ class Container(Node):
         return found
 
     def is_empty(self) -> bool:
-        """Whether it is a container in which nothing is."""
+        """Return whether it is a container in which nothing is."""
         return self.kind in (DICT, SEQUENCE, SET) and not self.thing
 
     def save(self) -> None:
@@ -119,7 +119,7 @@ class Container(Node):
         return any(kind == "content" for kind, _ in self.steps)
 
     def has_only_grown(self) -> bool:
-        """Whether it is a container that holds all that it held, and more."""
+        """Return whether it is a container that holds all that it held, and more."""
         held = self.kind.look(self.thing)
         if self.kind is DICT:
             return all(key in held and held[key] is value for key, value in self.saved.items())
@@ -128,14 +128,14 @@ class Container(Node):
         return self.kind is SEQUENCE and len(held) >= len(self.saved) and all(map(is_, held, self.saved))
 
     def changes(self) -> tuple[dict[Any, Any], list[Any]]:
-        """Of a mapping: what is there now and was not, or was another, and the keys of what is no longer there."""
+        """Return what is in a mapping now and was not, or was another, and the keys of what is no longer there."""
         held, saved = self.kind.look(self.thing), self.saved
         new = {key: value for key, value in held.items() if key not in saved or saved[key] is not value}
         return new, [key for key in saved if key not in held]
 
 
 def same(held: Any, saved: Any) -> bool:
-    """Whether two containers hold the very same things in the same order."""
+    """Return whether two containers hold the very same things in the same order."""
     if len(held) != len(saved):
         return False
     if isinstance(held, dict):
@@ -199,7 +199,7 @@ def _write_cell(thing: types.CellType, saved: tuple[Any, ...]) -> None:
 
 
 def _class_data(thing: type) -> dict[str, Any]:
-    """What a class holds for all its instances, and its methods as they are."""
+    """Return what a class holds for all its instances, and its methods as they are."""
     return {
         name: value
         for name, value in vars(thing).items()

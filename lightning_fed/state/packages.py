@@ -1,4 +1,4 @@
-"""What packages are to the walk: some hold nothing that a client changes, some hold nothing that could be put back."""
+"""What packages are to the walk: some hold nothing that a client changes, some hold nothing that could be restored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_fed.caching import cached
 
-# Packages whose objects are machinery: no step's numbers are kept in them where they could be put back.
+# Packages whose objects are machinery: no step's numbers are kept in them where they could be restored.
 _MACHINERY = frozenset(
     {
         "flwr",
@@ -40,13 +40,13 @@ _LIBRARIES = frozenset({"torch", "torchvision", "torchmetrics", "lightning", "li
 
 @cached(4096)
 def is_library(module: str | None) -> bool:
-    """Whether a module's classes and functions hold nothing that a client changes."""
+    """Return whether a module's classes and functions hold nothing that a client changes."""
     package = (module or "builtins").partition(".")[0]
     return package in _LIBRARIES or package in _MACHINERY or package in sys.stdlib_module_names - {"__main__"}
 
 
 def is_machinery(cls: type) -> bool:
-    """Whether objects of a class are not looked into."""
+    """Return whether objects of a class are not looked into."""
     if issubclass(cls, (dict, list, set, deque)):  # such as a module's hparams
         return False
     if issubclass(cls, nn.Module) and not cls.__module__.startswith("torch.jit"):  # compiled, or traced by torch.fx

@@ -1,4 +1,4 @@
-"""What some objects hold at one moment, to be put back later."""
+"""What some objects hold at one moment, to be restored later."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class Snapshot:
             node.save()
 
     def nodes(self) -> list[Node]:
-        """All that is looked after."""
+        """Return all that is looked after."""
         return [*self._containers, *self._empty, *self._contents]
 
     def renew(self) -> None:
-        """Takes note of what they hold now."""
+        """Take note of what they hold now."""
         if any(self._emptied) or any(node.differs() for node in self._containers):
             self._take()
         else:
@@ -71,7 +71,7 @@ class Snapshot:
                 node.save()
 
     def restore(self) -> None:
-        """Puts back what they held, and notes what had ``grown``."""
+        """Put back what they held, and note what had ``grown``."""
         changed = [node for node in self._containers if node.differs()]
         if any(self._emptied):
             changed += [node for node in self._empty if node.thing]
@@ -83,14 +83,14 @@ class Snapshot:
             content.restore()
 
     def _stays(self, node: Container) -> bool:
-        """Whether what is there now is what the code around collects."""
+        """Return whether what is there now is what the code around collects."""
         return node.is_enclosed and node.has_only_grown()
 
     def _restore(self, node: Container) -> None:
         node.restore()
 
     def changed(self) -> list[Node]:
-        """The nodes that hold something else now."""
+        """Return the nodes that hold something else now."""
         known: tuple[Node, ...] = (*self._containers, *self._contents)
         found = [node for node in known if node.differs()]
         return [*found, *(node for node in self._empty if node.thing)] if any(self._emptied) else found
@@ -107,7 +107,7 @@ class Snapshot:
 
     @contextmanager
     def drawing(self, seed_of: Callable[[str], int]) -> Iterator[None]:
-        """In the block what they draw starts from seeds; after it their generators have the states of before."""
+        """Seed all that they draw from in the block; after it their generators have the states of before."""
         for generator in self.generators:
             generator.save()
         self.seed(seed_of)
@@ -118,7 +118,7 @@ class Snapshot:
                 generator.restore()
 
     def seed(self, seed_of: Callable[[str], int]) -> None:
-        """Seeds all that they draw random numbers from.
+        """Seed all that they draw random numbers from.
 
         Args:
             seed_of: Gives the seed of the generator that is found at a path.
@@ -143,7 +143,7 @@ class DataSnapshot(Snapshot):
     """A snapshot of data sets, loaders, samplers and transforms, made for each client: large tensors are only watched.
 
     What was read or opened in place of ``None`` meanwhile stays: a file handle, a large array, another data set. To do
-    it again for each client would take long. All else is put back, lest what one client's data has taught (a scaler
+    it again for each client would take long. All else is restored, lest what one client's data has taught (a scaler
     that was fitted, an augmented example that was kept) is found by the next.
     """
 
@@ -164,7 +164,7 @@ class DataSnapshot(Snapshot):
 
 
 def _is_read(value: Any) -> bool:
-    """Whether an attribute that was set in the course of reading looks like something that was read or opened."""
+    """Return whether an attribute that was set while reading looks like something that was read or opened."""
     if callable(getattr(value, "close", None)):
         return True
     if isinstance(value, (Tensor, np.ndarray)):

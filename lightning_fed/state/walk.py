@@ -71,14 +71,14 @@ class Walk:
 
     Args:
         roots: Where to begin, by name.
-        weights: The ids of the tensors whose content is somebody else's matter.
+        weights: The ids of the tensors whose content others look after.
         limits: How much of tensors and arrays is copied.
 
     Attributes:
         containers: Attributes, dicts, lists, ... in which something is.
         empty: Containers in which nothing is.
         contents: Tensors, arrays and generators.
-        endless: Iterators, of which nobody can put back what was taken.
+        endless: Iterators, of which nobody can restore what was taken.
         unseen: What holds things that are not looked at.
     """
 
@@ -131,7 +131,7 @@ class Walk:
                 self.contents += self._of_tensor(tensor, tensors, ("item", i))
 
     def _is_closed(self, node: Container) -> bool:
-        """Whether it is not looked into: a set, which has no way to its elements, or what is as long as a data set."""
+        """Return whether it is not looked into: a set, whose elements have no path, or what is long as a data set."""
         held = node.kind.look(node.thing)
         if node.kind is not nodes.SET and (node.kind is nodes.ATTRIBUTES or len(held) <= self._limits.elements):
             return False
@@ -207,7 +207,7 @@ _BUILTIN: dict[type, Kind] = {
 
 @cached(4096)
 def _sort(cls: type) -> tuple[str, list[Kind], list[Child]]:
-    """How objects of a class are looked at; for those that hold things, as which containers, and its classes."""
+    """Return how objects of a class are looked at; for those that hold things, as which containers, and its classes."""
     if issubclass(cls, Tensor):
         return "tensor", [], []
     if issubclass(cls, np.ndarray):
@@ -247,7 +247,7 @@ def _containers(cls: type) -> list[Kind]:
 
 
 def _own_classes(cls: type) -> list[Child]:
-    """The classes of an object that are no library's."""
+    """Return the classes of an object that are no library's."""
     mro = below(cls).__mro__
     return [(("class", i), one) for i, one in enumerate(mro) if not is_library(one.__module__)]
 
@@ -266,7 +266,7 @@ _PASSED: dict[type, tuple[str, ...]] = {
 
 
 def _passed(thing: Any) -> list[Child]:
-    """Where a thing leads to that cannot change itself."""
+    """Return where a thing leads to that cannot change itself."""
     if isinstance(thing, tuple):
         return [] if len(thing) > MOST_ELEMENTS else [(("item", i), value) for i, value in enumerate(thing)]
     if type(thing) is DataLoader and _is_usual(thing):
@@ -276,7 +276,7 @@ def _passed(thing: Any) -> list[Child]:
 
 
 def _is_usual(loader: DataLoader[Any]) -> bool:
-    """Whether a loader holds nothing of interest but its data set."""
+    """Return whether a loader holds nothing of interest but its data set."""
     sampler: Any = loader.sampler
     return (
         loader.collate_fn is default_collate

@@ -27,7 +27,7 @@ _CLIPPING: dict[type[Strategy], str] = {
 
 
 def require_client_part(strategy: Strategy, mods: Sequence[Mod], *, knows_clients: bool) -> None:
-    """Checks that clients do what a strategy, or one that it wraps, expects of them.
+    """Check that clients do what a strategy, or one that it wraps, expects of them.
 
     Args:
         strategy: Any Flower strategy.
@@ -69,7 +69,7 @@ def _require_clipping(strategy: str, needed: str, mods: Sequence[Mod], knows_cli
 
 
 def _unwrapped(mod: Any) -> Any:
-    """The function within ``functools.partial`` and decorators."""
+    """Return the function within ``functools.partial`` and decorators."""
     while isinstance(mod, partial):
         mod = mod.func
     return inspect.unwrap(mod)

@@ -35,14 +35,14 @@ class WeightedMean(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As Flower's ``FedAvg``; takes note of what may be infinite, as the global weights are there."""
+        """Do as Flower's ``FedAvg``, and note what may be infinite, as the global weights are there."""
         self._infinite = {name for name, tensor in messages.unpack(arrays).items() if not is_finite(tensor)}
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The weighted mean of the replies' arrays, and of their metrics; ``(None, None)`` without a good reply."""
+        """Return the weighted means of the replies' arrays and metrics; ``(None, None)`` without a good reply."""
         mean, metrics = RunningMean(self._infinite), RunningMetrics(self.weighted_by_key, self._own["train"])
         for reply in replies:
             if reply.has_error():
@@ -59,7 +59,7 @@ class WeightedMean(FedAvg):
         return messages.pack(self.apply(mean.value())), metrics.value()
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The mean of the replies' metrics, each over the clients that report it; ``None`` without a good reply."""
+        """Return the means of the metrics, each over the clients that report it; ``None`` without a good reply."""
         metrics = RunningMetrics(self.weighted_by_key, self._own["evaluate"])
         for reply in replies:
             if not reply.has_error():
@@ -67,15 +67,15 @@ class WeightedMean(FedAvg):
         return metrics.value() if metrics.total else None
 
     def apply(self, mean: Weights) -> Weights:
-        """What becomes of the clients' mean; the mean itself here."""
+        """Return what becomes of the clients' mean; the mean itself here."""
         return mean
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be in a checkpoint for the run to go on as if never interrupted."""
+        """Return what must be in a checkpoint for the run to go on as if never interrupted."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what ``state_dict`` gave."""
+        """Take back what ``state_dict`` gave."""
 
 
 class RunningMetrics:
@@ -93,7 +93,7 @@ class RunningMetrics:
         self._sums: dict[str, tuple[float, float]] = {}
 
     def add(self, reply: Message, coefficient: float) -> None:
-        """Takes one client's numbers in."""
+        """Take one client's numbers in."""
         self.total += coefficient
         if self._own is not None:
             self._kept.append(RecordDict({k: r for k, r in reply.content.items() if isinstance(r, MetricRecord)}))
@@ -103,7 +103,7 @@ class RunningMetrics:
             self._sums[name] = total + value * coefficient, weight + coefficient
 
     def value(self) -> MetricRecord:
-        """The means."""
+        """Return the means."""
         if self._own is not None:
             return self._own(self._kept, self._key)
         return MetricRecord({name: total / weight for name, (total, weight) in self._sums.items() if weight})

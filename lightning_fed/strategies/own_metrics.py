@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 def own_metrics(
     strategy: Strategy, stage: str, found: Mapping[str, float], reported: Sequence[tuple[float, Mapping[str, float]]]
 ) -> dict[str, float]:
-    """Those of a strategy's metrics that come from the user's own code.
+    """Return those of a strategy's metrics that come from the user's own code.
 
     A function that it was given decides all names that it returns. Flower's strategies without one average clients'
     numbers by examples, which is no better than what their states merge to; a strategy of the user's that calls them
@@ -33,7 +33,7 @@ def own_metrics(
 
 
 def all_inside(strategy: Strategy) -> Iterator[Strategy]:
-    """A strategy and all that it wraps."""
+    """Return a strategy and all that it wraps."""
     yield strategy
     for inner in vars(strategy).values():
         if isinstance(inner, Strategy):
@@ -41,12 +41,12 @@ def all_inside(strategy: Strategy) -> Iterator[Strategy]:
 
 
 def _is_users(kind: type, method: str) -> bool:
-    """Whether a method is neither Flower's nor ours."""
+    """Return whether a method is neither Flower's nor ours."""
     return not getattr(kind, method).__module__.startswith(("flwr.", "lightning_fed."))
 
 
 def _is_mean(value: float, name: str, reported: Sequence[tuple[float, Mapping[str, float]]]) -> bool:
-    """Whether a value is the example-weighted mean of what the clients report under a name."""
+    """Return whether a value is the example-weighted mean of what the clients report under a name."""
     known = [(weight, numbers[name]) for weight, numbers in reported if name in numbers]
     total = sum(weight for weight, _ in known)
     mean = sum(weight * number for weight, number in known) / total if total else math.nan

@@ -38,12 +38,12 @@ class ServerOptimizer(WeightedMean):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As FedAvg; remembers the weights that the round starts from."""
+        """Do as FedAvg, and remember the weights that the round starts from."""
         self._weights = messages.unpack(arrays)
         return super().configure_train(server_round, arrays, config, grid)
 
     def apply(self, mean: Weights) -> Weights:
-        """Steps the parameters, leaves buffers at their mean."""
+        """Step the parameters, and leave buffers at their mean."""
         stepped = {}
         for name, value in mean.items():
             if self.parameters is not None and name not in self.parameters:
@@ -58,7 +58,7 @@ class ServerOptimizer(WeightedMean):
 
     @abstractmethod
     def step(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
-        """The new value of one parameter.
+        """Return the new value of one parameter.
 
         Args:
             name: The parameter's name, under which its moments are kept.
@@ -67,21 +67,21 @@ class ServerOptimizer(WeightedMean):
         """
 
     def moment(self, kind: str, name: str, like: Tensor, initial: float = 0.0) -> Tensor:
-        """A parameter's running moment, not to be written to; ``initial`` everywhere at first."""
+        """Return a parameter's running moment, not to be written to; ``initial`` everywhere at first."""
         kept = self.moments.get(kind, {}).get(name)
         return torch.full_like(like, initial) if kept is None else kept.to(like.device)
 
     def keep(self, kind: str, name: str, moment: Tensor) -> Tensor:
-        """Keeps a moment's new value for the next round, and returns it."""
+        """Keep a moment's new value for the next round, and return it."""
         self.moments.setdefault(kind, {})[name] = moment
         return moment
 
     def state_dict(self) -> dict[str, Any]:
-        """The moments by kind and name. Steps replace tensors and never write into them: nothing is copied."""
+        """Return the moments by kind and name. Steps replace tensors and never write into them: nothing is copied."""
         return {"moments": {kind: dict(store) for kind, store in self.moments.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what ``state_dict`` gave."""
+        """Take back what ``state_dict`` gave."""
         self.moments = {k: {n: t.clone() for n, t in store.items()} for k, store in state["moments"].items()}
 
 
@@ -129,7 +129,7 @@ class AdaptiveMean(ServerOptimizer):
 
     @abstractmethod
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
-        """The new ``v``, from ``squared = |delta| ** 2``, both real also where the parameter is complex."""
+        """Return the new ``v``, from ``squared = |delta| ** 2``, both real also where the parameter is complex."""
 
 
 class AdagradMean(AdaptiveMean):

@@ -47,12 +47,12 @@ class ClientLoaders:
     datamodule: LightningDataModule | None = None
 
     def has_val(self) -> bool:
-        """Whether there may be something to evaluate on."""
+        """Return whether there may be something to evaluate on."""
         return self.val is not None or is_overridden("val_dataloader", self.datamodule, LightningDataModule)
 
 
 def require_sliceable(loader: object) -> DataLoader[Any]:
-    """Checks that a train loader can be dealt out among clients by index.
+    """Check that a train loader can be dealt out among clients by index.
 
     Raises:
         ConfigurationError: If it is not one DataLoader, or its dataset has no length, or its sampler is tied to the
@@ -85,7 +85,7 @@ def require_sliceable(loader: object) -> DataLoader[Any]:
 
 
 def _sampler(loader: DataLoader[Any]) -> Any:
-    """What orders the examples: a loader that came with a batch sampler has another ``sampler``, which nobody reads."""
+    """Return what orders the examples: with a batch sampler of its own a loader has a ``sampler`` that nobody reads."""
     return loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
 
 
@@ -98,7 +98,7 @@ def slice_loader(
     keep_workers: bool = False,
     part: Dataset[Any] | None = None,
 ) -> DataLoader[Any]:
-    """A loader like ``loader`` (batch size, workers, collate function, subclass, ...) over some of its examples.
+    """Return a loader like ``loader`` (batch size, workers, collate function, subclass, ...) over some of its examples.
 
     Args:
         loader: A loader that ``require_sliceable`` accepted.
@@ -126,7 +126,7 @@ def slice_loader(
 
 
 def _sampler_over(part: Any, like: Any, seed: int, shuffle: bool | None) -> Sampler[int]:
-    """A sampler over some examples that draws as the one over all does; arguments as ``slice_loader``."""
+    """Return a sampler over some examples that draws as the one over all does; arguments as ``slice_loader``."""
     shuffled = isinstance(like, RandomSampler) if shuffle is None else shuffle
     if not shuffled or not len(part):  # RandomSampler refuses to shuffle nothing
         return SequentialSampler(part)
@@ -149,7 +149,7 @@ class _Examples(Dataset[Any]):
 
 
 def in_memory(loader: DataLoader[Any], indices: Sequence[int]) -> Dataset[Any]:
-    """Some of a loader's examples, read now; as tensors where its batches are lists of tensors."""
+    """Return some of a loader's examples, read now; as tensors where its batches are lists of tensors."""
     examples = [loader.dataset[i] for i in indices]
     if examples and type(examples[0]) in (tuple, list) and loader.collate_fn is default_collate:
         with suppress(TypeError, RuntimeError):  # of unequal shapes: that is an error once a batch has two of them
@@ -183,7 +183,7 @@ class Gathered(TensorDataset):
         return len(self.whole[0]) if self._indices is None else len(self._indices)
 
     def where(self, indices: Tensor) -> Tensor:
-        """Where in ``whole`` some of its examples are."""
+        """Return where in ``whole`` some of its examples are."""
         return indices if self._indices is None else self._indices[indices]
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
@@ -195,7 +195,7 @@ class Gathered(TensorDataset):
 
 
 def _within(indices: Sequence[int], count: int) -> Tensor:
-    """Indices as a tensor, (n,) int64, those from the end counted from the beginning.
+    """Return indices as a tensor, (n,) int64, those from the end counted from the beginning.
 
     Raises:
         IndexError: If one is not of ``count`` examples.
@@ -217,7 +217,7 @@ class TensorBatches(BatchSampler):
         yield from self.order().split(self.batch_size)[: len(self)]  # type: ignore[no-untyped-call]
 
     def order(self) -> Tensor:
-        """What its sampler gives in an epoch, (n,) int64: the same draws, without a number after the other."""
+        """Return what its sampler gives in an epoch, (n,) int64: the same draws, without a number after the other."""
         sampler: Any = self.sampler
         count = len(sampler.data_source)
         if type(sampler) is SequentialSampler:
@@ -231,7 +231,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def gathering(loader: Any) -> Any:
-    """The loader, with the same batches in the same order; those of tensors are gathered, not collated one by one."""
+    """Return the loader, with the same batches in the same order; tensors are gathered, not collated one by one."""
     usual = type(loader) is DataLoader and loader.collate_fn is default_collate and not loader.num_workers
     if not usual or loader.batch_sampler is None:
         return loader
@@ -251,7 +251,7 @@ def gathering(loader: Any) -> Any:
 
 
 def _draws_at_once(sampler: Any) -> bool:
-    """Whether a sampler draws all its numbers when it is asked for the first, or none."""
+    """Return whether a sampler draws all its numbers when it is asked for the first, or none."""
     if type(sampler) is RandomSampler:
         # With a generator of its own the numbers that nobody asks for would be drawn, too.
         return not sampler.replacement and not has_count(sampler) and sampler.generator is None
@@ -259,7 +259,7 @@ def _draws_at_once(sampler: Any) -> bool:
 
 
 def labels_of(dataset: Any) -> np.ndarray[Any, Any] | None:
-    """The labels of a map-style dataset, (n,), without reading its examples, or ``None`` where none are found.
+    """Return the labels of a map-style dataset, (n,), without reading its examples, or ``None`` where none are found.
 
     Looked for in ``.targets`` and ``.labels`` (torchvision), through ``Subset`` and ``ConcatDataset``, and in the last
     tensor of a ``TensorDataset`` if it is one-dimensional and of integers.
@@ -282,7 +282,7 @@ def labels_of(dataset: Any) -> np.ndarray[Any, Any] | None:
 
 
 def _one_each(labels: Any, dataset: Any) -> np.ndarray[Any, Any] | None:
-    """The labels as an array, unless they are something else: the names of the classes, boxes, ..."""
+    """Return the labels as an array, unless they are something else: the names of the classes, boxes, ..."""
     try:
         array = np.asarray(labels)
         if array.dtype == object:

@@ -38,7 +38,7 @@ _OF_TORCHMETRICS = (dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim
 
 
 def is_mergeable(metric: Metric) -> bool:
-    """Whether the states of a metric over clients may give the value over the pooled data.
+    """Return whether the states of a metric over clients may give the value over the pooled data.
 
     Wrappers (MinMax, BootStrapper, a sum of two metrics) keep theirs in metrics inside; a list that is not concatenated
     (detection boxes) would lose its borders.
@@ -53,7 +53,7 @@ def is_mergeable(metric: Metric) -> bool:
 
 
 def states_of(metric: Metric) -> dict[str, Tensor]:
-    """Copies of a mergeable metric's states, lists as one tensor."""
+    """Return copies of a mergeable metric's states, lists as one tensor."""
     states = {}
     for name, state in metric.metric_state.items():
         whole = state if isinstance(state, Tensor) else dim_zero_cat(list(state)) if state else torch.zeros(0)
@@ -67,7 +67,7 @@ def _items(metric: Metric, name: str) -> Sequence[Any]:
 
 
 def value_over(original: Metric, clients: Sequence[States]) -> float:
-    """The value of a metric over the data of several clients.
+    """Return the value of a metric over the data of several clients.
 
     Args:
         original: The server's metric, which is not touched.
@@ -119,7 +119,7 @@ def _merged(metric: Metric, name: str, parts: list[Tensor], weights: Sequence[fl
 
 
 def _mean(stacked: Tensor, weights: Sequence[float]) -> Tensor:
-    """A mean of means, by how much each is of: what one metric that saw it all would hold.
+    """Return a mean of means, by how much each is of: what one metric that saw it all would hold.
 
     (Between processes torchmetrics weighs all alike, and cannot average integers.)
     """
@@ -130,12 +130,12 @@ def _mean(stacked: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def _is_plain(metric: Metric, name: str) -> bool:
-    """Whether torchmetrics itself knows how a state adds up over clients."""
+    """Return whether torchmetrics itself knows how a state adds up over clients."""
     return reductions(metric)[name] in _OF_TORCHMETRICS
 
 
 def _require_whole(metric: Metric, clients: Sequence[States]) -> None:
-    """Checks that a metric's value depends on its states alone, and on no attribute beside them.
+    """Check that a metric's value depends on its states alone, and on no attribute beside them.
 
     All clients are asked, for an attribute may differ from what the server's metric has on one of them only.
 
@@ -152,7 +152,7 @@ def _is_close(a: float, b: float) -> bool:
 
 
 def _require_neutral(metric: Metric, clients: Sequence[States]) -> None:
-    """Checks a metric that leaves its states apart, or reduces them in a way of its own.
+    """Check a metric that leaves its states apart, or reduces them in a way of its own.
 
     Some know what to do with the states of several clients (Pearson), others only forgot to say how theirs are reduced.
     What a client that saw nothing adds must be nothing.

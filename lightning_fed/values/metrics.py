@@ -63,7 +63,7 @@ class MetricState:
 
 
 def catch(trainer: Trainer, module: LightningModule, computed: Iterable[str] = ()) -> list[MetricState]:
-    """The states of all that was logged in the epoch that is just ending, before Lightning resets them.
+    """Return the states of all that was logged in the epoch that is just ending, before Lightning resets them.
 
     Args:
         trainer: A client's trainer, in ``on_train_epoch_end`` of the module or ``on_validation_end`` of a callback.
@@ -76,7 +76,7 @@ def catch(trainer: Trainer, module: LightningModule, computed: Iterable[str] = (
 
 
 def catch_each(results: Iterable[Accumulated], clients: int) -> list[list[MetricState]]:
-    """As ``catch``, for vectorized clients.
+    """Do as ``catch``, for vectorized clients.
 
     Args:
         results: Logged numbers, (clients,).
@@ -94,7 +94,7 @@ def catch_each(results: Iterable[Accumulated], clients: int) -> list[list[Metric
 def _by_name(
     logged: Sequence[Any], of_epoch: Callable[[Any], MetricState | None], computed: Iterable[str] = ()
 ) -> list[MetricState]:
-    """One state a name, by Lightning's rule for ``callback_metrics``.
+    """Return one state a name, by Lightning's rule for ``callback_metrics``.
 
     An epoch's value replaces a step's; of several hooks the one counts that began to log it last.
     """
@@ -113,7 +113,7 @@ def _by_name(
 
 
 def logged_names(results: Mapping[str, Any] | None) -> frozenset[str]:
-    """The names under which Lightning keeps what one of its loops logged when it ran last.
+    """Return the names under which Lightning keeps what one of its loops logged when it ran last.
 
     Args:
         results: The loop's.
@@ -126,7 +126,7 @@ def logged_names(results: Mapping[str, Any] | None) -> frozenset[str]:
 
 
 def _names(meta: Any, on_step: bool) -> tuple[str, str]:
-    """The names under which Lightning keeps a logged value."""
+    """Return the names under which Lightning keeps a logged value."""
     loader = meta.dataloader_idx if meta.add_dataloader_idx else None
     suffix = "" if loader is None else f"/dataloader_idx_{loader}"
     return meta.name + suffix, meta.forked_name(on_step) + suffix
@@ -168,7 +168,7 @@ def _value(state: MetricState) -> Tensor:
 
 
 def scalar(state: MetricState) -> float | None:
-    """The value of what one client logged; ``None`` where it is not one number."""
+    """Return the value of what one client logged; ``None`` where it is not one number."""
     if state.kind == METRIC:
         return state.own
     value = _value(state)
@@ -176,7 +176,7 @@ def scalar(state: MetricState) -> float | None:
 
 
 def with_own(states: Iterable[MetricState], values: Mapping[str, float]) -> list[MetricState]:
-    """The states with the client's own values of its metrics, which it reports by name."""
+    """Return the states with the client's own values of its metrics, which it reports by name."""
     return [replace(state, own=values.get(state.name)) if state.kind == METRIC else state for state in states]
 
 
@@ -205,7 +205,7 @@ class Merged(NamedTuple):
 
 
 def merge(clients: Sequence[tuple[float, Sequence[MetricState]]], module: nn.Module) -> Merged:
-    """One value a name over all clients that logged it.
+    """Return one value a name over all clients that logged it.
 
     Args:
         clients: ``(num_examples, states)`` in client order.
@@ -227,7 +227,7 @@ def merge(clients: Sequence[tuple[float, Sequence[MetricState]]], module: nn.Mod
 
 
 def _exact(entries: Sequence[tuple[float, MetricState]], module: nn.Module) -> float | None:
-    """The value over all clients' data, or ``None`` where that is not to be had from what they sent."""
+    """Return the value over all clients' data, or ``None`` where that is not to be had from what they sent."""
     kinds, states = {state.kind for _, state in entries}, [state for _, state in entries]
     if kinds == {LAST}:
         return _mean(entries)
@@ -249,7 +249,7 @@ def _exact(entries: Sequence[tuple[float, MetricState]], module: nn.Module) -> f
 
 
 def _mean(entries: Sequence[tuple[float, MetricState]]) -> float | None:
-    """The example-weighted mean of the clients' own values, over those that have a single number."""
+    """Return the example-weighted mean of the clients' own values, over those that have a single number."""
     total = weights = 0.0
     for num_examples, state in entries:
         value = scalar(state)

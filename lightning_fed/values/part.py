@@ -39,7 +39,7 @@ class Part(Subset[Any]):
 
 
 def own(value: Any, indices: Sequence[int], count: int) -> Any:
-    """What is left for some examples of something that has an entry for each of ``count``; else the thing itself.
+    """Return what is left for some examples of what has an entry for each of ``count``; else the thing itself.
 
     Args:
         value: A tensor, an array, a list or tuple, or a tuple of these.

@@ -39,7 +39,7 @@ class RunningMean:
         self._infinite = set(infinite)
 
     def add(self, weights: Mapping[str, Tensor], coefficient: float) -> None:
-        """Takes one client's ``weights`` in with the averaging ``coefficient`` (> 0), such as its ``num_examples``."""
+        """Take one client's ``weights`` in with the averaging ``coefficient`` (> 0), such as its ``num_examples``."""
         if not coefficient > 0:
             raise ValueError(f"RunningMean.add(..., {coefficient!r}): an averaging coefficient is greater than zero.")
         self.total += coefficient
@@ -63,13 +63,13 @@ class RunningMean:
                     self._infinite.add(name)
 
     def value(self) -> Weights:
-        """The mean, each tensor in the dtype of the first client's; integers and bools rounded, halves up."""
+        """Return the mean, each tensor in the dtype of the first client's; integers and bools rounded, halves up."""
         means = {name: mean.permute(_inverse(self._order[name])) for name, mean in self._mean.items()}
         return {name: _narrow(mean, self._dtype[name], self._origin.get(name)) for name, mean in means.items()}
 
 
 def _order(tensor: Tensor) -> tuple[int, ...]:
-    """The dimensions as they follow one another in memory."""
+    """Return the dimensions as they follow one another in memory."""
     if tensor.is_contiguous():
         return tuple(range(tensor.dim()))
     stride = tensor.stride()
@@ -86,7 +86,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _moved(mean: Tensor | None, tensor: Tensor, share: float) -> Tensor:
-    """As ``_move``; the mean of an infinity and a number is that infinity, and of two that differ it is NaN."""
+    """Do as ``_move``; the mean of an infinity and a number is that infinity, and of two that differ it is NaN."""
     wide = _wide(tensor)
     if mean is None:
         return wide

@@ -25,7 +25,7 @@ Weights = dict[str, Tensor]
 
 
 def read(module: nn.Module, *, copy: bool = True) -> Weights:
-    """The tensors of ``module.state_dict()`` by name, detached.
+    """Return the tensors of ``module.state_dict()`` by name, detached.
 
     Args:
         copy: ``False`` gives the module's own memory, to be read at once and not kept.
@@ -35,7 +35,7 @@ def read(module: nn.Module, *, copy: bool = True) -> Weights:
 
 
 def load(module: LightningModule, weights: Mapping[str, Tensor]) -> None:
-    """Copies ``weights`` into ``module``; each tensor takes the dtype and device of the module's own.
+    """Copy ``weights`` into ``module``; each tensor takes the dtype and device of the module's own.
 
     Entries of the state dict that are no tensors (``get_extra_state``) stay what they are. The module never holds one
     of the given tensors afterwards, whatever its own code does with them.
@@ -50,7 +50,7 @@ def load(module: LightningModule, weights: Mapping[str, Tensor]) -> None:
 
 
 def _copied_by_torch(module: nn.Module) -> set[str]:
-    """The parameters and buffers into which torch's own code copies what is loaded.
+    """Return the parameters and buffers into which torch's own code copies what is loaded.
 
     All else may keep the very tensor that it gets: a torchmetrics metric its states, ``set_extra_state``, a hook, a
     ``load_state_dict`` of the user's with ``assign=True``.
@@ -69,7 +69,7 @@ def _copied_by_torch(module: nn.Module) -> set[str]:
 
 
 def parameter_names(module: nn.Module) -> frozenset[str]:
-    """The entries of the state dict that are parameters, whatever it calls them; all others are buffers.
+    """Return the entries of the state dict that are parameters, whatever it calls them; all others are buffers.
 
     Tied parameters have all their names. A state dict may be renamed by an override, a hook or a package such as peft.
     """
@@ -82,7 +82,7 @@ def parameter_names(module: nn.Module) -> frozenset[str]:
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
-    """Where a tensor is in memory, and how it lies there."""
+    """Return where a tensor is in memory, and how it lies there."""
     if tensor.layout is not torch.strided:
         return (id(tensor),)
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
@@ -90,7 +90,7 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
 
 @torch.no_grad()
 def _moving(module: nn.Module, entries: Weights) -> set[str]:
-    """Which entries of a state dict change with the parameters, where it has copies of them."""
+    """Return which entries of a state dict change with the parameters, where it has copies of them."""
     kept = [(parameter, parameter.clone()) for parameter in module.parameters() if is_averaged(parameter)]
     try:
         for parameter, value in kept:
@@ -103,8 +103,10 @@ def _moving(module: nn.Module, entries: Weights) -> set[str]:
 
 
 def refuse_unfit(module: nn.Module) -> None:
-    """Raises:
-    ConfigurationError: If a parameter or buffer has no shape yet, or a tensor of the state dict is sparse.
+    """Check that a module's weights can travel.
+
+    Raises:
+        ConfigurationError: If a parameter or buffer has no shape yet, or a tensor of the state dict is sparse.
     """
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
@@ -124,12 +126,12 @@ def refuse_unfit(module: nn.Module) -> None:
 
 
 def is_averaged(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers that a strategy may average: floating or complex, not integer or bool."""
+    """Return whether a tensor holds numbers that a strategy may average: floating or complex, not integer or bool."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all of a tensor's elements are finite."""
+    """Return whether all of a tensor's elements are finite."""
     if not is_averaged(tensor) or tensor.numel() == 0:
         return True
     if tensor.is_complex():
@@ -144,7 +146,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _is_finite_where(tensor: Tensor, reference: Tensor) -> bool:
-    """Whether a tensor is finite where the global one is. There are masks of -Inf, and what is NaN until it is set."""
+    """Return whether a tensor is finite where the global one is: masks have -Inf, and some tensors are NaN at first."""
     tensor, reference = (one.double() if one.element_size() == 1 else one for one in (tensor, reference))
     return not bool((torch.isfinite(reference.to(tensor.device)) & ~torch.isfinite(tensor)).any())
 
@@ -154,13 +156,13 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _is_alike(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether one tensor's numbers can stand for the other's: bfloat16 travels as float32."""
+    """Return whether one tensor's numbers can stand for the other's: bfloat16 travels as float32."""
     both_floating = dtype.is_floating_point and other.is_floating_point
     return dtype == other or both_floating or (dtype.is_complex and other.is_complex)
 
 
 def check_update(update: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
-    """Checks a client's weights against the global ones.
+    """Check a client's weights against the global ones.
 
     Raises:
         InvalidUpdateError: If a name is missing or unknown, a shape or kind of dtype differs, or a value is NaN or Inf

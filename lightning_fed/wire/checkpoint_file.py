@@ -22,21 +22,21 @@ _SHOWN = 3
 
 
 def explain_errors(trainer: Trainer) -> None:
-    """From here on ``trainer`` says of every checkpoint that it cannot take what it is and what to do."""
+    """Let ``trainer`` say of every checkpoint that it cannot take what it is and what to do."""
     strategy = trainer.strategy
     strategy.load_checkpoint = partial(_read, trainer, strategy.load_checkpoint)  # type: ignore[method-assign]
     strategy.load_model_state_dict = partial(_load_weights, trainer, strategy.load_model_state_dict)  # type: ignore[method-assign]
 
 
 def is_there(path: Any) -> bool:
-    """Whether there is a file, on any file system, that a checkpoint would overwrite."""
+    """Return whether there is a file, on any file system, that a checkpoint would overwrite."""
     return bool(get_filesystem(path).exists(path))
 
 
 def _read(
     trainer: Trainer, load: Callable[..., dict[str, Any]], checkpoint_path: Any, *args: Any, **kwargs: Any
 ) -> dict[str, Any]:
-    """As ``Strategy.load_checkpoint``.
+    """Do as ``Strategy.load_checkpoint``.
 
     Raises:
         ConfigurationError: If the file is no checkpoint of Lightning's, or none that a federation can go on from.
@@ -57,7 +57,7 @@ def _read(
 
 
 def _look_at(path: Any) -> str | None:
-    """What a file is that torch could not read; ``None`` if it looks whole, or if it cannot be looked at."""
+    """Return what a file is that torch could not read; ``None`` if it looks whole, or if it cannot be looked at."""
     try:
         files = get_filesystem(path)
         if files.isdir(path):
@@ -97,7 +97,7 @@ def _way_out(trainer: Trainer, path: Any) -> str:
 
 
 def _what_is(checkpoint: Any) -> str | None:
-    """What a file of torch's holds if it is no checkpoint of Lightning's."""
+    """Return what a file of torch's holds if it is no checkpoint of Lightning's."""
     if not isinstance(checkpoint, dict):
         return f"holds a {type(checkpoint).__name__}, and is no checkpoint of Lightning's."
     lacking = [name for name in ("state_dict", "pytorch-lightning_version") if name not in checkpoint]
@@ -115,8 +115,10 @@ def _what_is(checkpoint: Any) -> str | None:
 
 
 def _require_rounds(trainer: Trainer, checkpoint: Mapping[str, Any], path: Any) -> None:
-    """Raises:
-    ConfigurationError: If there is no federated run in the checkpoint to go on with, or one that has done more rounds.
+    """Check that a checkpoint has a federated run to go on with.
+
+    Raises:
+        ConfigurationError: If it has none, or one that has done more rounds.
     """
     module = type(trainer.lightning_module).__name__
     weights = f"Begin with its weights: {module}.load_from_checkpoint({str(path)!r}), and fit that without ckpt_path."
@@ -146,7 +148,7 @@ def _require_rounds(trainer: Trainer, checkpoint: Mapping[str, Any], path: Any) 
 
 
 def _is_server_s(optimizers: Any) -> bool:
-    """Whether these are the states of the server's one optimizer, whose one parameter stands for all weights."""
+    """Return whether these are the states of the server's one optimizer, whose one parameter stands for all weights."""
     groups = [group for state in optimizers for group in state.get("param_groups", ())]
     return len(groups) == 1 and set(groups[0]) <= {"lr", "weight_decay", "params"} and len(groups[0]["params"]) == 1
 
@@ -154,7 +156,7 @@ def _is_server_s(optimizers: Any) -> bool:
 def _load_weights(
     trainer: Trainer, load: Callable[..., None], checkpoint: Mapping[str, Any], *args: Any, **kwargs: Any
 ) -> None:
-    """As ``Strategy.load_model_state_dict``.
+    """Do as ``Strategy.load_model_state_dict``.
 
     Raises:
         ConfigurationError: If the weights are another module's.
@@ -176,7 +178,7 @@ def _load_weights(
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What two state dicts have different: names and shapes."""
+    """Return what two state dicts have different: names and shapes."""
     missing, foreign = [n for n in here if n not in there], [n for n in there if n not in here]
     shapes = [
         f"{name!r} is {tuple(there[name].shape)} there and {tuple(here[name].shape)} here"

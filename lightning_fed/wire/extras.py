@@ -29,7 +29,7 @@ _NOTES = "lightning-fed.notes"
 
 
 def split_integers(weights: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
-    """Parts ``weights`` into what strategies average and the integer and bool tensors, which are averaged apart."""
+    """Split ``weights`` into what strategies average and the integer and bool tensors, which are averaged apart."""
     averaged = {name: value for name, value in weights.items() if is_averaged(value)}
     return averaged, {name: value for name, value in weights.items() if name not in averaged}
 
@@ -52,30 +52,30 @@ class IntegerTensors:
         self._mean = RunningMean()
 
     def attach(self, messages: Sequence[Message]) -> None:
-        """Puts them beside what the strategy sends (which often is one shared RecordDict)."""
+        """Put them beside what the strategy sends (which often is one shared RecordDict)."""
         if self._sent:
             record = pack(self._sent)
             for message in messages:
                 message.content[_INTEGERS] = record
 
     def add(self, extras: Extras, coefficient: float) -> None:
-        """Takes in what came beside a client's reply, with its averaging coefficient."""
+        """Take in what came beside a client's reply, with its averaging coefficient."""
         if extras.integers:
             self._mean.add(extras.integers, coefficient)
 
     def merged(self, averaged: Weights) -> Weights:
-        """What the strategy made of the others, and the mean of these."""
+        """Return what the strategy made of the others, and the mean of these."""
         return {**averaged, **self._mean.value()}
 
 
 def detach_integers(message: Message) -> Weights:
-    """Takes off what came beside a message, before mods see it."""
+    """Detach what came beside a message, before mods see it."""
     record = _take(message.content, _INTEGERS, ArrayRecord)
     return {} if record is None else unpack(record)
 
 
 def merge_integers(seen: Weights, detached: Weights) -> Weights:
-    """All weights of a message: those that mods have seen, and what ``detach_integers`` gave."""
+    """Return all weights of a message: those that mods have seen, and what ``detach_integers`` gave."""
     return {**seen, **detached}
 
 
@@ -99,17 +99,17 @@ class Extras:
 
     @classmethod
     def of(cls, weights: Weights, states: list[MetricState], notes: list[str]) -> Extras:
-        """Those of a client's result: what ``without_integers`` leaves out, and all that is not weights."""
+        """Return those of a client's result: what ``without_integers`` leaves out, and all that is not weights."""
         return cls(split_integers(weights)[1], states, notes)
 
 
 def without_integers(weights: Mapping[str, Tensor]) -> Weights:
-    """What strategies and mods see of a client's weights."""
+    """Return what strategies and mods see of a client's weights."""
     return split_integers(weights)[0]
 
 
 def attach(reply: Message, extras: Extras) -> None:
-    """Puts integer tensors, metric states and notes to the user on a reply that the mods have done with."""
+    """Put integer tensors, metric states and notes to the user on a reply that the mods have done with."""
     if extras.notes:
         reply.content[_NOTES] = ConfigRecord({"texts": extras.notes})
     if extras.integers:
@@ -122,7 +122,7 @@ def attach(reply: Message, extras: Extras) -> None:
 
 
 def detach(reply: Message) -> Extras:
-    """Takes off what ``attach`` put on, before a strategy sees the reply."""
+    """Detach what ``attach`` attached, before a strategy sees the reply."""
     extras, notes = Extras(integers=detach_integers(reply)), _take(reply.content, _NOTES, ConfigRecord)
     extras.notes = [] if notes is None else [str(text) for text in cast(list[str], notes["texts"])]
     specs = _take(reply.content, _SPECS, ConfigRecord)
@@ -164,7 +164,7 @@ class Reply:
 
 
 def read_reply(reply: Message) -> Reply:
-    """Reads a reply, and takes off it what strategies must not see.
+    """Read a reply, and detach what strategies must not see.
 
     Raises:
         ClientError: If something in it is not of the form in which it travels.
@@ -180,7 +180,7 @@ def read_reply(reply: Message) -> Reply:
 
 
 def check(read: Reply, reference: Weights) -> None:
-    """Checks a client's weights, which come in two parts, against the global ones.
+    """Check a client's weights, which come in two parts, against the global ones.
 
     Args:
         read: The reply; an integer tensor would take the place of an averaged one of its name.

@@ -17,7 +17,7 @@ _LONGEST = 100
 
 
 def text_of(plain: Any, *, contents: bool = True) -> str:
-    """A line of text that is the same for equal values and no others; of what ``to_plain`` gives.
+    """Return a line of text that is the same for equal values and no others; of what ``to_plain`` gives.
 
     >>> text_of(to_plain({"decay": (0.9, 1)}))
     "{'decay': (0.9, 1)}"
@@ -30,7 +30,7 @@ def text_of(plain: Any, *, contents: bool = True) -> str:
 
 
 def describe(value: Any) -> str:
-    """As ``text_of``, for any value: a function is told by its name, an object by its class and its simple attributes.
+    """Do as ``text_of``, for any value: a function goes by its name, an object by its class and simple attributes.
 
     >>> describe([len, 0.1])
     '[len, 0.1]'

@@ -29,23 +29,23 @@ CLIENT_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
 def pack(weights: Mapping[str, Tensor]) -> ArrayRecord:
-    """An ArrayRecord that holds the tensors themselves; the caller must not write into them afterwards."""
+    """Return an ArrayRecord that holds the tensors themselves; the caller must not write into them afterwards."""
     return filled(ArrayRecord(), {name: TensorArray(tensor) for name, tensor in weights.items()})
 
 
 def unpack(record: ArrayRecord) -> Weights:
-    """The tensors of a record, to be read and not written: within a process they are the sender's own."""
+    """Return the tensors of a record, to be read and not written: within a process they are the sender's own."""
     return {name: tensor_of(array) for name, array in record.items()}
 
 
 def tensor_of(array: Array) -> Tensor:
-    """An array's tensor, to be read and not written."""
+    """Return an array's tensor, to be read and not written."""
     tensor = array.__dict__.get("tensor")
     return torch.from_numpy(array.numpy()) if tensor is None else tensor
 
 
 def first(content: RecordDict, kind: type[Kind]) -> Kind | None:
-    """The first record of a kind, or ``None``.
+    """Return the first record of a kind, or ``None``.
 
     Flower's own ``content.array_records`` makes a reference cycle, which keeps a reply's weights in memory until the
     next garbage collection.
@@ -54,7 +54,7 @@ def first(content: RecordDict, kind: type[Kind]) -> Kind | None:
 
 
 def copy_for_delivery(content: RecordDict) -> RecordDict:
-    """The same records in containers of their own: a receiver that writes into its copy changes nobody else's."""
+    """Return the same records in containers of their own: who writes into a copy changes nobody else's."""
     return filled(RecordDict(), {key: _copied(record) for key, record in content.items()})
 
 
@@ -75,7 +75,7 @@ def _copy(array: Array) -> Array:
 
 
 def round_config(round: int, seed: int) -> ConfigRecord:
-    """The config that goes with every message of a round."""
+    """Return the config that goes with every message of a round."""
     return ConfigRecord({ROUND: round, SEED: seed})
 
 
@@ -89,7 +89,7 @@ class Instruction:
 
 
 def read_instruction(message: Message) -> Instruction:
-    """Reads a train or evaluate message as the client's mods left it."""
+    """Read a train or evaluate message as the client's mods left it."""
     config = first(message.content, ConfigRecord) or ConfigRecord()
     arrays = first(message.content, ArrayRecord)
     assert arrays is not None
@@ -104,18 +104,18 @@ def _int(value: Any) -> int:
 
 
 def train_reply(message: Message, weights: Weights, num_examples: int, scalars: Mapping[str, float]) -> Message:
-    """The reply to a train message, as strategies and mods expect it."""
+    """Return the reply to a train message, as strategies and mods expect it."""
     content = RecordDict({ARRAYS: pack(weights), METRICS: MetricRecord({**scalars, NUM_EXAMPLES: num_examples})})
     return Message(content, reply_to=message)
 
 
 def evaluate_reply(message: Message, num_examples: int, scalars: Mapping[str, float]) -> Message:
-    """The reply to an evaluate message; ``num_examples`` 0 says that the client has nothing to evaluate on."""
+    """Return the reply to an evaluate message; ``num_examples`` 0 says that the client has nothing to evaluate on."""
     return Message(RecordDict({METRICS: MetricRecord({**scalars, NUM_EXAMPLES: num_examples})}), reply_to=message)
 
 
 def error_reply(message: Message, exception: BaseException) -> Message:
-    """The reply of a client that raised: what it says, as text; within a process also the exception itself."""
+    """Return the reply of a client that raised: what it says, as text; within a process also the exception itself."""
     trace = frames(exception)
     error = Error(CLIENT_RAISED, "\nThe client's traceback:\n".join([words(exception), *([trace] if trace else [])]))
     error.__dict__["exception"] = exception
@@ -123,25 +123,25 @@ def error_reply(message: Message, exception: BaseException) -> Message:
 
 
 def raised(reply: Message) -> tuple[str, BaseException | None]:
-    """What an error reply says, and the exception itself where it is at hand."""
+    """Return what an error reply says, and the exception itself where it is at hand."""
     return (reply.error.reason or "unknown error").strip(), reply.error.__dict__.get("exception")
 
 
 def num_examples(reply: Message, key: str = NUM_EXAMPLES) -> float:
-    """The averaging coefficient that a reply carries; 0 if it carries none."""
+    """Return the averaging coefficient that a reply carries; 0 if it carries none."""
     record = first(reply.content, MetricRecord)
     value = 0 if record is None else record.get(key, 0)
     return 0.0 if isinstance(value, list) else float(value)
 
 
 def scalars(record: MetricRecord | None, key: str = NUM_EXAMPLES) -> dict[str, float]:
-    """The single numbers of a MetricRecord without the averaging coefficient."""
+    """Return the single numbers of a MetricRecord without the averaging coefficient."""
     items = {} if record is None else record
     return {k: float(v) for k, v in items.items() if k != key and not isinstance(v, list)}
 
 
 def reply_scalars(reply: Message, key: str = NUM_EXAMPLES) -> dict[str, float]:
-    """The single numbers that a client reports."""
+    """Return the single numbers that a client reports."""
     return scalars(first(reply.content, MetricRecord), key)
 
 
@@ -149,22 +149,22 @@ def reply_scalars(reply: Message, key: str = NUM_EXAMPLES) -> dict[str, float]:
 
 
 def get_fit_state(context: Context) -> bytes | None:
-    """What the client keeps of its last fit: optimizers and schedulers with ``client_state="carry"``."""
+    """Return what the client keeps of its last fit: optimizers and schedulers with ``client_state="carry"``."""
     return _get(context, _FIT_STATE)
 
 
 def set_fit_state(context: Context, state: bytes | None) -> None:
-    """Keeps a fit's state with the client, where Flower keeps it from round to round."""
+    """Keep a fit's state with the client, where Flower keeps it from round to round."""
     _set(context, _FIT_STATE, state)
 
 
 def get_callback_states(context: Context) -> bytes | None:
-    """What the client's callbacks keep, whatever ``client_state`` is."""
+    """Return what the client's callbacks keep, whatever ``client_state`` is."""
     return _get(context, _CALLBACK_STATES)
 
 
 def set_callback_states(context: Context, states: bytes | None) -> None:
-    """Keeps the callbacks' states with the client."""
+    """Keep the callbacks' states with the client."""
     _set(context, _CALLBACK_STATES, states)
 
 

@@ -35,7 +35,7 @@ class Classes(dict[str, type]):
     learns = False
 
     def name(self, cls: type) -> str:
-        """The name of a class.
+        """Return the name of a class.
 
         Raises:
             TypeError: If it is not among these.
@@ -48,7 +48,7 @@ class Classes(dict[str, type]):
         return name
 
     def find(self, name: str, base: type) -> Any:
-        """The class of a name.
+        """Return the class of a name.
 
         Raises:
             TypeError: If it is not among these, or no subclass of ``base``.
@@ -60,7 +60,7 @@ class Classes(dict[str, type]):
 
 
 def to_plain(value: Any, classes: Classes | None = None, factory: Factory = None) -> Any:
-    """A value in tensors, numbers, strings, lists and dicts, in memory of their own.
+    """Return a value in tensors, numbers, strings, lists and dicts, in memory of their own.
 
     What is held twice is one object in the result, too, and again after ``from_plain``.
 
@@ -76,7 +76,7 @@ def to_plain(value: Any, classes: Classes | None = None, factory: Factory = None
 
 
 def from_plain(plain: Any, classes: Classes | None = None, factory: Factory = None) -> Any:
-    """The inverse of ``to_plain``.
+    """Return the inverse of ``to_plain``.
 
     Raises:
         TypeError: If it needs a class or a function that is not given.

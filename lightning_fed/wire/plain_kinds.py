@@ -41,7 +41,7 @@ def _read_parameter(plain: list[Any], read: Any) -> nn.Parameter:
 
 
 def write_array(kind: str, value: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """An array or, as ``kind`` says, a scalar: as a tensor where torch has the dtype, else as bytes."""
+    """Return an array or, as ``kind`` says, a scalar: as a tensor where torch has the dtype, else as bytes."""
     try:
         return {f"__{kind}__": torch.from_numpy(value.copy(order="K"))}
     except (TypeError, ValueError):

@@ -14,24 +14,24 @@ class ServedApp(ABC):
 
     @abstractmethod
     def __call__(self, message: Message, context: Context) -> Message:
-        """The reply to one message."""
+        """Return the reply to one message."""
 
     @abstractmethod
     def max_messages(self, stage: str) -> int:
-        """How many messages of a type to give to ``serve``."""
+        """Return how many messages of a type to give to ``serve``."""
 
     @abstractmethod
     def serve(self, received: Sequence[tuple[Message, Context]]) -> list[Message]:
-        """The replies to several messages of one type, in their order."""
+        """Return the replies to several messages of one type, in their order."""
 
     @abstractmethod
     def changes(self) -> bytes | None:
-        """What has changed here since this was asked last, for ``change`` of the copies in other processes."""
+        """Return what has changed here since this was asked last, for ``change`` of the copies in other processes."""
 
     @abstractmethod
     def change(self, changes: bytes) -> None:
-        """Makes the changes that another process' ``changes`` gave."""
+        """Make the changes that another process' ``changes`` gave."""
 
     @abstractmethod
     def roots(self) -> dict[str, Any]:
-        """All that clients work with, by name."""
+        """Return all that clients work with, by name."""

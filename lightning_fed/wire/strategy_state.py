@@ -59,18 +59,18 @@ class StrategyState:
         return sorted([*self._unsaved, *inner])
 
     def configuration(self) -> dict[str, str]:
-        """How the strategy, and those that it wraps, were built; by dotted name."""
+        """Return how the strategy, and those that it wraps, were built; by dotted name."""
         inner = {f"{n}.{k}": text for n, state in self.wrapped.items() for k, text in state.configuration().items()}
         return {**self.built, **inner}
 
     def present(self) -> dict[str, str]:
-        """As ``configuration``, of what the attributes are now."""
+        """Do as ``configuration``, of what the attributes are now."""
         inner = {f"{n}.{k}": text for n, state in self.wrapped.items() for k, text in state.present().items()}
         plain, _ = self._write(vars(self.strategy))
         return {**{name: text_of(value) for name, value in plain.items()}, **inner}
 
     def snapshot(self) -> State:
-        """All that the strategy holds now, in memory of its own, for ``dump``."""
+        """Return all that the strategy holds now, in memory of its own, for ``dump``."""
         strategy: object = self.strategy
         if _has_state(strategy):
             if self._is_ours:
@@ -81,7 +81,7 @@ class StrategyState:
         return {**state, **{name: {_STRATEGY: inner.snapshot()} for name, inner in self.wrapped.items()}}
 
     def dump(self, snapshot: State | None = None) -> State:
-        """What goes into a checkpoint.
+        """Return what goes into a checkpoint.
 
         Args:
             snapshot: What the strategy held when ``snapshot`` was called; by default what it holds now.
@@ -98,7 +98,7 @@ class StrategyState:
         return {**changed, **inner}
 
     def load(self, state: State) -> list[str]:
-        """Takes back what ``dump`` gave.
+        """Take back what ``dump`` gave.
 
         Returns:
             What could not be made again, by dotted name, with the reason; it stays as it was built.
@@ -167,12 +167,12 @@ class StandIn(Strategy):
 
 
 def state_of(strategy: Strategy) -> StrategyState:
-    """A strategy's state."""
+    """Return a strategy's state."""
     return strategy.checkpoint_state if isinstance(strategy, StandIn) else StrategyState(strategy)
 
 
 def names_in(state: State) -> list[str]:
-    """What a state that ``StrategyState.dump`` gave has, by name."""
+    """Return what a state that ``StrategyState.dump`` gave has, by name."""
     return [str(name) for name, _ in state[_STATE_DICT]] if _STATE_DICT in state else list(state)
 
 
@@ -191,7 +191,7 @@ def _is_code(value: Any) -> bool:
 
 
 def _classes_of(strategy: type) -> Classes:
-    """The classes that a strategy's own code works with: in its modules' namespaces, and in its class's."""
+    """Return the classes that a strategy's own code works with: in its modules' namespaces, and in its class's."""
     classes = Classes()
     for cls in strategy.__mro__[:-1]:
         for holder in (sys.modules.get(cls.__module__, cls), cls):

@@ -40,7 +40,7 @@ class TensorArray(Array):
         self.__dict__["tensor"], self.__dict__["_bytes"] = None, value
 
     def numpy(self) -> np.ndarray[Any, Any]:
-        """A copy of the tensor as a NumPy array."""
+        """Return a copy of the tensor as a NumPy array."""
         tensor = self.__dict__["tensor"]
         if tensor is None:
             return super().numpy()

@@ -15,7 +15,7 @@ def loader(examples: int, seed: int = 0) -> DataLoader:
     return DataLoader(toy_data(examples, seed), batch_size=8)
 
 
-CALLS: list[tuple[int, str]] = []  # what a client notes in its datamodule is put back
+CALLS: list[tuple[int, str]] = []  # what a client notes in its datamodule is restored
 
 
 class Site(LightningDataModule):

@@ -1,4 +1,4 @@
-"""What a client leaves behind when it fails, what is too large to be put back, and what its data code draws."""
+"""What a client leaves behind when it fails, what is too large to be restored, and what its data code draws."""
 
 from __future__ import annotations
 

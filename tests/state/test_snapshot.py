@@ -1,4 +1,4 @@
-"""Whatever objects held is put back; what cannot be is said."""
+"""Whatever objects held is restored; what cannot be is said."""
 
 from __future__ import annotations
 

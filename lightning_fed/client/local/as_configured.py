@@ -27,7 +27,7 @@ _PLAIN = {bool, int, float, str, type(None), types.FunctionType}
 
 
 class AsConfigured:
-    """Optimizers and schedulers as they were before a fit, to be put back after it.
+    """Optimizers and schedulers as they were before a fit, to be restored after it.
 
     The objects themselves and not copies of them, for the user's code may hold them, too.
     """
@@ -36,7 +36,7 @@ class AsConfigured:
         self._kept: dict[int, tuple[Any, dict[str, Any]]] = {}
 
     def keep(self, module: LightningModule, objects: Iterable[Any]) -> None:
-        """Remembers what objects, and those that they hold, are like; of those known already nothing new."""
+        """Remember what objects, and those that they hold, are like; of those known already nothing new."""
         found = {id(one): one for one in _with_held(objects) if id(one) not in self._kept}
         if not found:
             return
@@ -48,7 +48,7 @@ class AsConfigured:
             self._kept[key] = one, copier.copied(vars(one))
 
     def restore(self) -> None:
-        """Makes all objects what they were."""
+        """Make all objects what they were."""
         for one, attributes in self._kept.values():
             vars(one).clear()
             vars(one).update(attributes)
@@ -66,7 +66,7 @@ class _Copier:
         self._memo: dict[int, Any] = {}
 
     def copied(self, value: Any) -> Any:
-        """A copy; a part that cannot be copied (a weak reference, a lock) is no part that a step changes."""
+        """Return a copy; a part that cannot be copied (a weak reference, a lock) is no part that a step changes."""
         kind = type(value)
         if kind in _PLAIN or id(value) in self.same:
             return value
@@ -84,7 +84,7 @@ class _Copier:
 
 
 def shared(module: nn.Module) -> dict[int, Any]:
-    """A memo for ``copy.deepcopy`` with which copies hold the module's own parts: submodules, parameters, buffers."""
+    """Return a memo for ``copy.deepcopy`` with which copies hold the module's own submodules and tensors."""
     memo: dict[int, Any] = {}
     for child in module.modules():
         memo[id(child)] = child
@@ -96,7 +96,7 @@ def shared(module: nn.Module) -> dict[int, Any]:
 
 
 def held_by(module: LightningModule) -> Iterator[Any]:
-    """What a module may give ``configure_optimizers`` to return: in attributes, or bound to that method."""
+    """Return what a module may give ``configure_optimizers`` to return: in attributes, or bound to that method."""
     attributes = vars(module)
     yield from (value for name, value in attributes.items() if name not in _LIGHTNINGS)
     bound = getattr(attributes.get("configure_optimizers"), "__func__", None)

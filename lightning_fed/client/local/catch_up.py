@@ -17,7 +17,7 @@ from lightning_fed.errors import ClientError
 
 
 def catch_up(trainer: Any, client_state: str, kept: FitState) -> HandSteps | None:
-    """Takes a fit to where one long fit of its client would be.
+    """Take a fit to where one long fit of its client would be.
 
     Args:
         trainer: A ``LocalTrainer`` whose optimizers and data are set up.
@@ -57,7 +57,7 @@ def catch_up(trainer: Any, client_state: str, kept: FitState) -> HandSteps | Non
 
 
 def left_behind(trainer: Any, client_state: str, hand: HandSteps | None) -> FitState:
-    """What a client keeps of a fit that is over, for the next one to catch up with.
+    """Return what a client keeps of a fit that is over, for the next one to catch up with.
 
     Raises:
         ClientError: If its module steps a schedule by hand, and by no rule that could be found.
@@ -72,7 +72,7 @@ def left_behind(trainer: Any, client_state: str, hand: HandSteps | None) -> FitS
 
 
 def without_place(configs: Sequence[Any]) -> str | None:
-    """What is said of a schedule that follows a metric, where schedules are to follow the global round."""
+    """Return what is said of a schedule that follows a metric, where schedules are to follow the global round."""
     for config in configs:
         if config.reduce_on_plateau or isinstance(config.scheduler, ReduceLROnPlateau):
             return (
@@ -83,7 +83,7 @@ def without_place(configs: Sequence[Any]) -> str | None:
 
 
 def _take_up(trainer: Any, kept: FitState, finetuning: Sequence[BaseFinetuning]) -> int:
-    """Gives a fit what its client kept, and says how many epochs that has behind it.
+    """Give a fit what its client kept, and says how many epochs that has behind it.
 
     What finetuning did in these is done again first, for it made the optimizers' groups.
     """

@@ -32,7 +32,7 @@ class Plan:
     anew: bool = False
 
     def limits(self, rounds: int) -> tuple[int, int]:
-        """The epochs and the optimizer steps of some rounds, -1 for what does not limit them."""
+        """Return the epochs and the optimizer steps of some rounds, -1 for what does not limit them."""
         return _times(self.epochs, rounds), _times(self.steps, rounds)
 
 
@@ -76,13 +76,13 @@ class ByHand(NamedTuple):
 
 
 def declared_paces(configs: Sequence[Any]) -> tuple[Pace, ...]:
-    """How often schedules are stepped by what ``configure_optimizers`` says of them."""
+    """Return how often schedules are stepped by what ``configure_optimizers`` says of them."""
     # In manual optimization Lightning takes any word for an interval.
     return tuple(Pace("step" if config.interval == "step" else "epoch", config.frequency) for config in configs)
 
 
 def assumed(trainer: Any, plan: Plan, configs: Sequence[Any]) -> ByHand:
-    """What is taken for granted of manual optimization as long as no local fit has told otherwise.
+    """Return what is taken for granted of manual optimization as long as no local fit has told otherwise.
 
     Schedules are stepped as ``configure_optimizers`` says, and each batch steps each optimizer once.
     """
@@ -91,7 +91,7 @@ def assumed(trainer: Any, plan: Plan, configs: Sequence[Any]) -> ByHand:
 
 
 def elapsed(trainer: Any, plan: Plan, rounds: int, by_hand: ByHand | None = None) -> Elapsed:
-    """How far one long fit would be after some rounds, on as many batches an epoch as the client has now.
+    """Return how far one long fit would be after some rounds, on as many batches an epoch as the client has now.
 
     Args:
         trainer: The client's trainer, whose data is set up.
@@ -134,13 +134,13 @@ class Accumulation:
         return self._changing.get_accumulate_grad_batches(epoch) if self._changing else self._always
 
     def steps(self, epochs: int, batches: int) -> int:
-        """The optimizer steps of some epochs."""
+        """Return the optimizer steps of some epochs."""
         if self._changing is None:
             return epochs * math.ceil(batches / self._always)
         return sum(math.ceil(batches / self(epoch)) for epoch in range(epochs))
 
     def split(self, steps: int, batches: int) -> tuple[int, int]:
-        """Whole epochs, and the steps beyond."""
+        """Return whole epochs, and the steps beyond."""
         if self._changing is None:
             return divmod(steps, math.ceil(batches / self._always))
         epoch = 0
@@ -150,7 +150,7 @@ class Accumulation:
 
 
 def stand_after(trainer: Any, module: LightningModule, rounds: int, loader: Any) -> None:
-    """Lets an evaluation tell the time at the end of a round.
+    """Let an evaluation tell the time at the end of a round.
 
     Args:
         trainer: The trainer that evaluates.
@@ -169,13 +169,13 @@ def stand_after(trainer: Any, module: LightningModule, rounds: int, loader: Any)
 
 
 def start_at_epoch(trainer: Any, epoch: int) -> None:
-    """Lets ``current_epoch`` begin at a number."""
+    """Let ``current_epoch`` begin at a number."""
     for progress in (trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_progress.total):
         progress.ready = progress.started = progress.processed = progress.completed = epoch
 
 
 def require_known(schedules: Iterable[tuple[Any, Pace]], end: Elapsed, batches: int | float) -> None:
-    """Checks that schedules count nothing that nobody knows.
+    """Check that schedules count nothing that nobody knows.
 
     Args:
         schedules: Each with how often it is stepped.
@@ -210,7 +210,7 @@ class TrainerInARun(Trainer):
 
     Attributes:
         steps_before: The optimizer steps of all rounds before; ``None`` where nothing tells.
-        was_asked: Whether somebody asked for ``global_step`` where nothing tells how many there were before.
+        was_asked: Whether the user's code asked for ``global_step`` where nothing tells how many there were before.
     """
 
     was_asked = False

@@ -25,7 +25,7 @@ from lightning_fed.values.data import TensorBatches
 
 
 def examples_in(loader: Any, batches: float = math.inf) -> int | None:
-    """The examples in a loader's first batches, or ``None`` where lengths do not tell.
+    """Return the examples in a loader's first batches, or ``None`` where lengths do not tell.
 
     Args:
         loader: A client's loader.
@@ -45,7 +45,7 @@ def examples_in(loader: Any, batches: float = math.inf) -> int | None:
 
 
 def _plan(loader: Any) -> BatchSampler | None:
-    """What puts a loader's batches together, where that is torch's own code."""
+    """Return what puts a loader's batches together, where that is torch's own code."""
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return None
     if isinstance(loader.dataset, IterableDataset):
@@ -57,7 +57,7 @@ def _plan(loader: Any) -> BatchSampler | None:
 
 
 def _known(loaders: CombinedLoader) -> int | None:
-    """The examples of an epoch over all of a trainer's loaders, one after the other, or ``None``."""
+    """Return the examples of an epoch over all of a trainer's loaders, one after the other, or ``None``."""
     flat = loaders.flattened
     if len(flat) > 1 and not is_in_turn(loaders):
         return None
@@ -67,7 +67,7 @@ def _known(loaders: CombinedLoader) -> int | None:
 
 
 def batch_size(batch: Any) -> int | None:
-    """The examples of a batch, or ``None`` where nothing in it tells.
+    """Return the examples of a batch, or ``None`` where nothing in it tells.
 
     As Lightning weighs what is logged: the length of the first tensor, array or packed sequences; without any, of the
     first list of texts, numbers and the like, or of whatever list there is. A tensor without a dimension tells nothing
@@ -87,7 +87,7 @@ def batch_size(batch: Any) -> int | None:
 
 
 def _length(part: Any) -> int | None:
-    """How many things a part of a batch has, ``None`` where it has no first dimension."""
+    """Return how many things a part of a batch has, ``None`` where it has no first dimension."""
     if isinstance(part, PackedSequence):
         return int(part.batch_sizes[0])
     if isinstance(part, (Tensor, np.ndarray)):
@@ -96,7 +96,7 @@ def _length(part: Any) -> int | None:
 
 
 def _parts(part: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """A batch and all that is in it, the outer before the inner, each with the way to it."""
+    """Return a batch and all that is in it, the outer before the inner, each with the way to it."""
     yield path, part
     for i, item in enumerate(_inside(part) or ()):
         yield from _parts(item, (*path, i))
@@ -128,7 +128,7 @@ class _Tells:
         self._path: tuple[int, ...] | None = None
 
     def count(self, batch: Any) -> int | None:
-        """As ``batch_size``, but where that contradicts the loader in a full batch."""
+        """Do as ``batch_size``, but where that contradicts the loader in a full batch."""
         usual = batch_size(batch)
         if self._path is None and self._full is not None and usual is not None and usual != self._full:
             self._path = next((path for path, part in _parts(batch) if self._has_all(path, part)), None)
@@ -158,13 +158,13 @@ class CountExamples(Callback):
         self._tells: list[_Tells] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The loaders are open."""
+        """Begin to count, as the loaders are open."""
         # A step that takes its batches itself has them only afterwards.
         later = isinstance(data_fetcher(trainer.fit_loop), IterDataFetcher)
         self._begin(trainer, combined_loader(trainer.fit_loop), (_AfterSteps if later else _BeforeSteps)(self, trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The loaders are open, in a validation of its own or in a fit."""
+        """Begin to count in a validation of its own, as the loaders are open."""
         if trainer.state.fn == "validate":
             self._begin(trainer, combined_loader(trainer.validate_loop), _InValidation(self, trainer))
 
@@ -178,7 +178,7 @@ class CountExamples(Callback):
             trainer.callbacks.append(each)  # type: ignore[attr-defined]
 
     def add(self, batch: Any, loader: int = 0) -> None:
-        """Counts a batch of one of the loaders.
+        """Count a batch of one of the loaders.
 
         Raises:
             ClientError: If nothing tells how many examples it has.
@@ -232,7 +232,7 @@ class _InValidation(_EachBatch):
 
 
 def nothing_to_train_on(loader: Any, limit: float | None = None) -> ClientError:
-    """Why a client has no batch, and the way out.
+    """Return why a client has no batch, and the way out.
 
     Args:
         loader: What it was given to train on.

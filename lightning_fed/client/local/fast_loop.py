@@ -1,8 +1,8 @@
 """The epoch loop of clients' trainers: Lightning's, step for step, without what nobody listens to.
 
-With a small model most of a step's time is Lightning's: twenty hooks, called whether or not anybody wrote them, each
+With a small model most of a step's time is Lightning's: twenty hooks, called overridden or not, each
 with a profiler's context; closures in closures; signatures read anew. Here one look at the beginning of an epoch says
-which hooks somebody wrote. Where anything is unusual (another precision, accumulated gradients, a module's own
+which hooks the user overrides. Where anything is unusual (another precision, accumulated gradients, a module's own
 ``backward``) Lightning's own code runs.
 """
 
@@ -59,7 +59,7 @@ _OF_OPTIMIZATION = ("optimizer_step", "optimizer_zero_grad", "backward")
 
 
 class StepHooks:
-    """Those hooks of a step that somebody overrides, found once an epoch."""
+    """Those hooks of a step that the user overrides, found once an epoch."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, self._module = trainer, trainer.lightning_module
@@ -73,7 +73,7 @@ class StepHooks:
         return bool(self._callbacks or self._own)
 
     def call(self, name: str, *args: Any) -> Any:
-        """Calls a hook in Lightning's way and order, and returns what the module's own gave."""
+        """Call a hook in Lightning's way and order, and return what the module's own gave."""
         if name in self._callbacks:
             call_callbacks(self._trainer, name, *args)
         return call_module(self._trainer, name, *args) if name in self._own else None
@@ -85,7 +85,7 @@ class FastOptimization(LightningAutomaticOptimization):
     hooks: StepHooks | None = None
 
     def prepare(self, hooks: StepHooks, is_plain: bool) -> None:
-        """Looks, once an epoch, whether there is anything else that needs Lightning's own way."""
+        """Look, once an epoch, whether there is anything else that needs Lightning's own way."""
         module = self.trainer.lightning_module
         usual = is_plain and not skips_backward(self) and self.trainer.strategy.model is module
         usual = usual and not any(overrides(module, LightningModule, name) for name in _OF_OPTIMIZATION)
@@ -94,7 +94,7 @@ class FastOptimization(LightningAutomaticOptimization):
         self.clips = self.clips or overrides(module, LightningModule, "configure_gradient_clipping")
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
-        """As Lightning's; what the step gave is there only for an ``on_train_batch_end`` that somebody wrote."""
+        """Do as Lightning's; what the step gave is there only for an ``on_train_batch_end`` that is overridden."""
         if self.hooks is None:
             return super().run(optimizer, batch_idx, kwargs)
         module, step = self.trainer.lightning_module, self.optim_progress.optimizer.step
@@ -130,7 +130,7 @@ class FastOptimization(LightningAutomaticOptimization):
         return None if loss is None else loss.detach()
 
     def backward(self, loss: Tensor) -> None:
-        """Gives the parameters their gradients."""
+        """Give the parameters their gradients."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def _loss(self, output: Any, is_heard: bool) -> Tensor | None:
@@ -150,7 +150,7 @@ _takes_index: MutableMapping[Callable[..., Any], bool] = WeakKeyDictionary()
 
 
 def takes_index(step: Callable[..., Any]) -> bool:
-    """Whether a step, as a function of the module and more, takes the batch's index."""
+    """Return whether a step, as a function of the module and more, takes the batch's index."""
     try:
         if step not in _takes_index:
             _takes_index[step] = is_param_in_hook_signature(step, "batch_idx", min_args=2)
@@ -163,7 +163,7 @@ class FastEpochLoop(EpochLoop):
     """Lightning's epoch loop for the usual case: batches from loaders, one device, no accumulation."""
 
     def on_run_start(self, data_fetcher: DataFetcher) -> None:
-        """Looks whether this epoch is the usual case."""
+        """Look whether this epoch is the usual case."""
         super().on_run_start(data_fetcher)
         trainer, module = self.trainer, self.trainer.lightning_module
         plain_loaders = type(data_fetcher) is PrefetchDataFetcher and not self.restarting
@@ -229,7 +229,7 @@ class FastEpochLoop(EpochLoop):
         return to_device(trainer, batch)
 
     def on_advance_end(self, data_fetcher: DataFetcher) -> None:
-        """What comes after a step; without validation that is little."""
+        """Do what comes after a step; without validation that is little."""
         if not self._is_usual or self.trainer.limit_val_batches:
             super().on_advance_end(data_fetcher)
             return
@@ -244,12 +244,12 @@ class PlacedBatch:
     """The base of batches that know where they are."""
 
     def is_at(self, device: torch.device) -> bool:
-        """Whether it is known to be on a device."""
+        """Return whether it is known to be on a device."""
         raise NotImplementedError
 
 
 def use_fast_loops(trainer: Trainer) -> bool:
-    """Gives a trainer that has not begun the loops of this file, the fast ones where they are known to be Lightning's.
+    """Give a trainer that has not begun the loops of this file, the fast ones where they are known to be Lightning's.
 
     Returns:
         Whether they are.
@@ -266,7 +266,7 @@ def use_fast_loops(trainer: Trainer) -> bool:
 
 
 def _zero_grad(optimizer: Optimizer) -> None:
-    """As ``optimizer.zero_grad()``, without the label of torch's that a profiler would show."""
+    """Do as ``optimizer.zero_grad()``, without the label of torch's that a profiler would show."""
     if getattr(optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad:
         optimizer.zero_grad()
         return
@@ -276,5 +276,5 @@ def _zero_grad(optimizer: Optimizer) -> None:
 
 
 def _is_at(part: Any, device: torch.device) -> bool:
-    """Whether a part of a batch is known to be at a device."""
+    """Return whether a part of a batch is known to be at a device."""
     return part.device == device if type(part) is Tensor else isinstance(part, PlacedBatch) and part.is_at(device)

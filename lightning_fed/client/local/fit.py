@@ -33,7 +33,7 @@ from lightning_fed.views import viewed_as
 
 
 def set_up(work: LocalWork) -> None:
-    """Sets the module up in a process that has no server, in a fit of no epochs.
+    """Set the module up in a process that has no server, in a fit of no epochs.
 
     Apart from local fits: what building draws must not shift a fit's draws, and what is built must stay.
     """
@@ -55,7 +55,7 @@ def set_up(work: LocalWork) -> None:
 
 
 def local_fit(work: LocalWork) -> LocalResult:
-    """Trains the module on one client's data, from the round's weights, and leaves it as it was but for its weights.
+    """Train the module on one client's data, from the round's weights, and leave it as it was but for its weights.
 
     Args:
         work: What the client works on.
@@ -76,7 +76,7 @@ def local_fit(work: LocalWork) -> LocalResult:
 
 
 def _trained(work: LocalWork, hooks: LocalHooks) -> tuple[LocalResult, FitState]:
-    """What one fit gives, and what it leaves to the client's next one."""
+    """Return what one fit gives, and what it leaves to the client's next one."""
     module, loaders, counter = work.module, work.loaders, CountExamples()
     callbacks: list[Callback] = [hooks, *work.options.method_callbacks()]
     if examples_in(loaders.train) is None:
@@ -102,7 +102,7 @@ def _trained(work: LocalWork, hooks: LocalHooks) -> tuple[LocalResult, FitState]
 
 
 def local_evaluate(work: LocalWork) -> LocalResult:
-    """Validates the round's weights on one client's held-out data; ``num_examples`` is 0 where it has none.
+    """Validate the round's weights on one client's held-out data; ``num_examples`` is 0 where it has none.
 
     Args:
         work: What the client works on.

@@ -39,7 +39,7 @@ class FitState:
 
     @classmethod
     def of(cls, trainer: Trainer, callbacks: dict[str, dict[str, Any]]) -> FitState:
-        """What the optimizers and schedulers of a fit hold."""
+        """Return what the optimizers and schedulers of a fit hold."""
         return cls(
             [optimizer.state_dict() for optimizer in trainer.optimizers],
             [scheduler.state_dict() for scheduler in _schedulers(trainer)],
@@ -49,7 +49,7 @@ class FitState:
         )
 
     def load_into(self, trainer: Trainer) -> None:
-        """Gives optimizers and schedulers what they held.
+        """Give optimizers and schedulers what they held.
 
         Raises:
             ClientError: If they are others.
@@ -66,7 +66,7 @@ class FitState:
             scheduler.load_state_dict(own)
 
     def dump(self) -> bytes | None:
-        """As bytes; ``None`` where there is nothing to keep."""
+        """Return it as bytes; ``None`` where there is nothing to keep."""
         if not self.optimizers and self.by_hand is None and self.rates is None:
             return None
         if not self.optimizers:  # torch.save takes a hundred times as long
@@ -75,7 +75,7 @@ class FitState:
 
     @classmethod
     def load(cls, saved: bytes | None) -> FitState:
-        """What ``dump`` gave."""
+        """Return what ``dump`` gave."""
         if saved is None:
             return cls()
         if saved.startswith((b"[", b"{")):
@@ -88,7 +88,7 @@ class FitState:
 
 
 def dump_callbacks(callbacks: list[Callback]) -> bytes | None:
-    """What callbacks keep, as bytes; ``None`` where there is nothing.
+    """Return what callbacks keep, as bytes; ``None`` where there is nothing.
 
     Raises:
         ClientError: If one keeps what cannot be kept.
@@ -109,7 +109,7 @@ def dump_callbacks(callbacks: list[Callback]) -> bytes | None:
 
 
 def load_callbacks(saved: bytes | None) -> dict[str, dict[str, Any]]:
-    """What ``dump_callbacks`` gave, by ``state_key``."""
+    """Return what ``dump_callbacks`` gave, by ``state_key``."""
     return {} if saved is None else _load(saved)
 
 

@@ -42,7 +42,7 @@ class HandRates:
         self._handles = [optimizer.register_step_pre_hook(self._first_step) for optimizer in watched]
 
     def _first_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Whether somebody has set the rates again, as before each step; if not, this one is not what it would be."""
+        """Return whether the rates were set again, as before each step; if not, this one is not what it would be."""
         if self._kept is None:
             return
         kept, self._kept = self._kept, None
@@ -57,7 +57,7 @@ class HandRates:
             )
 
     def left(self) -> Ended | None:
-        """How the fit, which is over, has left rates that neither ``configure_optimizers`` nor a schedule gave."""
+        """Return how a fit that is over left rates that neither ``configure_optimizers`` nor a schedule gave."""
         for handle in self._handles:
             handle.remove()
         rates = _rates(self._trainer)
@@ -70,7 +70,7 @@ class HandRates:
         return (self._trainer.current_round + 1, rates) if writes else None
 
     def _are_scheduled(self, rates: Rates) -> bool:
-        """Whether each optimizer has what it began with, or what a schedule gave it last."""
+        """Return whether each optimizer has what it began with, or what a schedule gave it last."""
         if overrides(self._trainer.lightning_module, LightningModule, "lr_scheduler_step"):
             return True
         for optimizer, own, given in zip(self._trainer.optimizers, rates, self._given, strict=True):
@@ -83,7 +83,7 @@ class HandRates:
 
 
 def finetunes(trainer: Any) -> bool:
-    """Whether a callback freezes layers and sets their rates by epoch: it is taken to where it would be."""
+    """Return whether a callback freezes layers and sets their rates by epoch: it is taken to where it would be."""
     return any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks)
 
 

@@ -31,7 +31,7 @@ class HandSteps:
         self._counts = [0] * len(self._configs)
 
     def begin(self) -> None:
-        """Counts from here on."""
+        """Count from here on."""
         self._first_epoch = self._trainer.current_epoch
         for i, config in enumerate(self._configs):
             config.scheduler.step = self._counted(config.scheduler.step, i)
@@ -45,7 +45,7 @@ class HandSteps:
         return counted
 
     def told(self, round: int) -> ByHand:
-        """What the fit, which is over, has told.
+        """Return what the fit, which is over, has told.
 
         Raises:
             ClientError: If it is no rule that tells where a schedule would be in another round.
@@ -69,7 +69,7 @@ class HandSteps:
         return told
 
     def misled(self, told: ByHand | None) -> bool:
-        """Whether the fit began in the wrong place for want of what it has told."""
+        """Return whether the fit began in the wrong place for want of what it has told."""
         if self._known is not None or told is None or self._trainer.task.round == 1:
             return False
         return told[:2] != self.used[:2] or (self._trainer.was_asked and told.steps is not None)
@@ -81,7 +81,7 @@ class HandSteps:
         return next((pace for pace in rules if self._explains(pace, i, batches)), None)
 
     def _explains(self, pace: Pace, i: int, batches: int) -> bool:
-        """Whether a rule gives what was counted."""
+        """Return whether a rule gives what was counted."""
         count, (interval, frequency) = self._counts[i], pace
         if interval == "round":
             return count == frequency > 0

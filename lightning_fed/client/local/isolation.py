@@ -41,7 +41,7 @@ class Isolation:
 
     @contextmanager
     def around(self, module: LightningModule, datamodule: LightningDataModule | None) -> Iterator[Sequence[Snapshot]]:
-        """The block may change what it likes; gives what was noted.
+        """Let the block change what it likes; give what was noted.
 
         Raises:
             ClientError: If something was written to that is too large to have been copied; and at each later call, for
@@ -59,11 +59,11 @@ class Isolation:
             raise
 
     def release(self) -> None:
-        """Forgets what was noted."""
+        """Forget what was noted."""
         self._noted, self._snapshots = (), []
 
     def say_grown(self, snapshots: Sequence[Snapshot]) -> None:
-        """Whoever collects what clients do, or keeps what was read, will look for it."""
+        """Name what grew: whoever collects what clients do, or keeps what was read, will look for it."""
         if multiprocessing.parent_process() is not None:
             return
         for is_data, kept in ((False, _COLLECTED), (True, _READ)):
@@ -91,23 +91,23 @@ class Isolation:
             )
 
     def say_endless(self, snapshots: Sequence[Snapshot]) -> None:
-        """Names the iterators among what was noted, each once."""
+        """Name the iterators among what was noted, each once."""
         names = {node.path for snapshot in snapshots for node in snapshot.endless} - self._named
         if names:
             self._named |= names
             rank_zero_warn(
-                f"{', '.join(sorted(names))}: what a client takes from an iterator cannot be put back, so the clients"
+                f"{', '.join(sorted(names))}: what a client takes from an iterator cannot be restored, so the clients"
                 " after it, and those in other processes, find another one. Make it anew in `on_train_start`, or in the"
                 " data set's `__iter__`."
             )
 
 
 _COLLECTED = (
-    "What a module holds is put back after each client, so that the next one finds what this one found: to collect what"
+    "What a module holds is restored after each client, so that the next one finds what this one found: to collect what"
     " clients do, log it, or append to a list that is a variable of your script."
 )
 _READ = (
-    "What data holds is put back after each client, so that the next one finds what this one found: to keep what was"
+    "What data holds is restored after each client, so that the next one finds what this one found: to keep what was"
     " read in memory, write `Partition(..., cache=True)`, or read it before `fit`."
 )
 
@@ -117,13 +117,13 @@ class ContentLost(ClientError):
 
 
 def weights_of(module: LightningModule) -> list[Tensor]:
-    """The tensors that are loaded for each client: those of the state dict themselves, not copies that it may make."""
+    """Return the tensors that are loaded for each client: the state dict's own, not copies that it may make."""
     return [value for value in module.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
 
 
 @contextmanager
 def restoring(snapshots: Sequence[Snapshot]) -> Iterator[None]:
-    """After the block all that was noted is as it was; an error of the block's own stays the error.
+    """Restore all that was noted after the block; an error of the block's own stays the error.
 
     Raises:
         ContentLost: If the block wrote into something too large to have been copied.
@@ -135,25 +135,25 @@ def restoring(snapshots: Sequence[Snapshot]) -> Iterator[None]:
             try:
                 snapshot.restore()
             except Exception as other:
-                error.add_note(f"What it had changed could not all be put back: {type(other).__name__}: {other}")
+                error.add_note(f"What it had changed could not all be restored: {type(other).__name__}: {other}")
         raise
     for snapshot in reversed(snapshots):  # a later one may have found what an earlier one had seeded
         snapshot.restore()
     if lost := [node for snapshot in snapshots for node in snapshot.lost]:
         sizes = ", ".join(f"{node.path} ({memory_of(node.thing) / 2**20:.1f} MiB)" for node in lost)
         raise ContentLost(
-            f"wrote into {sizes}. What is so large is not copied for each client, so it cannot be put back, and the"
+            f"wrote into {sizes}. What is so large is not copied for each client, so it cannot be restored, and the"
             " clients after it would find what was written. Write into a copy (`x = x.clone()`), or make it a buffer of"
             " the module's state dict, which travels with the weights."
         )
 
 
 class LocalData:
-    """The loaders of one local run, as Lightning asks for them: noted, seeded, and put back at the end.
+    """The loaders of one local run, as Lightning asks for them: noted, seeded, and restored at the end.
 
     Args:
         seed_of: Gives the seed of the generator that is found at a path.
-        isolation: That of the run, which says what cannot be put back.
+        isolation: That of the run, which says what cannot be restored.
     """
 
     def __init__(self, seed_of: SeedOf, isolation: Isolation) -> None:
@@ -161,7 +161,7 @@ class LocalData:
         self.snapshots: list[DataSnapshot] = []
 
     def take(self, loader: Any, seed_of: SeedOf | None = None) -> DataSnapshot:
-        """Notes what a loader holds, with its data set, sampler and transforms, and seeds their generators.
+        """Note what a loader holds, with its data set, sampler and transforms, and seeds their generators.
 
         Args:
             loader: A train or validation loader, of whatever kind.
@@ -177,7 +177,7 @@ class LocalData:
 
 @contextmanager
 def making_data(makers: DataSnapshot, seed: int, client: int = -1, keeps: bool = True) -> Iterator[None]:
-    """In the block the user's code makes data; whenever it does, and wherever, it draws the same.
+    """Let the user's code make data in the block: whenever it does, and wherever, it draws the same.
 
     Args:
         makers: What holds that code, and maybe generators of its own.
@@ -196,7 +196,7 @@ def making_data(makers: DataSnapshot, seed: int, client: int = -1, keeps: bool =
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps Lightning from telling the same about every client's trainer."""
+    """Keep Lightning from telling the same about every client's trainer."""
     logger = rank_zero_module.log
     logger.addFilter(_is_warning)  # to set its level would make all loggers forget theirs
     try:
@@ -210,14 +210,14 @@ def _is_warning(record: logging.LogRecord) -> bool:
 
 
 def signal_handlers() -> dict[int, Any]:
-    """The server's signal handlers: a client must not swallow a SIGTERM, nor leave Ctrl-C ignored."""
+    """Return the server's signal handlers: a client must not swallow a SIGTERM, nor leave Ctrl-C ignored."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
 def restore_handlers(handlers: dict[int, Any]) -> None:
-    """Takes back what ``signal_handlers`` gave, where it was changed."""
+    """Take back what ``signal_handlers`` gave, where it was changed."""
     for number, handler in handlers.items():
         if handler is not None and signal.getsignal(number) is not handler:
             signal.signal(number, handler)

@@ -37,11 +37,11 @@ class LoggedValues(ResultCollection):
         super().__setitem__(key, value)
 
     def remember(self, hook: str, name: str, how: tuple[Any, ...]) -> None:
-        """Takes note of how Lightning has just logged a name in a hook."""
+        """Take note of how Lightning has just logged a name in a hook."""
         self._known[hook, name] = how
 
     def log_again(self, hook: str, name: str, value: Any, how: tuple[Any, ...], batch_size: int | None) -> bool:
-        """Logs a value as Lightning would.
+        """Log a value as Lightning would.
 
         Args:
             hook: The hook that logs.

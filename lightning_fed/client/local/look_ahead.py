@@ -50,7 +50,7 @@ class LookAhead:
     data: Callable[[int, int], ClientLoaders]
 
     def look(self) -> None:
-        """Looks.
+        """Look.
 
         Raises:
             ConfigurationError: If a schedule follows a metric and has no place in the global round, or cannot see it.
@@ -76,7 +76,7 @@ class LookAhead:
             raise ConfigurationError(f"A client {missing}")
 
     def _look(self, loaders: ClientLoaders | None) -> bool:
-        """Whether a schedule follows a metric; says what is to be said of the others."""
+        """Return whether a schedule follows a metric; says what is to be said of the others."""
         options = self.work.options
         with self._configured(loaders) as trainer:
             configs = trainer.lr_scheduler_configs
@@ -98,7 +98,7 @@ class LookAhead:
 
     @contextmanager
     def _configured(self, loaders: ClientLoaders | None) -> Iterator[LocalTrainer]:
-        """The first client's trainer, as far as a fit has got when optimizers are made."""
+        """Return the first client's trainer, as far as a fit has got when optimizers are made."""
         work = self.work if loaders is None else replace(self.work, loaders=loaders)
         with local_run(work, "train") as data:
             trainer = build_trainer(LocalTrainer, work, list(work.options.method_callbacks()))
@@ -120,7 +120,7 @@ class LookAhead:
                 tear_down(trainer)
 
     def _missing(self, quickly: bool) -> MissingMetric | None:
-        """What a local fit says of a metric that a schedule follows, and does not find.
+        """Return what a local fit says of a metric that a schedule follows, and does not find.
 
         Args:
             quickly: On a few batches, and without the user's client callbacks, which may note what they see.
@@ -157,7 +157,7 @@ def _closed(*_: Any) -> None:
 
 
 def _say_left_out(module: LightningModule) -> None:
-    """Names parameters that train and do not travel: what a client makes of them is gone with its fit."""
+    """Name parameters that train and do not travel: what a client makes of them is gone with its fit."""
     if names := left_out(module):
         rank_zero_warn(
             f"{', '.join(names)}: {type(module).__name__}.state_dict() leaves out what trains. Weights travel by the"
@@ -168,7 +168,7 @@ def _say_left_out(module: LightningModule) -> None:
 
 @torch.no_grad()
 def left_out(module: nn.Module) -> list[str]:
-    """The parameters that train and are not in the module's state dict, by name."""
+    """Return the parameters that train and are not in the module's state dict, by name."""
     state = read(module, copy=False)
     held = {_memory_of(tensor) for tensor in state.values()}
     train = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]

@@ -24,7 +24,7 @@ class EpochLoop(LightningEpochLoop):
     """Lightning's, in which the user's ``StopIteration`` does not end the epoch."""
 
     def advance(self, data_fetcher: DataFetcher) -> None:
-        """One step.
+        """Take one step.
 
         Raises:
             StopIteration: If the data or a hook ends the epoch.
@@ -41,7 +41,7 @@ class ManualOptimization(LightningManualOptimization):
     """Lightning's, in which the user's ``StopIteration`` does not end the step."""
 
     def advance(self, kwargs: OrderedDict[str, Any]) -> None:
-        """As Lightning's; raises as ``EpochLoop.advance``."""
+        """Do as Lightning's; raises as ``EpochLoop.advance``."""
         with _StopsOnlyWithTheData():
             super().advance(kwargs)
 
@@ -50,7 +50,7 @@ class EvaluationLoop(LightningEvaluationLoop):
     """Lightning's, in which the user's ``StopIteration`` does not end the evaluation."""
 
     def evaluate_batch(self, *args: Any) -> None:
-        """As Lightning's; raises as ``EpochLoop.advance``."""
+        """Do as Lightning's; raises as ``EpochLoop.advance``."""
         with _StopsOnlyWithTheData():
             super().evaluate_batch(*args)
 
@@ -70,12 +70,12 @@ class _StopsOnlyWithTheData:
 
 
 def _is_of_the_user(error: StopIteration) -> bool:
-    """Whether it was neither the data that ended nor a hook that ended the epoch by returning -1."""
+    """Return whether it was neither the data that ended nor a hook that ended the epoch by returning -1."""
     files = {frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)}
     return not files <= _LOOPS and fetchers.__file__ not in files
 
 
 def _as_an_error(error: StopIteration) -> RuntimeError:
-    """What is not taken for the end of the data, with the frames of the user's code."""
+    """Return what is not taken for the end of the data, with the frames of the user's code."""
     words = "StopIteration: an iterator that its code calls next() on had nothing left"
     return RuntimeError(words).with_traceback(error.__traceback__)

@@ -18,7 +18,7 @@ from lightning_fed.views import overrides
 def own_copies(
     callbacks: Sequence[Callback], module: LightningModule, datamodule: LightningDataModule | None
 ) -> list[Callback]:
-    """Copies of callbacks that hold the module's own layers and tensors, and the datamodule itself."""
+    """Copy of callbacks that hold the module's own layers and tensors, and the datamodule itself."""
     if not callbacks:
         return []
     memo = shared(module)
@@ -28,7 +28,7 @@ def own_copies(
 
 
 def keeps_state(callback: Callback) -> bool:
-    """Whether a callback has a state that a client keeps.
+    """Return whether a callback has a state that a client keeps.
 
     Finetuning callbacks have none: what they have done follows from the epoch.
     """

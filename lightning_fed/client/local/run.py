@@ -1,4 +1,4 @@
-"""What all local runs of clients have in common: options, hooks, trainer, and what is put back at the end."""
+"""What all local runs of clients have in common: options, hooks, trainer, and what is restored at the end."""
 
 from __future__ import annotations
 
@@ -97,13 +97,13 @@ class LocalHooks(Callback):
 
 
 def logged_numbers(trainer: LocalTrainer) -> dict[str, float]:
-    """The client's own values of what it logged in the run's last epoch; not of its local validation."""
+    """Return the client's own values of what it logged in the run's last epoch; not of its local validation."""
     names = {state.name for state in trainer.caught}
     return {name: float(v) for name, v in trainer.callback_metrics.items() if name in names and v.numel() == 1}
 
 
 def build_trainer(kind: type[Kind], work: LocalWork, callbacks: Sequence[Callback], validates: bool = False) -> Kind:
-    """A trainer of a ``kind`` for one local run, with ``callbacks`` before the user's own."""
+    """Return a trainer of a ``kind`` for one local run, with ``callbacks`` before the user's own."""
     options = work.options
     callbacks = [*callbacks, *own_copies(options.callbacks, work.module, work.datamodule)]
     if stateful := [callback for callback in callbacks if keeps_state(callback)]:
@@ -127,7 +127,7 @@ def build_trainer(kind: type[Kind], work: LocalWork, callbacks: Sequence[Callbac
 
 
 def _limited(work: LocalWork, is_silent: bool) -> dict[str, Any]:
-    """The user's arguments for a client's trainer, with the limits of the run; a silent one does not validate."""
+    """Return the user's arguments for a client's trainer, with the run's limits; a silent one does not validate."""
     # The epochs of the whole run, as current_epoch counts them; LocalHooks end the fit after the round's.
     plan = work.options.plan(work.task.round)
     limit = {"max_epochs": plan.limits(plan.rounds)[0], "max_steps": plan.steps or -1}
@@ -135,7 +135,7 @@ def _limited(work: LocalWork, is_silent: bool) -> dict[str, Any]:
 
 
 def call(trainer: LocalTrainer, work: LocalWork, train: bool) -> None:
-    """Calls ``trainer.fit`` or ``trainer.validate`` with the client's data."""
+    """Call ``trainer.fit`` or ``trainer.validate`` with the client's data."""
     try:
         if train:
             trainer.fit(work.module, **data_of(work, train))
@@ -149,7 +149,7 @@ def call(trainer: LocalTrainer, work: LocalWork, train: bool) -> None:
 
 
 def data_of(work: LocalWork, train: bool) -> dict[str, Any]:
-    """The client's data as the arguments of ``fit`` or ``validate``."""
+    """Return the client's data as the arguments of ``fit`` or ``validate``."""
     loaders = work.loaders
     if loaders.datamodule is not None:
         return {"datamodule": loaders.datamodule}
@@ -166,7 +166,7 @@ def data_of(work: LocalWork, train: bool) -> dict[str, Any]:
 
 @contextmanager
 def local_run(work: LocalWork, purpose: str, view: type[ClientView] | None = None) -> Iterator[LocalData]:
-    """Views, seeds, signal handlers and all that is not weights, put back at the end; random states are the caller's.
+    """Prepare module, data and process for a run, and restore all but weights after it; random states are the caller's.
 
     Gives what the run's loaders go through when Lightning asks for them.
     """
@@ -197,13 +197,13 @@ def local_run(work: LocalWork, purpose: str, view: type[ClientView] | None = Non
 
 
 def _without_gradients(module: LightningModule, kind: type[BaseException] | None, *_: Any) -> None:
-    """Takes off what a run that failed has left; of one that did not its trainer has let go."""
+    """Clear the gradients that a run that failed has left; those of others their trainer has released."""
     if kind is not None:
         module.zero_grad(set_to_none=True)
 
 
 def restore_optimizers(module: LightningModule) -> None:
-    """Makes optimizers and schedulers that the module may keep what they were before its run."""
+    """Make optimizers and schedulers that the module may keep what they were before its run."""
     trainer = trainer_of(module)
     if isinstance(trainer, LocalTrainer):
         trainer.as_configured.restore()
@@ -214,7 +214,7 @@ class MissingMetric(ClientError):
 
 
 def explain_monitor(error: MisconfigurationException, trainer: LocalTrainer) -> MissingMetric | None:
-    """A better error where a scheduler monitors what clients do not log."""
+    """Return a better error where a scheduler monitors what clients do not log."""
     for config in trainer.lr_scheduler_configs:
         if config.reduce_on_plateau and str(config.monitor) in str(error):
             return missing_metric(config, trainer)
@@ -222,7 +222,7 @@ def explain_monitor(error: MisconfigurationException, trainer: LocalTrainer) -> 
 
 
 def missing_metric(config: LRSchedulerConfig, trainer: Trainer) -> MissingMetric:
-    """Says of a scheduler that its metric is not there, and what to write."""
+    """Say of a scheduler that its metric is not there, and what to write."""
     way_out = (
         "monitor what it logs"
         if trainer.limit_val_batches

@@ -53,7 +53,7 @@ class _Way:
         self._length = 0 if self._batches == math.inf else self._batches
 
     def count(self, pace: Pace) -> int:
-        """How often a schedule is stepped."""
+        """Return how often a schedule is stepped."""
         end = self.end
         if pace.interval == "round":
             return self.rounds * pace.frequency
@@ -67,14 +67,14 @@ class _Way:
         return partial + (end.epochs - self.begin) * len(self.fires(pace, -1))
 
     def fires(self, pace: Pace, epoch: int) -> Sequence[int]:
-        """The batches of an epoch, from 1, after which a schedule by step is stepped."""
+        """Return the batches of an epoch, from 1, after which a schedule by step is stepped."""
         every = 1 if self._by_hand else self._accumulated(epoch)
         last = self.end.batches if epoch == self.end.epochs else self._batches
         stepped = range(pace.frequency, last + 1, pace.frequency)
         return stepped if every == 1 else [i for i in stepped if i % every == 0 or i == self._batches]
 
     def tell_the_time(self, epoch: int, batches: int | None = None) -> None:
-        """Lets the trainer tell the time of a step on the way: schedules have functions of the user's, which may ask.
+        """Let the trainer tell the time of a step on the way: schedules have functions of the user's, which may ask.
 
         Args:
             epoch: The epoch in which it would be; the round where nobody knows how many epochs there were.
@@ -95,7 +95,7 @@ class _Way:
         return self._accumulated.steps(epoch, self._length) + math.ceil(batches / self._accumulated(epoch))
 
     def tell_the_last_time(self, pace: Pace) -> None:
-        """Lets the trainer tell the time of a schedule's last step; of its beginning if it is never stepped."""
+        """Let the trainer tell the time of a schedule's last step; of its beginning if it is never stepped."""
         end = self.end
         if end.epochs is None:
             self.tell_the_time(self.rounds - 1, end.batches)
@@ -107,7 +107,7 @@ class _Way:
             self.tell_the_time(*next(((epoch, batches[-1]) for epoch, batches in fires if batches), (0, 0)))
 
     def tell_the_end_of(self, round: int) -> None:
-        """Lets the trainer tell the time at the end of a round."""
+        """Let the trainer tell the time at the end of a round."""
         end, passed = self.end, self.end.batches + (self.end.epochs or 0) * self._length
         if end.epochs is None or not self._length:
             self.tell_the_time((end.epochs or self.rounds) * round // self.rounds - 1, passed * round // self.rounds)
@@ -132,7 +132,7 @@ class Replay:
         self._schedules = [(c.scheduler, pace) for c, pace in zip(trainer.lr_scheduler_configs, paces, strict=False)]
 
     def go(self, begin: int, end: Elapsed, rounds: int) -> None:
-        """From the beginning of an epoch to where ``end`` says, which some rounds have led to.
+        """Go from the beginning of an epoch to where ``end`` says, which some rounds have led to.
 
         Raises:
             ClientError: If a schedule counts what nobody knows.
@@ -153,12 +153,12 @@ class Replay:
                 self._walk(way, together)
 
     def _is_alone(self, schedule: Any) -> bool:
-        """Whether nobody else changes what a schedule changes."""
+        """Return whether nobody else changes what a schedule changes."""
         of_its_optimizer = sum(other.optimizer is schedule.optimizer for other, _ in self._schedules)
         return of_its_optimizer == 1 and not self._hook and not self._finetuning
 
     def _go_by_round(self, way: _Way, schedule: Any, pace: Pace) -> None:
-        """Steps a schedule of which nothing tells when in a round it is stepped; so at the end."""
+        """Step a schedule of which nothing tells when in a round it is stepped; so at the end."""
         for round in range(1, way.rounds + 1):
             way.tell_the_end_of(round)
             self._step_each([schedule] * pace.frequency)
@@ -199,12 +199,12 @@ class Replay:
 
 
 def _leaps(schedule: Any) -> bool:
-    """Whether it is no matter when the steps before its last are."""
+    """Return whether it is no matter when the steps before its last are."""
     return type(schedule) in _COUNTS or _goes_by_its_state(schedule)
 
 
 def _step(schedule: Any, times: int) -> None:
-    """Steps a schedule so many times; at once where only how often counts.
+    """Step a schedule so many times; at once where only how often counts.
 
     One that is not stepped at all is asked once more for what it begins with, at the time that the trainer tells.
     """
@@ -219,14 +219,14 @@ def _step(schedule: Any, times: int) -> None:
 
 
 def _goes_by_its_state(schedule: Any) -> bool:
-    """Whether what a schedule does follows from its ``state_dict`` and the optimizer's options."""
+    """Return whether what a schedule does follows from its ``state_dict`` and the optimizer's options."""
     has_functions = any(callable(value) for value in vars(schedule).values())
     inner = schedules_in(schedule)
     return type(schedule) in _BY_STATE and not has_functions and all(_goes_by_its_state(one) for one in inner)
 
 
 def _step_from_memory(schedule: Any, times: int) -> None:
-    """Steps a schedule on from where one that began alike has been before: in an earlier round, or another client's."""
+    """Step a schedule on from where one that began alike has been before: in an earlier round, or another client's."""
     optimizer = schedule.optimizer
     began = pickle.dumps((type(schedule).__qualname__, schedule.state_dict(), _options(optimizer)))
     reached = _memory.pop(began, {})
@@ -246,7 +246,7 @@ def _step_from_memory(schedule: Any, times: int) -> None:
 
 
 def stands_still(trainer: Any, config: Any) -> bool:
-    """Whether a schedule that begins anew each round changes nothing within one, though it would in the run.
+    """Return whether a schedule that begins anew each round changes nothing within one, though it would in the run.
 
     Args:
         trainer: A client's trainer whose optimizers and data are set up; its schedule is stepped.
@@ -285,7 +285,7 @@ def _options(optimizer: Any) -> list[dict[str, Any]]:
 
 @contextmanager
 def _as_if_stepped(schedules: Iterable[Any]) -> Iterator[None]:
-    """Lets torch take the optimizers of schedules for stepped, before which it warns of a schedule's first step.
+    """Let torch take the optimizers of schedules for stepped, before which it warns of a schedule's first step.
 
     A filter for that warning, set for each fit, would make Python give all others again that it has given once.
     """

@@ -20,7 +20,7 @@ class Shown(NamedTuple):
 
 
 def shown(results: Iterable[Any]) -> Shown:
-    """Where names are shown.
+    """Return where names are shown.
 
     Args:
         results: What a trainer has logged: Lightning's ``_ResultMetric`` or the like.

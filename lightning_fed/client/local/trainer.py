@@ -36,7 +36,7 @@ _IN_ORDER = 5
 
 
 def how_logged(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """All that ``self.log`` was told besides the value."""
+    """Return all that ``self.log`` was told besides the value."""
     return args, {name: value for name, value in kwargs.items() if name not in ("name", "value", "batch_size")}
 
 
@@ -69,7 +69,7 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
             set_loop_results(loop, LoggedValues(training=loop is self.fit_loop.epoch_loop))
 
     def _take(self, loader: Any) -> Any:
-        """What becomes of a loader that Lightning has asked for."""
+        """Return what becomes of a loader that Lightning has asked for."""
         if self.data is not None:
             self.data.take(loader)
         return gathering(loader)
@@ -81,25 +81,25 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
         self.as_configured.keep(module, [*self.optimizers, *(config.scheduler for config in self.lr_scheduler_configs)])
 
     def release(self, module: LightningModule) -> None:
-        """Lets go at once what is large: a trainer's reference cycles would keep it until a garbage collection."""
+        """Let go at once what is large: a trainer's reference cycles would keep it until a garbage collection."""
         self.task = replace(self.task, weights={}, state=None)
         module.zero_grad(set_to_none=True)
         for optimizer in self.optimizers:
             optimizer.state.clear()
 
     def keep_logged(self, module: LightningModule) -> None:
-        """Keeps what was logged in the epoch that is just ending, before Lightning resets it."""
+        """Keep what was logged in the epoch that is just ending, before Lightning resets it."""
         unlogged, on_bar = shown((results_of(self) or {}).values())
         states = catch(self, module, self.computed)
         self.caught = [replace(s, logged=s.name not in unlogged, on_bar=s.name in on_bar) for s in states]
 
     def report(self, states: Sequence[MetricState]) -> None:
-        """Reports something of the fit's own beside what the module has logged."""
+        """Report something of the fit's own beside what the module has logged."""
         self.caught += states
 
     @contextmanager
     def naming(self, is_computed: bool) -> Iterator[None]:
-        """In the block a log of the user's own logs a value, which the module may have computed from a metric."""
+        """Note the names under which a log of the user's own, in the block, logs a value computed from a metric."""
         known = {*(results_of(self) or ())} if is_computed else set()
         yield
         if is_computed:
@@ -108,7 +108,7 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
             )
 
     def log_again(self, module: Any, name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-        """Logs in a training step what Lightning has checked before; ``False`` where it has not."""
+        """Log in a training step what Lightning has checked before; ``False`` where it has not."""
         if not self._logs_fast:
             return False
         hook = running_hook(module)
@@ -121,7 +121,7 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
         return True
 
     def remember_log(self, module: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
-        """Takes note of what Lightning has checked."""
+        """Take note of what Lightning has checked."""
         special = any(kwargs.get(name) for name in ("enable_graph", "metric_attribute"))
         if self.training and len(args) <= _IN_ORDER and not special:
             loop_results(self.fit_loop.epoch_loop).remember(running_hook(module), name, how_logged(args, kwargs))

@@ -77,7 +77,7 @@ class BuildingClientView(ClientView):
 
 
 def client_view(module: LightningModule) -> type[ClientView]:
-    """The view for a module: Lightning prepares a good deal for any ``configure_model``."""
+    """Return the view for a module: Lightning prepares a good deal for any ``configure_model``."""
     return BuildingClientView if is_overridden("configure_model", module, LightningModule) else ClientView
 
 

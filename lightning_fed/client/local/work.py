@@ -48,11 +48,11 @@ class LocalOptions:
     log_dir: str | None = None
 
     def first_epoch(self, round: int) -> int:
-        """The number of the first epoch of a round: a client's epochs count on from round to round."""
+        """Return the number of the first epoch of a round: a client's epochs count on from round to round."""
         return (round - 1) * (self.epochs or 1)
 
     def plan(self, round: int) -> Plan:
-        """How the run divides a client's training into rounds, of which this is one."""
+        """Return how the run divides a client's training into rounds, of which this is one."""
         # A server that runs more rounds than this side was told of must not find that there is nothing left to train.
         rounds = self.rounds if self.rounds == -1 else max(self.rounds, round)
         return Plan(self.epochs, self.steps, rounds, self.client_state == "reset")
@@ -81,13 +81,13 @@ class LocalTask:
     set_up: bool = False
 
     def seed_of(self, purpose: str) -> Callable[[str], int]:
-        """Gives the seed of what draws for a purpose: of the generator at a path, of everybody's for an empty path."""
+        """Give the seed of what draws for a purpose: of the generator at a path, of everybody's for an empty path."""
         seed, round, client = self.seed, self.round, self.client  # and not the task, which has weights
         return lambda path: seed_for(seed, f"{purpose}/{path}" if path else purpose, round=round, client=client)
 
     @contextmanager
     def making_data(self, maker: object) -> Iterator[None]:
-        """In the block the user's code makes the client's data: a random split is the same in each round and stage.
+        """Let the user's code make the client's data in the block: a random split is the same in each round and stage.
 
         Args:
             maker: What holds that code, and maybe generators of its own.

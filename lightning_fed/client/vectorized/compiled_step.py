@@ -53,7 +53,7 @@ class Ran:
     values: list[Tensor]
 
     def differentiable(self) -> Tensor:
-        """The loss, as one whose backward pass hands the gradients over."""
+        """Return the loss, as one whose backward pass hands the gradients over."""
         parameters, gradients = zip(*self.gradients, strict=True)
         return _Given.apply(self.loss, gradients, *parameters)
 
@@ -83,7 +83,7 @@ class CompiledStep:
         CompiledStep.__init__(self, state["_backend"])
 
     def learn(self, stack: Stack, batch: Any, entries: Sequence[Entry], total: Tensor) -> None:
-        """Takes note of a step that ran uncompiled."""
+        """Take note of a step that ran uncompiled."""
         if self._is_off or len({entry.name for entry in entries}) < len(entries):
             return
         shape = _shape(batch)
@@ -102,7 +102,7 @@ class CompiledStep:
     @staticmethod
     @contextmanager
     def configured() -> Iterator[None]:
-        """For a fit: static shapes, as ``compile(dynamic=False)``, which at each call takes as long as its guards.
+        """Configure a fit: static shapes, as ``compile(dynamic=False)``, which takes as long as guards at each call.
 
         Kernels are compiled by as many processes as this one has threads: each imports torch, which costs a worker that
         has one core more than it gains.
@@ -115,7 +115,7 @@ class CompiledStep:
             yield
 
     def can_update(self, update: SgdUpdate | None) -> bool:
-        """Whether whole updates are compiled: not where options change, for each graph is made for some."""
+        """Return whether whole updates are compiled: not where options change, for each graph is made for some."""
         if self._is_off or update is None or self._updated is _NEVER:
             return False
         if self._updated is None:
@@ -125,7 +125,7 @@ class CompiledStep:
         return self._updated is not _NEVER
 
     def run(self, stack: Stack, step: Any, batch: Any, batch_idx: int, update: SgdUpdate | None = None) -> Ran | None:
-        """Runs one step; ``None`` where it has to run uncompiled.
+        """Run one step; ``None`` where it has to run uncompiled.
 
         Args:
             stack: The clients' weights.
@@ -180,7 +180,7 @@ class CompiledStep:
         rank_zero_warn(f"compile_clients: clients train uncompiled: {reason}.")
 
     def _numbered(self, graph: Any, inputs: Any) -> Any:
-        """A backend of ``torch.compile`` whose graphs tell when they are called, and run only once they are known."""
+        """Compile a graph, as a backend of ``torch.compile``; it says when it is called, and runs once it is known."""
         made = lookup_backend(self._backend)(graph, inputs)
         number = self._graphs
         self._graphs += 1
@@ -243,7 +243,7 @@ def _shape(batch: Any) -> Any:
 
 
 def _leaves_of(total: Tensor) -> set[int]:
-    """The ids of all tensors that a backward pass from here gives gradients to."""
+    """Return the ids of all tensors that a backward pass from here gives gradients to."""
     found, seen, todo = set(), set(), [total.grad_fn]
     while todo:
         node = todo.pop()

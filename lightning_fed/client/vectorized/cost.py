@@ -33,14 +33,14 @@ class StackCost:
     kept: int = 0
 
     def stack_size(self, device: torch.device, memory: int, must_pay: bool) -> int:
-        """How many clients to stack: as many as fit in so many bytes, fewer if it ``must_pay`` and they are faster."""
+        """Return how many clients to stack: as many as fit in ``memory`` bytes, fewer if they ``must_pay``."""
         most = min(_MOST, memory // max(1, 4 * self.weights + self.kept))
         if must_pay and device.type == "cpu":
             most = min(most, _STACK // max(1, self.kept))
         return max(2, most)
 
     def why_slower(self, device: torch.device) -> str | None:
-        """Why training so is expected to be slower, a clause; ``None`` if it is not."""
+        """Return why training so is expected to be slower, a clause; ``None`` if it is not."""
         own = "would be slower vectorized on a CPU (vectorize_clients=8, or another number, does it all the same)"
         if device.type != "cpu":
             return None
@@ -52,7 +52,7 @@ class StackCost:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """The bytes of all parameters and buffers."""
+    """Return the bytes of all parameters and buffers."""
     return sum(memory_of(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 

@@ -33,7 +33,7 @@ class StackedBatch(PlacedBatch):
         return type(self.batch) is list and all(type(p) is Tensor and p.device == device for p in self.batch)
 
     def to(self, *args: Any, **kwargs: Any) -> StackedBatch:
-        """The same on a device."""
+        """Return the same on a device."""
         leaves, tree = tree_flatten(self.batch)
         moved = [leaf.to(*args, **kwargs) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return StackedBatch(None if self.rows is None else self.rows.to(*args, **kwargs), tree_unflatten(moved, tree))
@@ -72,7 +72,7 @@ class StackedLoader(DataLoader[Any]):
         return self._batches
 
     def release(self) -> None:
-        """Lets the last batch go, which a trainer that is over would keep."""
+        """Let the last batch go, which a trainer that is over would keep."""
         if self._batches is not None:
             self._batches.close()
 
@@ -130,7 +130,7 @@ class _Gather:
             self._wholes, self.begins = list(wholes), begins[0]
 
     def __call__(self, clients: Sequence[int], chosen: Sequence[Tensor]) -> list[Tensor]:
-        """The chosen examples of some clients, each tensor (clients, examples, ...)."""
+        """Return the chosen examples of some clients, each tensor (clients, examples, ...)."""
         size = len(clients), len(chosen[0])
         if self._wholes:
             where = [torch.cat(list(chosen))]
@@ -152,7 +152,7 @@ class _Gather:
 
 
 def _whole(parts: Sequence[Tensor]) -> tuple[Tensor, list[int] | None]:
-    """A tensor that all are parts of, and the row at which each begins; ``None`` if they do not lie in one."""
+    """Return a tensor that all are parts of, and the row at which each begins; ``None`` if they do not lie in one."""
     first, row = parts[0], parts[0].stride(0)
     start = min(int(part.storage_offset()) for part in parts)
     apart = [int(part.storage_offset()) - start for part in parts]
@@ -164,7 +164,7 @@ def _whole(parts: Sequence[Tensor]) -> tuple[Tensor, list[int] | None]:
 
 
 def _layout(part: Tensor) -> tuple[Any, ...]:
-    """What parts of one tensor have in common."""
+    """Return what parts of one tensor have in common."""
     memory = part.untyped_storage()
     return (
         *(memory.data_ptr(), memory.nbytes(), part.shape[1:], part.stride()),
@@ -197,7 +197,7 @@ def _stack(batches: list[list[Any]]) -> list[Any]:
 
 
 def batches_of(loader: Any) -> int:
-    """The number of batches of a client's loader.
+    """Return the number of batches of a client's loader.
 
     Raises:
         NotStackable: If nothing tells, or the batches cannot be taken from here.
@@ -218,7 +218,7 @@ def batches_of(loader: Any) -> int:
 
 
 def _is_batches(loader: Any) -> bool:
-    """Whether a list is one of batches, and not of loaders."""
+    """Return whether a list is one of batches, and not of loaders."""
     return isinstance(loader, list) and not any(
         hasattr(one, "__next__") or isinstance(one, DataLoader) for one in loader
     )

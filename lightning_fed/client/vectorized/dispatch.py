@@ -36,7 +36,7 @@ class Dispatcher:
         self._heap = Heap()
 
     def probe(self, stage: str, tasks: Sequence[LocalTask], work_of: WorkOf, has_mods: bool) -> None:
-        """Finds out, before the first round.
+        """Find out, before the first round.
 
         Args:
             stage: ``"train"`` or ``"evaluate"``.
@@ -79,7 +79,7 @@ class Dispatcher:
         self._say(f"vectorize_clients: clients {stage} one after the other: {result.reason}.")
 
     def size(self, stage: str) -> int:
-        """How many clients to serve at once."""
+        """Return how many clients to serve at once."""
         result = self._probed.get(stage)
         if result is None or result.reason is not None:
             return 1
@@ -88,7 +88,7 @@ class Dispatcher:
         return self._most[stage]
 
     def run(self, stage: str, tasks: Sequence[LocalTask], work_of: WorkOf) -> list[LocalResult | None]:
-        """Each client's result; ``None`` for one that has to be served alone, where also its errors are its own."""
+        """Run clients; ``None`` for one that has to be served alone, where also its errors are its own."""
         with random_states_kept():
             return self._run(stage, tasks, work_of)
 
@@ -123,14 +123,14 @@ class Dispatcher:
         return results
 
     def _say(self, what: str, once: str = "") -> None:
-        """Says something, unless it has been said; ``once`` is what it comes to, where that is not the text itself."""
+        """Say something, unless it has been said; ``once`` is what it comes to, where that is not the text itself."""
         if (once or what) not in self._said:
             self._said.add(once or what)
             rank_zero_warn(what)
 
 
 def _memory(device: torch.device) -> int:
-    """The bytes that stacks may take: a part of what there is, not of what is free, which changes from run to run."""
+    """Return the bytes that stacks may take: a part of what there is, not of what is free, which changes by run."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory) // 2
     if hasattr(os, "sysconf"):

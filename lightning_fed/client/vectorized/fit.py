@@ -44,7 +44,7 @@ class StackOptions:
 
 
 def vectorized_fit(works: Sequence[LocalWork], how: StackOptions) -> list[LocalResult]:
-    """Trains clients with equally many batches as one stacked model; else as ``local_fit``.
+    """Train clients with equally many batches as one stacked model; else as ``local_fit``.
 
     Args:
         works: What each client works on, in one round; they differ in loaders and task alone.
@@ -74,7 +74,7 @@ def vectorized_fit(works: Sequence[LocalWork], how: StackOptions) -> list[LocalR
 
 
 def vectorized_evaluate(works: Sequence[LocalWork], how: StackOptions) -> list[LocalResult]:
-    """Validates clients with equally many batches as one stacked model; takes the arguments of ``vectorized_fit``.
+    """Validate clients with equally many batches as one stacked model; arguments as ``vectorized_fit``.
 
     Raises:
         NotStackable: If it cannot be done, or the clients have not been sent the same weights.
@@ -95,7 +95,7 @@ def vectorized_evaluate(works: Sequence[LocalWork], how: StackOptions) -> list[L
 
 
 def _of_all(works: Sequence[LocalWork]) -> LocalWork:
-    """What the clients work on as one: the first one's task, and loaders that are yet to be stacked."""
+    """Return what the clients work on as one: the first one's task, and loaders that are yet to be stacked."""
     return replace(works[0], loaders=ClientLoaders())
 
 

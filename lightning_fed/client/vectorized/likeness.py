@@ -15,7 +15,7 @@ _COARSE = 0.1
 
 
 def apart(weights: Weights, stage: str) -> tuple[Weights, Weights]:
-    """What two clients begin with: not the same, so that what belongs to the other is noticed at once."""
+    """Return what two clients begin with: not the same, so that what belongs to the other is noticed at once."""
     if stage == "evaluate":
         return weights, weights
     return weights, {name: value * 1.2 if is_averaged(value) else value for name, value in weights.items()}
@@ -24,7 +24,7 @@ def apart(weights: Weights, stage: str) -> tuple[Weights, Weights]:
 def compare(
     together: Sequence[LocalResult], alone: Sequence[LocalResult], weights: Weights, trained: frozenset[str]
 ) -> None:
-    """Compares weights and logged values of vectorized clients with those of each alone.
+    """Compare weights and logged values of vectorized clients with those of each alone.
 
     Args:
         together: Vectorized.
@@ -57,7 +57,7 @@ def _is_near(one: float, other: float) -> bool:
 
 
 def _compare_weights(one: Weights, other: Weights, before: Weights, trained: frozenset[str]) -> None:
-    """A gradient that is zero but for rounding may go anywhere, so what counts is a whole update.
+    """Compare whole updates: a gradient that is zero but for rounding may go anywhere.
 
     All tensors together are as near as ``_TOLERANCE`` says. A buffer that changes by much must hide nothing, so what
     is trained is looked at alone, too, less closely: under BatchNorm rounding may grow to some percent of an update.

@@ -56,7 +56,7 @@ class StackedLog:
         self._results: dict[str, Accumulated] = {}  # those of this epoch
 
     def add(self, logged: Sequence[Logged]) -> None:
-        """Takes in what all clients logged in one step.
+        """Take in what all clients logged in one step.
 
         Raises:
             NotStackable: If they did not all log the same names, one number each.
@@ -73,7 +73,7 @@ class StackedLog:
             self._update(entry, value, batch_size)
 
     def end_epoch(self) -> list[list[MetricState]]:
-        """What each client logged in the epoch, which is over."""
+        """Return what each client logged in the epoch, which is over."""
         unlogged, on_bar = shown(self._results.values())
         caught = catch_each(self._results.values(), self._clients)
         self._results = {}
@@ -82,7 +82,7 @@ class StackedLog:
         ]
 
     def _whole(self, logged: Sequence[Logged], i: int) -> tuple[Tensor, Tensor]:
-        """The values and batch sizes of all clients, from those of some and others."""
+        """Return the values and batch sizes of all clients, from those of some and others."""
         like = logged[0].values[i]
         value, sizes = (
             torch.empty(self._clients, dtype=dtype, device=like.device) for dtype in (like.dtype, torch.int64)

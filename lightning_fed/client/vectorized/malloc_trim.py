@@ -24,7 +24,7 @@ class Heap:
         self._usual = 0
 
     def tidy(self) -> None:
-        """To be called where large tensors have been let go."""
+        """Give memory back to the system, after large tensors were released."""
         trim = _trim()
         if trim is None:
             return

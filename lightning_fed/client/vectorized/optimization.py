@@ -18,7 +18,7 @@ class StackedOptimization(FastOptimization):
     """Automatic optimization that takes gradients which are there before the backward pass, and whole updates.
 
     Attributes:
-        update: What stands for the optimizer in a compiled step, in this epoch; ``None`` where somebody comes between.
+        update: What stands for the optimizer in a compiled step, in this epoch; ``None`` where others act on it.
     """
 
     trainer: Any  # a CohortTrainer
@@ -28,7 +28,7 @@ class StackedOptimization(FastOptimization):
     _gradients: Sequence[tuple[Tensor, Tensor]] = ()
 
     def prepare(self, hooks: StepHooks, is_plain: bool) -> None:
-        """Looks, too, whether the optimizer's step can be the last part of a compiled one."""
+        """Look, too, whether the optimizer's step can be the last part of a compiled one."""
         super().prepare(hooks, is_plain)
         trainer, self.update, self._takes = self.trainer, None, False
         if self.hooks is None or trainer.compiled is None:
@@ -40,7 +40,7 @@ class StackedOptimization(FastOptimization):
             self.update = SgdUpdate(optimizer, parameters)
 
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
-        """As Lightning's; a compiled update is all of it."""
+        """Do as Lightning's; a compiled update is all of it."""
         if not self.trainer.run_update(kwargs["batch"], batch_idx):
             return super().run(optimizer, batch_idx, kwargs)
         progress = self.optim_progress.optimizer
@@ -49,12 +49,12 @@ class StackedOptimization(FastOptimization):
         return {}
 
     def takes(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> bool:
-        """Takes parameters' gradients for the backward pass to come, unless that has to be a real one."""
+        """Take parameters' gradients for the backward pass to come, unless that has to be a real one."""
         self._gradients = gradients if self._takes else ()
         return self._takes
 
     def release(self) -> None:
-        """Lets go of momentum, which a trainer that is over would keep."""
+        """Let go of momentum, which a trainer that is over would keep."""
         self.update = None
 
     def backward(self, loss: Tensor) -> None:

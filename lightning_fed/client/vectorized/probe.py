@@ -93,7 +93,7 @@ class Candidate:
         return self.works[0]
 
     def refuse(self) -> None:
-        """Looks at what is written.
+        """Look at what is written.
 
         Raises:
             NotStackable: If it cannot be done.
@@ -147,7 +147,7 @@ class Candidate:
             yield from _undeclared(callback, Callback, kind)
 
     def check_cost(self, kept: int = 0) -> StackCost:
-        """What a client costs, of whom a pass keeps so many bytes.
+        """Return what a client costs, of whom a pass keeps so many bytes.
 
         Raises:
             NotStackable: If training so is expected to be slower, and it must pay.
@@ -173,7 +173,7 @@ def _undeclared(instance: object, base: type, name: str) -> Iterator[str]:
 
 
 def run_probe(candidate: Candidate) -> ProbeResult:
-    """Tries two clients vectorized against each alone, on their first batches."""
+    """Try two clients vectorized against each alone, on their first batches."""
     try:
         candidate.refuse()
         candidate.check_cost()
@@ -198,7 +198,7 @@ def run_probe(candidate: Candidate) -> ProbeResult:
 
 
 def _measure(stage: str, works: Sequence[LocalWork], draws: bool = False) -> tuple[bool, list[LocalResult], int]:
-    """Whether steps draw random numbers, two clients' results, vectorized, and the bytes a pass keeps of both."""
+    """Return whether steps draw random numbers, two vectorized clients' results, and the bytes a pass keeps."""
     passes = Kept() if stage == "train" else Written()
     try:
         with passes:
@@ -227,7 +227,7 @@ def _two(candidate: Candidate) -> list[LocalWork]:
 
 
 def count_batches(loaders: ClientLoaders, stage: str) -> int:
-    """The batches of an epoch of a client.
+    """Return the batches of an epoch of a client.
 
     Raises:
         NotStackable: If nothing tells, or there are none.
@@ -253,7 +253,7 @@ def _run(stage: str, works: Sequence[LocalWork], draws: bool | None) -> list[Loc
 
 
 def explain(error: Exception) -> str:
-    """Why it cannot be done, with the line of the user's code where that was found out."""
+    """Return why it cannot be done, with the line of the user's code where that was found out."""
     text = " ".join(str(error).split())
     if "data-dependent control flow" in text:
         text = "what it does depends on the data"

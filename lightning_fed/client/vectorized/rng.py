@@ -24,7 +24,7 @@ class NotStackable(Exception):
 class Streams:
     """The states of Python's, NumPy's and torch's generators, and of those that data sets hold, for each client.
 
-    The generators themselves are left as the last client had them: whoever uses streams puts them back at the end.
+    The generators themselves are left as the last client had them: whoever uses streams restores them at the end.
 
     Args:
         seeds: With what each client's generators are seeded.
@@ -41,12 +41,12 @@ class Streams:
         self._others_left = _others()
 
     def hold(self, client: int, generators: Sequence[Generator]) -> None:
-        """Takes the states of generators that a client's data holds, and that others may hold, too, for its own."""
+        """Take the states of generators that a client's data holds, and that others may hold, too, for its own."""
         self._held[client] = [(one, one.kind.state(one.thing)) for one in generators]
 
     @contextmanager
     def torch_of(self, client: int) -> Iterator[None]:
-        """In the block torch draws from a client's stream."""
+        """Let torch draw from a client's stream in the block."""
         if client <= self._last:  # clients take their turns in order: only our code has run since the one before
             self.check()
         self._last = client
@@ -67,7 +67,7 @@ class Streams:
 
     @contextmanager
     def of(self, client: int) -> Iterator[None]:
-        """In the block Python, NumPy, torch and the client's data draw from the client's stream."""
+        """Let Python, NumPy, torch and the client's data draw from the client's stream in the block."""
         state = self._others[client]
         if state is None:
             random.seed(self._seeds[client])
@@ -85,14 +85,16 @@ class Streams:
             self._held[client] = [(one, one.kind.state(one.thing)) for one, _ in self._held[client]]
 
     def check(self) -> None:
-        """Raises:
-        NotStackable: If something was drawn from torch's generator, and is no client's own.
+        """Check that nobody drew from torch's generator what is no client's own.
+
+        Raises:
+            NotStackable: If something was drawn.
         """
         if not torch.equal(torch.default_generator.get_state(), self._left):
             raise NotStackable("random numbers are drawn outside of its step, where they are nobody's own")
 
     def check_all(self) -> None:
-        """As ``check``, also of Python's and NumPy's generators.
+        """Do as ``check``, also of Python's and NumPy's generators.
 
         Raises:
             NotStackable: If something was drawn, and is no client's own.
@@ -146,7 +148,7 @@ class DrawsApart(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _together(drawn, torch.cat if each > 1 else torch.stack)
 
     def _parts(self, args: Sequence[Any], length: int, each: int) -> list[list[Any]]:
-        """The arguments for each client."""
+        """Return the arguments for each client."""
         count = len(self._clients)
 
         def part(arg: Any, i: int) -> Any:

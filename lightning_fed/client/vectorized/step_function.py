@@ -59,7 +59,7 @@ class SgdUpdate:
 
     @staticmethod
     def can_stand_for(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> bool:
-        """Whether an optimizer is such an SGD, which steps all that is trained, and nobody has a hand in it."""
+        """Return whether an optimizer is such an SGD, which steps all that is trained, and nobody has a hand in it."""
         groups = optimizer.param_groups
         stepped = {id(parameter) for group in groups for parameter in group["params"]}
         return (
@@ -72,12 +72,12 @@ class SgdUpdate:
         )
 
     def is_current(self) -> bool:
-        """Whether the optimizer still has the options that it had."""
+        """Return whether the optimizer still has the options that it had."""
         return [_options(group) for group in self._optimizer.param_groups] == [options for _, options in self.groups]
 
 
 def step_of_all(module: nn.Module, step: Any, here: Here) -> Callable[..., Any]:
-    """The function ``(trained, fixed, batch) -> (gradients, loss, logged, buffers)`` of stacked tensors.
+    """Return the function ``(trained, fixed, batch) -> (gradients, loss, logged, buffers)`` of stacked tensors.
 
     Args:
         module: The clients' module.
@@ -109,7 +109,7 @@ def step_of_all(module: nn.Module, step: Any, here: Here) -> Callable[..., Any]:
 
 
 def update_of_all(module: nn.Module, step: Any, here: Here, groups: _Groups) -> Callable[..., Any]:
-    """As ``step_of_all``, with ``momenta`` for a last argument; it steps ``trained`` and ``momenta`` as SGD does."""
+    """Do as ``step_of_all``, with ``momenta`` for a last argument; it steps ``trained`` and ``momenta`` as SGD does."""
     backward = step_of_all(module, step, here)
 
     def stacked_step(trained: Any, fixed: Any, batch: Any, momenta: Any) -> Any:

@@ -31,11 +31,11 @@ class StepWatch:
         self._snapshot = Snapshot({"module": module}, stack.held)
 
     def begin(self) -> None:
-        """Steps follow."""
+        """Step follow."""
         self._snapshot.renew()
 
     def check(self) -> None:
-        """Steps are over.
+        """Step are over.
 
         Raises:
             NotStackable: If they changed an attribute, a container, ..., or drew from a generator that clients share.
@@ -47,12 +47,12 @@ class StepWatch:
 
 
 def _is_lightnings(node: Node) -> bool:
-    """Whether it belongs to an optimizer or a schedule that the module keeps, which Lightning steps."""
+    """Return whether it belongs to an optimizer or a schedule that the module keeps, which Lightning steps."""
     return isinstance(node.thing, (Optimizer, LRScheduler)) or (node.parent is not None and _is_lightnings(node.parent))
 
 
 def _changed(node: Node) -> str | None:
-    """Where something was changed that is the user's."""
+    """Return where something was changed that is the user's."""
     if isinstance(node, TensorFlags) and isinstance(node.thing, nn.Parameter) and not node.is_changed():
         return None  # kept beside the stack, which is refused in its own words
     if not isinstance(node, Container) or node.kind is not ATTRIBUTES:

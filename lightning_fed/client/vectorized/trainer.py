@@ -56,7 +56,7 @@ class CohortView(ClientView):
             self.trainer.note(name, value, args, kwargs)
 
     def log_once(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Lightning's own ``log``, which checks the arguments."""
+        """Log by Lightning's own ``log``, which checks the arguments."""
         LightningModule.log(self, name, value, *args, **kwargs)  # type: ignore[arg-type]
 
 
@@ -129,7 +129,7 @@ class CohortTrainer(LocalTrainer):
             self._watches = True
 
     def run_step(self, name: str, batch: list[StackedBatch], batch_idx: int) -> list[Tensor]:
-        """Runs the user's step for all clients, and logs what it logs; gives sums of their losses."""
+        """Run the user's step for all clients, and log what it logs; give sums of their losses."""
         step = self._step(name)
         self._begin_watch()
         totals, logged = [], []
@@ -143,7 +143,7 @@ class CohortTrainer(LocalTrainer):
         return totals
 
     def run_update(self, batch: list[StackedBatch], batch_idx: int) -> bool:
-        """Runs the user's training step and SGD's as one compiled one, where that can be done."""
+        """Run the user's training step and SGD's as one compiled one, where that can be done."""
         part, update, module = batch[0], self._optimization.update, self.lightning_module
         if self.compiled is None or part.rows is not None or not self.compiled.can_update(update):
             return False
@@ -165,7 +165,7 @@ class CohortTrainer(LocalTrainer):
         return optimization
 
     def _step(self, name: str) -> Any:
-        """The user's step, as a function of module, batch and its index."""
+        """Return the user's step, as a function of module, batch and its index."""
         if name not in self._steps:
             function = getattr(user_class(self.lightning_module), name)
             self._steps[name] = function if takes_index(function) else partial(_without_index, function)
@@ -205,7 +205,7 @@ class CohortTrainer(LocalTrainer):
         return [ran.loss if is_taken else ran.differentiable()], ran.entries, ran.values
 
     def note(self, name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Takes note of a call of ``self.log``.
+        """Take note of a call of ``self.log``.
 
         Raises:
             NotStackable: If it is not in a step, or logs a metric object.
@@ -227,7 +227,7 @@ class CohortTrainer(LocalTrainer):
         return loader  # the clients' own, which it goes through, have been noted
 
     def release(self, module: LightningModule) -> None:
-        """As ``LocalTrainer``; gives the module its own weights back, too."""
+        """Do as ``LocalTrainer``, and restore the module's own weights."""
         super().release(module)
         self.stack.restore()
         self._optimization.release()
@@ -238,7 +238,7 @@ class CohortTrainer(LocalTrainer):
                 loader.release()
 
     def keep_logged(self, module: LightningModule) -> None:
-        """Keeps what each client logged in the epoch that is just ending.
+        """Keep what each client logged in the epoch that is just ending.
 
         Raises:
             NotStackable: If the epoch's steps changed or drew what is not each client's own.
@@ -248,7 +248,7 @@ class CohortTrainer(LocalTrainer):
         self.each_caught = self.stacked_log.end_epoch()
 
     def report(self, states: Sequence[MetricState]) -> None:
-        """As of each client."""
+        """Report it for each client."""
         for caught in self.each_caught:
             caught += states
 
@@ -269,7 +269,7 @@ def _loss(given: Any) -> Tensor:
 
 
 class CohortHooks(LocalHooks):
-    """As ``LocalHooks``; puts the stacked weights on once optimizers are made, and before anything else sees them."""
+    """As ``LocalHooks``; installs the stacked weights once optimizers are made, and before anything else sees them."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(trainer, CohortTrainer)

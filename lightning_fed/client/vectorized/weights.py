@@ -39,7 +39,7 @@ class _Slot:
     places: list[tuple[dict[str, Any], str]] = field(default_factory=list)
 
     def hold(self, tensor: Tensor) -> None:
-        """Puts a tensor where the module looks for it."""
+        """Put a tensor where the module looks for it."""
         for place, key in self.places:
             place[key] = tensor
 
@@ -68,7 +68,7 @@ class Stack:
         self.buffers: dict[str, Tensor] = {}
 
     def install(self, optimizers: Sequence[Optimizer] = (), compiled: bool = False) -> None:
-        """Gives the module and its optimizers the stacked tensors in place of its own.
+        """Give the module and its optimizers the stacked tensors in place of its own.
 
         Args:
             optimizers: Those that step its parameters.
@@ -98,7 +98,7 @@ class Stack:
             self._move(optimizer, stacked)
 
     def restore(self) -> None:
-        """Gives the module its own tensors back, and lets the stacked ones go, which reference cycles would keep."""
+        """Give the module its own tensors back, and lets the stacked ones go, which reference cycles would keep."""
         for slot in self._slots:
             slot.hold(slot.own)
         self._weights, self._slots, self._values, self.parameters, self.buffers = [], [], [], {}, {}
@@ -107,11 +107,11 @@ class Stack:
                 group["params"] = []
 
     def held(self) -> list[Tensor]:
-        """The stacked tensors, which the module holds."""
+        """Return the stacked tensors, which the module holds."""
         return self._values
 
     def results(self) -> list[Weights]:
-        """Each client's weights, rows of the stacked tensors."""
+        """Return each client's weights, rows of the stacked tensors."""
         if any(slot.own.grad is not None for slot in self._slots):
             raise NotStackable("its step uses parameters that are kept in an attribute, too")
         state = {name: value.detach() for name, value in self.module.state_dict().items() if isinstance(value, Tensor)}
@@ -124,7 +124,7 @@ class Stack:
         ]
 
     def call(self, function: Callable[[Any], list[Tensor]], batch: Any, rows: Tensor | None) -> list[Tensor]:
-        """Calls ``function(batch)`` for each client under vmap, with the module holding the client's weights.
+        """Call ``function(batch)`` for each client under vmap, with the module holding the client's weights.
 
         Args:
             function: Gives tensors.
@@ -169,7 +169,7 @@ class Stack:
 
     @torch.no_grad()
     def _take_over(self, new: list[Tensor], passed: list[Tensor], rows: Tensor | None) -> None:
-        """Keeps what became of the buffers; those written in place are there already."""
+        """Keep what became of the buffers; those written in place are there already."""
         buffers = [i for i, slot in enumerate(self._slots) if not slot.is_parameter]
         for i, tensor in zip(buffers, new, strict=True):
             if rows is not None:
@@ -217,12 +217,12 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def share_weights(weights: Sequence[Mapping[str, Tensor]]) -> bool:
-    """Whether all clients have the very same tensors."""
+    """Return whether all clients have the very same tensors."""
     return all(_is_same(tensor, other[name]) for other in weights[1:] for name, tensor in weights[0].items())
 
 
 def _slots(module: nn.Module) -> list[_Slot]:
-    """All parameters and buffers, tied ones once."""
+    """Return all parameters and buffers, tied ones once."""
     slots: dict[int, _Slot] = {}
     for prefix, child in module.named_modules():
         for store, is_parameter in ((parameters_in(child), True), (buffers_in(child), False)):
@@ -236,7 +236,7 @@ def _slots(module: nn.Module) -> list[_Slot]:
 
 
 def clip_each_by_norm(optimizer: Optimizer, clip_val: float) -> None:
-    """Clips the norm of each client's gradients, as ``torch.nn.utils.clip_grad_norm_`` does for one."""
+    """Clip the norm of each client's gradients, as ``torch.nn.utils.clip_grad_norm_`` does for one."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not grads:
         return
