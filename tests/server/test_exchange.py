@@ -15,7 +15,7 @@ from lightning_fed.engines import InProcess
 from lightning_fed.errors import ClientError, InvalidUpdateError, RoundError
 from lightning_fed.testing import toy_weights
 from lightning_fed.values.metrics import MEAN, MetricState
-from lightning_fed.wire import beside, messages
+from lightning_fed.wire import extras, messages
 from tests.server.round_runs import COUNTING, Diary, Gives, client, grid_of, rounds_on, run, unchanged
 
 WEIGHTS = {**toy_weights(), "steps": torch.tensor(10), "on": torch.tensor([True, False]), "z": torch.ones(2) * 1j}
@@ -23,10 +23,10 @@ WEIGHTS = {**toy_weights(), "steps": torch.tensor(10), "on": torch.tensor([True,
 
 def honest(k: int, message: Message) -> Message:
     """Sends the weights back as they came, integers and one metric's state, too."""
-    integers = beside.detach(message)
+    integers = extras.detach_integers(message)
     reply = messages.train_reply(message, messages.read_instruction(message).weights, 1, {"loss": 1.0})
     loss = MetricState("loss", MEAN, {"value": torch.tensor(1.0), "weight": torch.tensor(1.0)})
-    beside.attach_extras(reply, beside.Extras(integers, [loss]))
+    extras.attach(reply, extras.Extras(integers, [loss]))
     return reply
 
 

@@ -15,7 +15,7 @@ from lightning_fed.server.rounds import quiet_flower
 from lightning_fed.strategies import WeightedMean
 from lightning_fed.testing import toy_weights
 from lightning_fed.values.metrics import COMPUTED, MetricState
-from lightning_fed.wire import beside, messages
+from lightning_fed.wire import extras, messages
 from tests.helpers import in_flower
 from tests.server.round_runs import COUNTING, NODES, Diary, client, grid_of, rounds_on, run, unchanged
 
@@ -31,9 +31,9 @@ def test_round_gives_the_weighted_mean_in_every_dtype(ours):
         return messages.train_reply(message, {n: t + (k + 1) for n, t in got.items()}, k + 1, {"loss": float(k)})
 
     def train_with_integers(k, message):
-        integers = beside.detach(message)
+        integers = extras.detach_integers(message)
         reply = train(k, message)
-        beside.attach_extras(reply, beside.Extras({n: t if n == "on" else t + k for n, t in integers.items()}))
+        extras.attach(reply, extras.Extras({n: t if n == "on" else t + k for n, t in integers.items()}))
         return reply
 
     if ours:
@@ -202,7 +202,7 @@ def test_metric_that_cannot_be_merged_is_said_once_by_name():
     def train(k, message):
         reply = messages.train_reply(message, messages.read_instruction(message).weights, k + 1, {})
         state = MetricState("f1", COMPUTED, {"value": torch.tensor(float(k))})
-        beside.attach_extras(reply, beside.Extras(states=[state]))
+        extras.attach(reply, extras.Extras(states=[state]))
         return reply
 
     def main():

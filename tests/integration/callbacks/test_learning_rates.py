@@ -54,7 +54,7 @@ def test_learning_rate_monitor_logs_the_clients_rates(tmp_path, engine):
     assert history["lr-SGD"] == [0.8, 0.4, 0.2]
     assert monitor.lrs == {"lr-SGD": [0.8, 0.4, 0.2]}
     assert type(monitor) is LearningRateMonitor
-    assert not any("TakeOver" in name for name in (*history.names, *trainer.callback_metrics))
+    assert not any("ApplyWeights" in name for name in (*history.names, *trainer.callback_metrics))
 
 
 @pytest.mark.parametrize("cls", [Scheduled, Groups, ToyModule])

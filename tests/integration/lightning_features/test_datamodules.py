@@ -18,7 +18,7 @@ from tests.integration.lightning_features.fits import Each, Whole, federated, sa
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 
-TRANSFERRED: list[tuple[str, Any]] = []  # what a client appends to a list of the datamodule's own is put back
+TRANSFERRED: list[tuple[str, Any]] = []  # what a client appends to a list of the datamodule's own is restored
 
 
 class Data(L.LightningDataModule):
