@@ -1,4 +1,4 @@
-"""What an engine asks of a client app, beyond what Flower's own can do."""
+"""Any client app as engines serve it, and its answers."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def _copied_by_torch(module: nn.Module) -> set[str]:
     for prefix, child in module.named_modules(remove_duplicate=False):
         if watches_loading(child):  # these see everything that is loaded
             return set()
-        own = (*parameters_in(child), *buffers_in(child))
+        own = (*parameters_in(child).keys(), *buffers_in(child).keys())
         if own and loads_as_torch(child):
             path = f"{prefix}." if prefix else ""
             names.update(path + name for name in own)

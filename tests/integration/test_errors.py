@@ -382,8 +382,8 @@ def test_ctrl_c_in_a_client_is_ctrl_c(tmp_path: Path) -> None:
         ),
         ({"callbacks": [PartialParticipation(), PartialParticipation()]}, ["both decide the cohort"]),
         ({"callbacks": [Partition(2)]}, ["num_clients=3 is short for an IID Partition", "leave num_clients out"]),
-        ({"callbacks": [StochasticWeightAveraging(swa_lrs=0.1)]}, ["StochasticWeightAveraging takes over"]),
-        ({"client_callbacks": [StochasticWeightAveraging(swa_lrs=0.1)]}, ["StochasticWeightAveraging takes over"]),
+        ({"callbacks": [StochasticWeightAveraging(swa_lrs=0.1)]}, ["StochasticWeightAveraging replaces"]),
+        ({"client_callbacks": [StochasticWeightAveraging(swa_lrs=0.1)]}, ["StochasticWeightAveraging replaces"]),
         (
             {"callbacks": [GradientAccumulationScheduler({0: 2})]},
             ["GradientAccumulationScheduler acts on training", "client_callbacks="],

@@ -141,7 +141,7 @@ def test_the_tuner_is_refused_and_leaves_the_trainer_as_it_was(search):
     trainer, module = federated(rounds=1), toy()
     module.lr = module.batch_size = 1
     before = list(trainer.callbacks)
-    with pytest.raises(ConfigurationError, match=r"(LearningRateFinder|BatchSizeFinder) takes over the training loop"):
+    with pytest.raises(ConfigurationError, match=r"(LearningRateFinder|BatchSizeFinder) replaces the training loop"):
         getattr(Tuner(trainer), search)(module, loader())
     assert trainer.callbacks == before
     trainer.fit(module, loader())
