@@ -1,9 +1,11 @@
 """The roll call: who is there, waited for as long as it takes and no longer."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 import torch
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, strategy_utils
 
 from lightning_fed.callbacks import PartialParticipation
@@ -103,3 +105,43 @@ def test_strategy_that_waits_for_more_clients_than_the_cohort_is_stopped(clock):
     cohorts = PartialParticipation(fraction_train=0.25)
     with pytest.raises(ConfigurationError, match=r"waits for more clients than take part in the round: 1\. Lower its"):
         run(COUNTING, FedAvg(), cohorts=cohorts)
+
+
+def test_a_strategy_s_grid_has_the_cohort_and_all_else_of_the_grid_below():
+    grid = Mock(Grid, run="the run")
+    cohort = roster.CohortGrid(grid, [31, 77])
+    assert list(cohort.get_node_ids()) == [31, 77]
+    cohort.get_node_ids().clear()  # it is the strategy's own
+    assert list(cohort.get_node_ids()) == [31, 77]
+    assert cohort.send_and_receive(["a"], timeout=3.0) is grid.send_and_receive.return_value
+    assert cohort.push_messages(["a"]) is grid.push_messages.return_value
+    assert cohort.pull_messages(["id"]) is grid.pull_messages.return_value
+    assert cohort.create_message("content", "train", 31, "group", 5.0) is grid.create_message.return_value
+    cohort.set_run("another")
+    assert cohort.run == "the run"
+    assert grid.mock_calls == [
+        call.send_and_receive(["a"], timeout=3.0),
+        call.push_messages(["a"]),
+        call.pull_messages(["id"]),
+        call.create_message("content", "train", 31, "group", 5.0),
+        call.set_run("another"),
+    ]
+
+
+def test_a_strategy_may_take_its_time_between_looks(clock):
+    cohort = roster.CohortGrid(Mock(Grid), [31])
+    for _ in range(3):
+        assert list(cohort.get_node_ids()) == [31]
+        clock[0] += 30
+    with pytest.raises(ConfigurationError, match="waits for more clients than take part in the round: 1"):
+        cohort.get_node_ids()
+
+
+def test_the_roll_call_waits_for_the_replies_as_long_as_it_is_told():
+    grid = grid_of(COUNTING)
+    called = in_flower(lambda: roster.RollCall(grid, 7.5, least=4))
+    assert grid.timeouts == [7.5]
+    assert called.num_clients == 4
+    assert {called.client_of(node): node for node in NODES} == {k: called.node_of(k) for k in range(4)}
+    with pytest.raises(KeyError):
+        called.node_of(4)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -15,7 +16,15 @@ from torch.utils.data import (
 )
 
 from lightning_fed.errors import ConfigurationError
-from lightning_fed.values.data import gathering, labels_of, require_sliceable, slice_loader
+from lightning_fed.values.data import (
+    ClientLoaders,
+    Gathered,
+    gathering,
+    in_memory,
+    labels_of,
+    require_sliceable,
+    slice_loader,
+)
 
 
 class Numbers(Dataset):
@@ -258,3 +267,64 @@ def test_loaders_that_do_more_than_stack_tensors_are_left_alone():
         None,
     ):
         assert gathering(loader) is loader
+
+
+# ------------------------------------------------------------------------------------------------- what was read
+
+
+@pytest.mark.parametrize(
+    ("dataset", "kind"),
+    [
+        (TensorDataset(torch.arange(6.0), torch.arange(6)), TensorDataset),
+        ([(torch.tensor(float(i)), i) for i in range(6)], TensorDataset),
+        ([(torch.ones(i % 2 + 1), i) for i in range(6)], None),  # of unequal shapes
+        ([{"x": torch.tensor(i)} for i in range(6)], None),
+        ([(i, "name") for i in range(6)], None),
+    ],
+)
+def test_some_examples_are_read_once_and_kept_as_tensors_where_they_are(dataset, kind):
+    kept = in_memory(DataLoader(dataset), [4, 1, 3])
+    assert isinstance(kept, kind or Dataset)
+    assert isinstance(kept, TensorDataset) == (kind is TensorDataset)
+    assert len(kept) == 3
+    for got, index in zip((kept[i] for i in range(3)), (4, 1, 3), strict=True):
+        for one, other in zip(got, dataset[index], strict=True):
+            assert one == other if isinstance(one, str) else torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+def test_examples_that_the_user_collates_are_kept_as_they_are():
+    kept = in_memory(DataLoader(TensorDataset(torch.arange(4.0)), collate_fn=list), [2])
+    assert not isinstance(kept, TensorDataset)
+    assert kept[0] == (torch.tensor(2.0),)
+    assert len(in_memory(DataLoader(Numbers(4)), [])) == 0
+
+
+def test_a_part_of_tensors_counts_from_the_end_and_knows_where_it_lies():
+    x = torch.arange(5.0)
+    part = Gathered([x, 10 * x], [-1, 0, -5, 2])
+    assert len(part) == 4
+    assert [column.tolist() for column in part.tensors] == [[4, 0, 0, 2], [40, 0, 0, 20]]
+    assert [column.tolist() for column in part.__getitems__([3, 0])] == [[2, 4], [20, 40]]
+    assert [float(value) for value in part[0]] == [4, 40]
+    assert part.where(torch.tensor([1, 3])).tolist() == [0, 2]
+    assert part.whole[0] is x
+    whole = Gathered([x], None)
+    assert (len(whole), whole.where(torch.tensor([1])).tolist(), whole.tensors[0] is x) == (5, [1], True)
+    assert len(Gathered([x], [])) == 0
+
+
+@pytest.mark.parametrize(("indices", "wrong"), [([0, 5], 5), ([-6, 5], -6)])
+def test_an_index_that_is_not_there_is_named(indices, wrong):
+    with pytest.raises(IndexError, match=rf"^index {wrong} of a Subset is out of range: its dataset has 5 examples$"):
+        Gathered([torch.arange(5)], indices)
+
+
+def test_a_client_may_have_something_to_evaluate_on():
+    class Whole(LightningDataModule):
+        def val_dataloader(self):
+            raise AssertionError("only asked whether there is one")
+
+    assert not ClientLoaders(DataLoader(Numbers(2))).has_val()
+    assert ClientLoaders(DataLoader(Numbers(2)), DataLoader(Numbers(1))).has_val()
+    assert not ClientLoaders(datamodule=LightningDataModule()).has_val()
+    assert ClientLoaders(datamodule=Whole()).has_val()
