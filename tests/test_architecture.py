@@ -153,6 +153,20 @@ def test_modules_import_each_other_in_no_circle():
     list(TopologicalSorter({name: own_imports(name) for name in MODULES}).static_order())
 
 
+def test_no_two_classes_and_no_two_public_functions_have_one_name():
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    named = [
+        (n.name, name)
+        for name, path in MODULES.items()
+        for n in ast.parse(path.read_text()).body
+        if isinstance(n, kinds)
+    ]
+    homes: dict[str, list[str]] = {}
+    for one, home in named:
+        homes.setdefault(one, []).append(home)
+    assert {one: where for one, where in homes.items() if len(where) > 1 and not one.startswith("_")} == {}
+
+
 def test_packages_import_each_other_in_no_circle():
     graph: dict[str, set[str]] = {}
     for name in MODULES:

@@ -52,11 +52,6 @@ def trainer_of(module: LightningModule) -> Trainer | None:
     return module._trainer
 
 
-def attach(module: LightningModule, trainer: Trainer | None) -> None:
-    """Attach a module to a trainer, and not the modules in it."""
-    module._trainer = trainer
-
-
 def running_hook(module: Any) -> str | None:
     """Return the hook in which a module is, by which Lightning tells what may be logged."""
     return module._current_fx_name
@@ -127,7 +122,7 @@ def attach_data(trainer: Trainer, module: LightningModule, **given: Any) -> None
     trainer._data_connector.attach_data(module, **given)
 
 
-def prepare(trainer: Trainer) -> None:
+def prepare_data(trainer: Trainer) -> None:
     """Call the hooks that prepare data and set up, as a fit does next."""
     trainer._data_connector.prepare_data()
     call._call_setup_hook(trainer)

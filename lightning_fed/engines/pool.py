@@ -81,7 +81,7 @@ class Pool:
                     process = _forkserver().Process(target=work, args=(theirs, device, None, ()))
                     process.start()
                 with suppress(OSError):  # one that is dead already is found out when it is listened to
-                    transport.write(ours, packed)
+                    transport.transmit(ours, packed)
         except BaseException:
             ours.close()
             raise
@@ -102,7 +102,7 @@ class Worker:
 
     def send(self, packed: transport.Packed) -> None:
         """Tell the process something."""
-        transport.write(self.connection, packed)
+        transport.transmit(self.connection, packed)
 
     def changes(self) -> Sequence[bytes]:
         """Return what has changed since the process started, or since this was asked last."""

@@ -82,7 +82,7 @@ def from_bytes(pickled: Any) -> Any:
     return pickle.loads(pickled)
 
 
-def write(to: socket.socket, packed: Packed) -> None:
+def transmit(to: socket.socket, packed: Packed) -> None:
     """Send an object; the receiver calls ``receive``."""
     sizes = struct.pack(f"!{len(packed.sizes)}Q", *packed.sizes)
     header = _HEADER.pack(len(packed.pickled), len(packed.sizes))

@@ -122,7 +122,7 @@ def _inherited(connection: socket.socket, start: Start) -> Start | None:
         # Autograd refuses to work in a fork of a process in which it has started threads, and nothing else tells.
         torch.zeros(1, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
     except RuntimeError:
-        transport.write(connection, transport.dump(Failed(traceback.format_exc(), by_fork=True)))
+        transport.transmit(connection, transport.dump(Failed(traceback.format_exc(), by_fork=True)))
         return None
     return start
 
@@ -133,13 +133,13 @@ def _told(connection: socket.socket) -> Start | None:
     except EOFError:
         raise
     except Exception:
-        transport.write(connection, transport.dump(Failed(traceback.format_exc())))
+        transport.transmit(connection, transport.dump(Failed(traceback.format_exc())))
         return None
 
 
 def _serve(connection: socket.socket, start: Start) -> None:
     torch.set_num_threads(start.threads)
-    transport.write(connection, transport.dump(None))
+    transport.transmit(connection, transport.dump(None))
     known: dict[tuple[int, int], ArrayRecord] = {}
     with server_identity(start.run_id):
         while True:
@@ -148,7 +148,7 @@ def _serve(connection: socket.socket, start: Start) -> None:
                 known = {key: record for key, record in known.items() if key[0] == told.call}
                 known[told.call, told.key] = told.arrays
             else:
-                transport.write(connection, serve(start.app, told, known, transport.dump))
+                transport.transmit(connection, serve(start.app, told, known, transport.dump))
 
 
 def serve(

@@ -23,7 +23,7 @@ def test_a_tensor_made_while_pickled_arrives_as_it_was(size, by_value):
     packed = transport.dump([MadeWhilePickled(size, value) for value in range(5)], by_value=by_value)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        transport.write(ours, packed)
+        transport.transmit(ours, packed)
         arrived = transport.receive(theirs)
 
     for value, [tensor] in enumerate(arrived):

@@ -142,7 +142,7 @@ def test_what_is_sent_of_a_device_arrives_as_it_was() -> None:
     sent = [torch.full((1 << size,), float(size), device="cuda") for size in range(4, 20)]
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        transport.write(ours, transport.dump(sent))
+        transport.transmit(ours, transport.dump(sent))
         arrived = transport.receive(theirs)
     for tensor, own in zip(arrived, sent, strict=True):
         torch.testing.assert_close(tensor, own.cpu(), rtol=0, atol=0)

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_fed._compat.lightning import attach_data, configure_model, prepare, tear_down, verify_loops
+from lightning_fed._compat.lightning import attach_data, configure_model, prepare_data, tear_down, verify_loops
 from lightning_fed.client.local.catch_up import without_place
 from lightning_fed.client.local.examples import examples_in
 from lightning_fed.client.local.fit import local_fit
@@ -111,7 +111,7 @@ class LookAhead:
             with catch_warnings():  # a fit gives them, too
                 simplefilter("ignore")
                 verify_loops(trainer)
-            prepare(trainer)
+            prepare_data(trainer)
             try:
                 configure_model(trainer)
                 trainer.strategy.setup(trainer)
