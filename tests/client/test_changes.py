@@ -53,7 +53,7 @@ def sides() -> Sides:
 
 
 def test_where_nothing_has_changed_nothing_is_sent(sides: Sides) -> None:
-    sides.module.rate = 0.1
+    sides.module.rate, sides.module.table = 0.1, torch.zeros(3)  # another tensor, and the same
     assert sides.changes.take() is None
 
 
@@ -63,6 +63,21 @@ def test_attributes_that_changed_came_or_went(sides: Sides) -> None:
     sides.send()
     assert (sides.copy.rate, sides.copy.fresh) == (0.2, {"deep": [1, (2, 3)]})
     assert not hasattr(sides.copy, "gone")
+
+
+def test_an_attribute_that_only_went_is_gone(sides: Sides) -> None:
+    del sides.module.gone
+    sides.send()
+    assert not hasattr(sides.copy, "gone")
+
+
+def test_of_a_large_dict_what_is_new_travels_alone(sides: Sides) -> None:
+    sides.module.factors |= {str(key): key for key in range(1000)}
+    sides.send()
+    sides.module.factors["last"] = -1
+    del sides.module.factors["7"]
+    assert len(sides.send()) < 500
+    assert sides.copy.factors == sides.module.factors
 
 
 def test_containers_are_changed_where_they_are(sides: Sides) -> None:

@@ -313,7 +313,7 @@ def test_a_part_of_tensors_counts_from_the_end_and_knows_where_it_lies():
     assert len(Gathered([x], [])) == 0
 
 
-@pytest.mark.parametrize(("indices", "wrong"), [([0, 5], 5), ([-6, 5], -6)])
+@pytest.mark.parametrize(("indices", "wrong"), [([0, 5], 5), ([-6, 0], -6), ([-6, 5], -6)])
 def test_an_index_that_is_not_there_is_named(indices, wrong):
     with pytest.raises(IndexError, match=rf"^index {wrong} of a Subset is out of range: its dataset has 5 examples$"):
         Gathered([torch.arange(5)], indices)
