@@ -61,7 +61,7 @@ class Toys(Pool):
 
     def says(self, what: Any) -> Any:
         """What the last worker makes of what its process says."""
-        transport.write(self.theirs[-1], transport.dump(what))
+        transport.transmit(self.theirs[-1], transport.dump(what))
         return self.workers[-1].receive()
 
 

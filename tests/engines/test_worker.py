@@ -123,7 +123,7 @@ def said_to(ends: tuple[socket.socket, socket.socket], told: Sequence[Any], *arg
     """What a worker that is told all this, and then that the engine has gone, says."""
     ours, theirs = ends
     for one in told:
-        transport.write(ours, one if isinstance(one, transport.Packed) else transport.dump(one, by_value=True))
+        transport.transmit(ours, one if isinstance(one, transport.Packed) else transport.dump(one, by_value=True))
     ours.shutdown(socket.SHUT_WR)
     work(theirs, *(args or (None, None, ())))
     found = []
