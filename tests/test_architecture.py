@@ -23,7 +23,7 @@ LAYERS = {
     "foundation": ["_compat", "_version", "caching", "checks", "errors", "seeding", "tracebacks", "views"],
     "values": ["values", "state"],
     "wire": ["wire"],
-    "parts": ["strategies", "client", "engines"],
+    "parts": ["strategies", "client", "engines", "site"],
     "callbacks": ["callbacks"],
     "server": ["server"],
     "public": ["", "trainer", "testing"],
@@ -34,11 +34,12 @@ WITHIN_CLIENT = ["client.local", "client.vectorized", "client"]
 # Third party -> the modules that may import it.
 DOORS = {
     "flwr": [
-        "_compat.flower",
+        "_compat.flower*",
         "wire.*",
         "strategies.*",
         "client.app",
         "engines.*",
+        "site.*",
         "callbacks.*",
         "server.*",
         "trainer",
@@ -54,7 +55,7 @@ PUBLIC_FLWR = {
     *("flwr.app", "flwr.clientapp", "flwr.clientapp.typing", "flwr.clientapp.mod"),
     *("flwr.serverapp", "flwr.serverapp.strategy", "flwr.proto.node_pb2"),
 }
-KNOWS_PRIVATE_FLWR = ["_compat.flower"]
+KNOWS_PRIVATE_FLWR = ["_compat.flower", "_compat.flower_link", "_compat.flower_node", "_compat.flower_server"]
 # Heavy, or not installed everywhere: imported when used.
 ONLY_INSIDE_FUNCTIONS = ["flwr_datasets", "datasets", "matplotlib", "ray", "sklearn", "pandas", "torchvision"]
 
@@ -244,7 +245,8 @@ except ImportError:
 SCRIPT = """
 import json, os, sys
 
-HEAVY = {"flwr_datasets", "datasets", "matplotlib", "sklearn", "ray", "pandas", "pyarrow", "tensorboard", "torchvision"}
+HEAVY = {"flwr_datasets", "datasets", "fastapi", "matplotlib", "sklearn", "ray", "pandas", "pyarrow", "tensorboard"}
+HEAVY |= {"torchvision"}
 def heavy(): return {name.split(".")[0] for name in sys.modules} & HEAVY
 
 class Watch:

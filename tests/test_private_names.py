@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from flwr.app import Message, RecordDict
+from flwr.app import Array, Message, RecordDict
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 from torch import nn
 
@@ -173,8 +173,86 @@ IMPORTED = {
     "torch.utils._pytree.tree_unflatten": ["leaves", "treespec"],
     "flwr.app.message.make_message": ["metadata", "content", "error"],
     "flwr.common.constant.SUPERLINK_NODE_ID": None,
+    "flwr.app.message.remove_content_from_message": ["message"],
+    "flwr.cli.build.build_fab_from_files": ["files"],
+    "flwr.common.constant.Status.FINISHED": None,
+    "flwr.common.constant.SubStatus.COMPLETED": None,
+    "flwr.common.constant.SubStatus.FAILED": None,
+    "flwr.common.serde.context_from_proto": ["context_proto"],
+    "flwr.common.serde.context_to_proto": ["context"],
+    "flwr.common.serde.fab_to_proto": ["fab"],
+    "flwr.common.serde.message_from_proto": ["message_proto"],
+    "flwr.common.serde.message_to_proto": ["message"],
+    "flwr.common.serde.run_from_proto": ["run_proto"],
+    "flwr.common.serde.user_config_to_proto": ["user_config"],
+    "flwr.supercore.constant.TaskType.SERVER_APP": None,
+    "flwr.supercore.error.ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED": None,
+    "flwr.supercore.error.ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED": None,
+    "flwr.supercore.error.FlowerError.from_json": ["value"],
+    "flwr.supercore.fab.Fab": ["hash_str", "content", "verifications"],
+    "flwr.supercore.inflatable.inflatable_object.get_all_nested_objects": ["obj"],
+    "flwr.supercore.inflatable.inflatable_object.get_object_tree": ["obj"],
+    "flwr.supercore.inflatable.inflatable_object.iterate_object_tree": ["tree"],
+    "flwr.supercore.inflatable.inflatable_object.no_object_id_recompute": [],
+    "flwr.supercore.inflatable.inflatable_protobuf_utils.make_pull_object_fn_protobuf": [
+        *("pull_object_protobuf", "node", "run_id")
+    ],
+    "flwr.supercore.inflatable.inflatable_protobuf_utils.make_push_object_fn_protobuf": [
+        *("push_object_protobuf", "node", "run_id", "session_id")
+    ],
+    "flwr.supercore.inflatable.inflatable_utils.ObjectPullError": None,
+    "flwr.supercore.inflatable.inflatable_utils.ObjectPushError": None,
+    "flwr.supercore.inflatable.inflatable_utils.inflate_object_from_contents": ["object_id", "object_contents"],
+    "flwr.supercore.inflatable.inflatable_utils.pull_objects": ["object_ids", "pull_object_fn"],
+    "flwr.supercore.inflatable.inflatable_utils.push_objects": ["objects", "push_object_fn"],
+    "flwr.supercore.interceptors.RuntimeTokenHttpInterceptor": ["token"],
+    "flwr.supercore.interceptors.RuntimeVersionHttpInterceptor": ["component_name"],
+    "flwr.supercore.interceptors.SuperExecAuthHttpInterceptor": ["master_secret", "protected_methods"],
+    "flwr.supercore.primitives.asymmetric.generate_key_pairs": [],
+    "flwr.supercore.primitives.asymmetric.public_key_to_bytes": ["public_key"],
     "flwr.supercore.run.Run.create_empty": ["run_id"],
+    "flwr.supernode.node_auth_http_interceptor.NodeAuthHttpInterceptor": ["private_key", "public_key"],
     "flwr.supercore.task_identity.TaskIdentity": None,
+}
+FLEET, RUNTIME = "flwr.supernode.fleet_http_client.FleetHttpClient", "flwr.supercore.runtime.RuntimeHttpClient"
+CONTROL = "flwr.supercore.control.control_http_client.ControlHttpClient"
+# The calls of Flower's APIs, by client.
+CALLS = {
+    CONTROL: "ListRuns StartRun StopRun",
+    FLEET: "ActivateNode ConfirmMessageReceived DeactivateNode PullMessages PullObject PushMessages PushObject"
+    " RegisterNode SendNodeHeartbeat UnregisterNode",
+    RUNTIME: "AcquireTask ConfirmMessageReceived GetNodes PullMessages PullObject PullTaskInput PushMessages PushObject"
+    " PushTaskOutput SendTaskHeartbeat",
+}
+# The fields of Flower's messages, by module and class.
+FIELDS = {
+    "control_pb2.StartRunRequest": "fab override_config",
+    "control_pb2.ListRunsResponse": "run_dict",
+    "control_pb2.StopRunRequest": "run_id",
+    "fleet_pb2.ActivateNodeRequest": "public_key heartbeat_interval",
+    "fleet_pb2.ActivateNodeResponse": "node_id",
+    "fleet_pb2.DeactivateNodeRequest": "node_id",
+    "fleet_pb2.PullMessagesRequest": "node",
+    "fleet_pb2.PullMessagesResponse": "messages_list message_object_trees",
+    "fleet_pb2.PushMessagesRequest": "node messages_list message_object_trees clientapp_runtime_list",
+    "fleet_pb2.PushMessagesResponse": "objects_to_push session_id",
+    "fleet_pb2.RegisterNodeFleetRequest": "public_key",
+    "fleet_pb2.UnregisterNodeFleetRequest": "node_id",
+    "heartbeat_pb2.SendNodeHeartbeatRequest": "node heartbeat_interval",
+    "heartbeat_pb2.SendNodeHeartbeatResponse": "success",
+    "message_pb2.ConfirmMessageReceivedRequest": "node run_id message_object_id",
+    "message_pb2.ObjectTree": "object_id children",
+    "node_pb2.NodeInfo": "node_id last_activated_at",
+    "runtime_pb2.AcquireTaskRequest": "supported_task_types",
+    "runtime_pb2.AcquireTaskResponse": "task token",
+    "runtime_pb2.GetNodesResponse": "nodes",
+    "runtime_pb2.PullAppMessagesRequest": "message_ids",
+    "runtime_pb2.PullAppMessagesResponse": "messages_list message_object_trees",
+    "runtime_pb2.PullTaskInputResponse": "context run",
+    "runtime_pb2.PushAppMessagesRequest": "messages_list message_object_trees",
+    "runtime_pb2.PushAppMessagesResponse": "message_ids objects_to_push session_id",
+    "runtime_pb2.PushTaskOutputRequest": "context sub_status details",
+    "runtime_pb2.SendTaskHeartbeatResponse": "success",
 }
 # The methods that are called or overridden -> their parameters after ``self``.
 METHODS = {
@@ -226,6 +304,25 @@ def test_private_name_is_there_and_takes_what_it_is_given(path, parameters):
         assert list(inspect.signature(thing).parameters)[: len(parameters)] == parameters
 
 
+each_call = [(client, call) for client, calls in CALLS.items() for call in calls.split()]
+
+
+@pytest.mark.parametrize(("client", "call"), each_call, ids=map(".".join, each_call))
+def test_call_of_flowers_api_is_there(client, call):
+    assert list(inspect.signature(getattr(found(client), call)).parameters) == ["self", "request"]
+
+
+def test_clients_of_flowers_apis_are_made_of_an_address():
+    for client in CALLS:
+        taken = inspect.signature(found(client).from_server_address).parameters
+        assert list(taken)[:4] == ["server_address", "insecure", "root_certificates", "interceptors"]
+
+
+@pytest.mark.parametrize(("message", "fields"), FIELDS.items(), ids=FIELDS)
+def test_fields_of_flowers_messages_are_there(message, fields):
+    assert set(fields.split()) <= {field.name for field in found(f"flwr.proto.{message}").DESCRIPTOR.fields}
+
+
 @pytest.mark.parametrize(("method", "parameters"), METHODS.items(), ids=[".".join(key) for key in METHODS])
 def test_private_method_is_there_and_takes_what_it_is_given(method, parameters):
     taken = list(inspect.signature(getattr(found(method[0]), method[1])).parameters)[1:]
@@ -239,6 +336,12 @@ def _trainer():
 def _metadata():
     with server_identity(1):
         return Message(RecordDict(), 1, "train").metadata
+
+
+def _chunked():
+    array = Array(np.zeros(1))
+    array.deflate()
+    return array
 
 
 def _scheduled():
@@ -271,6 +374,7 @@ OBJECTS = {
     "loader": lambda: torch.utils.data.DataLoader(range(2)),
     "record": RecordDict,
     "metadata": _metadata,
+    "chunked": _chunked,
     "partitioner": lambda: IidPartitioner(2),
     "dirichlet": lambda: DirichletPartitioner(2, "label", 1.0),
 }
@@ -297,7 +401,8 @@ ATTRIBUTES = {
     "sampler": "_num_samples",
     "loader": "_iterator",
     "record": "_data",
-    "metadata": "_message_id",
+    "metadata": "_message_id _src_node_id",
+    "chunked": "_chunks",
     "partitioner": "_num_partitions",
     "dirichlet": "_num_partitions _partition_by",
 }

@@ -1,0 +1,180 @@
+"""What Flower keeps private of the way to a SuperLink: how it is reached, and how messages go up and down.
+
+Flower's objects are named by their content: what the SuperLink has already, another message's weights, is not sent
+again.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.error import FlowerError
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_objects,
+)
+
+from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses, LinkUntrusted, PartsGone
+
+
+def client_at(address: Address, kind: Callable[..., Any], *interceptors: Any) -> Any:
+    """Return a client of one of Flower's APIs."""
+    try:
+        return kind.from_server_address(  # type: ignore[attr-defined]
+            address.server, address.insecure, address.root_certificates, interceptors=list(interceptors)
+        )
+    except ssl.SSLError as error:
+        raise LinkUntrusted(f"root_certificates is no list of certificates in PEM form ({error})") from error
+
+
+def speaks_tls(server: str) -> bool:
+    """Whether somebody answers there with TLS, whoever it is."""
+    host, _, port = server.rpartition(":")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), 3) as plain, context.wrap_socket(plain):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def talking(address: Address) -> Iterator[None]:
+    """In the block, what goes wrong on the way is one of this file's errors."""
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        status, said = error.response.status_code, FlowerError.from_json(error.response.text)
+        if status in (502, 503, 504):
+            raise LinkLost(f"{address.server} answers {status}") from error
+        what = error.response.text.strip()[:200] if said is None else f"[code: {said.code}] {said.message}"
+        raise LinkRefuses(what, status, None if said is None else said.code) from error
+    except httpx.TransportError as error:
+        if not address.insecure and any(word in str(error).lower() for word in ("certificate", "ssl", "tls")):
+            raise LinkUntrusted(str(error)) from error
+        if address.insecure and not isinstance(error, httpx.ConnectError) and speaks_tls(address.server):
+            raise LinkUntrusted(f"{address.server} speaks TLS, and insecure=True does not") from error
+        raise LinkLost(f"{type(error).__name__}: {error}") from error
+    except ObjectPushError as error:
+        raise LinkLost(str(error)) from error
+    except ObjectPullError as error:
+        raise PartsGone(str(error)) from error
+
+
+@dataclass
+class Traffic:
+    """Bytes of messages that went over the wire."""
+
+    received: int = 0
+    sent: int = 0
+
+
+def download(
+    client: Any, node: Node, run_id: int, tree: ObjectTree, seconds: float, traffic: Traffic
+) -> tuple[str, dict[str, bytes]]:
+    """Return the name and the parts of a message; ``assembled`` makes it of them.
+
+    Args:
+        client: A client of the Runtime or the Fleet API.
+        node: Whose message it is.
+        run_id: The run's number.
+        tree: The names of all parts.
+        seconds: How long the sender may take to send them all.
+        traffic: Counts what came.
+    """
+    pull = make_pull_object_fn_protobuf(client.PullObject, node, run_id)
+    names = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
+    parts = pull_objects(names, pull, max_time=seconds, initial_backoff=0.05, backoff_cap=1.0)
+    traffic.received += sum(map(len, parts.values()))
+    return tree.object_id, parts
+
+
+def assembled(name: str, parts: dict[str, bytes]) -> Message:
+    """Make a message of its parts, which are used up.
+
+    Raises:
+        Exception: Of any kind, if the parts are no message.
+    """
+    message = inflate_object_from_contents(name, parts)
+    if not isinstance(message, Message):
+        raise TypeError(f"a {type(message).__name__} and no message")
+    message.metadata.__dict__["_message_id"] = name
+    return message
+
+
+def upload(
+    messages: Sequence[Message],
+    announce: Callable[[list[Any], list[ObjectTree]], Any],
+    client: Any,
+    node: Node,
+    run_id: int,
+    traffic: Traffic,
+) -> list[str]:
+    """Send messages and those of their parts that are not there yet; return the messages' names.
+
+    Args:
+        messages: All from this node.
+        announce: Tells the SuperLink of messages and of the names of their parts, and gives its response.
+        client: A client of the Runtime or the Fleet API.
+        node: Who sends.
+        run_id: The run's number.
+        traffic: Counts what goes.
+    """
+    with no_object_id_recompute():
+        parts: dict[str, Any] = {}
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = message.object_id
+            parts.update(get_all_nested_objects(message))
+        trees = [get_object_tree(message) for message in messages]
+        bare = [message_to_proto(remove_content_from_message(m) if m.has_content() else m) for m in messages]
+        response = announce(bare, trees)
+        push = make_push_object_fn_protobuf(client.PushObject, node, run_id, response.session_id)
+
+        def counted(name: str, content: bytes) -> None:
+            push(name, content)
+            traffic.sent += len(content)
+
+        try:
+            push_objects(parts, counted, object_ids_to_push=set(response.objects_to_push))
+        finally:
+            for message in messages:
+                _forget_bytes(message)
+    return [message.metadata.message_id for message in messages]
+
+
+def _forget_bytes(message: Message) -> None:
+    """Flower keeps the bytes of an array beside it."""
+    for record in message.content.values() if message.has_content() else ():
+        for value in record.values():
+            getattr(value, "__dict__", {}).pop("_chunks", None)
+
+
+def readdress(message: Message, *, sender: int) -> Message:
+    """Return the same message, from another address."""
+    message.metadata.__dict__["_src_node_id"] = sender
+    return message

@@ -1,0 +1,173 @@
+"""What Flower keeps private of a node's side of a SuperLink: a plain script that is a SuperNode."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
+from flwr.app import Message
+from flwr.common.serde import message_from_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    RegisterNodeFleetRequest,
+    UnregisterNodeFleetRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.error import ApiErrorCode
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from lightning_fed._compat.flower_address import Address, LinkRefuses
+from lightning_fed._compat.flower_link import Traffic, assembled, client_at, download, talking, upload
+
+Key = ec.EllipticCurvePrivateKey
+NO_STRANGERS = ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED
+NOT_ACTIVATED = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+# A node counts as gone twice this time after its last sign of life; Flower allows for no less.
+INTERVAL = 10.0
+_PULSE = 4.0  # seconds between signs of life
+
+
+def read_key(content: bytes) -> Key:
+    """Read a node's private key, in OpenSSH's or PEM form.
+
+    Raises:
+        ValueError: If it is none of an elliptic curve.
+    """
+    load: Callable[..., Any] = load_ssh_private_key if b"OPENSSH" in content else load_pem_private_key
+    key = load(content, None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError(f"{type(key).__name__}: it must be a key of an elliptic curve (`ssh-keygen -t ecdsa -b 384`)")
+    return key
+
+
+def new_key() -> Key:
+    """Return a key of which nobody knows yet."""
+    return generate_key_pairs()[0]
+
+
+@dataclass
+class Received:
+    """A message whose parts are still at the SuperLink."""
+
+    run_id: int
+    tree: ObjectTree
+
+
+class NodeConnection:
+    """A node's connection to a SuperLink, kept alive by a thread.
+
+    Args:
+        address: The SuperLink.
+        key: Who the node is.
+
+    Attributes:
+        node_id: Flower's address of the node, once it is activated.
+        is_lost: Whether the SuperLink does not know the node any more.
+        traffic: The bytes of its messages.
+    """
+
+    def __init__(self, address: Address, key: Key) -> None:
+        public = key.public_key()
+        signs = NodeAuthHttpInterceptor(key, public)
+        self._address, self._public = address, public_key_to_bytes(public)
+        self._client = client_at(
+            address, FleetHttpClient, RuntimeVersionHttpInterceptor(component_name="SuperNode"), signs
+        )
+        self.node_id, self.is_lost, self.traffic = 0, False, Traffic()
+        self._over = threading.Event()
+
+    @property
+    def _node(self) -> Node:
+        return Node(node_id=self.node_id)
+
+    def register(self) -> None:
+        """Make a new key known, where the SuperLink takes in anybody."""
+        with talking(self._address):
+            self._client.RegisterNode(RegisterNodeFleetRequest(public_key=self._public))
+
+    def activate(self, left_behind: int = 0) -> None:
+        """Be here from now on.
+
+        Args:
+            left_behind: The address under which an earlier process was here that is known to have ended.
+        """
+        if left_behind:
+            with suppress(LinkRefuses), talking(self._address):
+                self._client.DeactivateNode(DeactivateNodeRequest(node_id=left_behind))
+        with talking(self._address):
+            request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=INTERVAL)
+            self.node_id = self._client.ActivateNode(request).node_id
+        threading.Thread(target=self._live, name="superlink-heartbeat", daemon=True).start()
+
+    def _live(self) -> None:
+        alive = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=INTERVAL)
+        while not self._over.wait(_PULSE):
+            try:
+                with talking(self._address):
+                    self.is_lost = not self._client.SendNodeHeartbeat(alive).success
+            except LinkRefuses:
+                self.is_lost = True
+            except (ConnectionError, RuntimeError):  # the next one may get through; or the client is closed
+                pass
+
+    def next(self) -> Received | None:
+        """Return a message for this node, if there is one; each is given once."""
+        with talking(self._address):
+            response = self._client.PullMessages(PullMessagesRequest(node=self._node))
+        if not response.messages_list:
+            return None
+        return Received(message_from_proto(response.messages_list[0]).metadata.run_id, response.message_object_trees[0])
+
+    def fetch(self, received: Received, seconds: float) -> Message:
+        """Return the message itself."""
+        with talking(self._address):
+            name, parts = download(self._client, self._node, received.run_id, received.tree, seconds, self.traffic)
+        done = ConfirmMessageReceivedRequest(node=self._node, run_id=received.run_id, message_object_id=name)
+        with suppress(ConnectionError), talking(self._address):  # it is here, whether that is heard or not
+            self._client.ConfirmMessageReceived(done)
+        return assembled(name, parts)
+
+    def send(self, reply: Message, seconds: float) -> None:
+        """Send a reply.
+
+        Args:
+            reply: To a message that ``fetch`` gave.
+            seconds: How long it took to make.
+        """
+
+        def announce(bare: list[Any], trees: list[ObjectTree]) -> Any:
+            return self._client.PushMessages(
+                PushMessagesRequest(
+                    node=self._node, messages_list=bare, message_object_trees=trees, clientapp_runtime_list=[seconds]
+                )
+            )
+
+        with talking(self._address):
+            upload([reply], announce, self._client, self._node, reply.metadata.run_id, self.traffic)
+
+    def close(self, *, forget: bool) -> None:
+        """Be here no longer.
+
+        Args:
+            forget: Whether the SuperLink shall forget its key.
+        """
+        self._over.set()
+        if self.node_id and not self.is_lost:
+            with suppress(Exception):
+                self._client.DeactivateNode(DeactivateNodeRequest(node_id=self.node_id))
+                if forget:
+                    self._client.UnregisterNode(UnregisterNodeFleetRequest(node_id=self.node_id))
+        self._client.close()
