@@ -20,6 +20,7 @@ from lightning_fed.tracebacks import words
 from lightning_fed.values.metrics import MetricState
 from lightning_fed.values.running_mean import RunningMean
 from lightning_fed.values.weights import Weights, check_update, is_averaged
+from lightning_fed.wire import packing
 from lightning_fed.wire.messages import NUM_EXAMPLES, first, num_examples, pack, reply_scalars, unpack
 
 Kind = TypeVar("Kind", ArrayRecord, ConfigRecord)
@@ -170,6 +171,7 @@ def read_reply(reply: Message) -> Reply:
         ClientError: If something in it is not of the form in which it travels.
     """
     try:
+        packing.unpack_tensors(reply.content)
         extras, arrays = detach(reply), first(reply.content, ArrayRecord)
         record = first(reply.content, MetricRecord) or MetricRecord()
         _require(not isinstance(record.get(NUM_EXAMPLES), list), f"{NUM_EXAMPLES}={record.get(NUM_EXAMPLES)}")

@@ -96,6 +96,11 @@ def read_instruction(message: Message) -> Instruction:
     return Instruction(_int(config.get(ROUND, 1)), _int(config.get(SEED, 0)), unpack(arrays))
 
 
+def read_seed(message: Message) -> int:
+    """Read the run's seed, which any message of a round or a question has."""
+    return _int((first(message.content, ConfigRecord) or ConfigRecord()).get(SEED, 0))
+
+
 def _int(value: Any) -> int:
     return int(value)
 

@@ -1,0 +1,114 @@
+"""What a server and its sites tell each other over a SuperLink beside the work itself: who they are, and what is kept.
+
+A site keeps what its client keeps (optimizers with ``client_state="carry"``, a method's memory) on its own disk, under
+one mark for each piece of work. The server knows the mark of the last that it took, and its checkpoint has it: so work
+that is done again, after whatever restart, begins with what it began with the first time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from lightning_fed._compat.flower_address import LinkLost
+from lightning_fed.wire import messages
+
+_FORM, _KEPT = "lightning-fed.module", "lightning-fed.kept"
+_MARK = re.compile(r"[0-9a-f]{16}-\d{1,9}-(train|evaluate)")
+
+
+def mark_of(run: str, round: int, stage: str) -> str:
+    """Return the mark of a piece of work.
+
+    >>> mark_of("0123456789abcdef", 7, "train")
+    '0123456789abcdef-7-train'
+    """
+    return f"{run}-{round}-{stage}"
+
+
+def round_of(message: Message) -> int:
+    """Read the round that a message is of; 0 if it is of none."""
+    config = messages.first(message.content, ConfigRecord) or ConfigRecord()
+    round = config.get(messages.ROUND, 0)
+    return round if isinstance(round, int) else 0
+
+
+@dataclass
+class WorkMarks:
+    """What work begins with and what it leaves, by mark.
+
+    Attributes:
+        base: Of the work before it; empty if there is none.
+        mark: Its own.
+    """
+
+    base: str
+    mark: str
+
+
+def question(form: Mapping[str, str], seed: int) -> RecordDict:
+    """Ask a site which client it is, and whether its module is of the server's form."""
+    lines = ConfigRecord({"names": list(form), "forms": list(form.values())})
+    return RecordDict({messages.CONFIG: messages.round_config(0, seed), _FORM: lines})
+
+
+def take_form(content: RecordDict) -> dict[str, str] | None:
+    """Take the form of the server's module off a question; ``None`` where it has none."""
+    record = content.pop(_FORM, None)
+    if not isinstance(record, ConfigRecord):
+        return None
+    names, forms = record["names"], record["forms"]
+    assert isinstance(names, list)
+    assert isinstance(forms, list)
+    return {str(name): str(form) for name, form in zip(names, forms, strict=True)}
+
+
+def with_kept(content: RecordDict, kept: WorkMarks) -> RecordDict:
+    """Return the same records, and what the work begins with."""
+    return RecordDict({**content, _KEPT: ConfigRecord({"base": kept.base, "mark": kept.mark})})
+
+
+def take_kept(content: RecordDict) -> WorkMarks | None:
+    """Take off what ``with_kept`` put on.
+
+    Raises:
+        ValueError: If these are no marks; they become names of files.
+    """
+    record = content.pop(_KEPT, None)
+    if not isinstance(record, ConfigRecord):
+        return None
+    kept = WorkMarks(str(record["base"]), str(record["mark"]))
+    if not _MARK.fullmatch(kept.mark) or (kept.base and not _MARK.fullmatch(kept.base)):
+        raise ValueError(f"{kept} are no marks of work")
+    return kept
+
+
+def say_kept(content: RecordDict) -> None:
+    """Tell in a reply that the site keeps something of this work."""
+    content[_KEPT] = ConfigRecord({})
+
+
+def takes_kept(content: RecordDict) -> bool:
+    """Whether a reply tells that, which is taken off it."""
+    return content.pop(_KEPT, None) is not None
+
+
+def is_lost(reply: Message | Exception) -> bool:
+    """Whether it is no reply of a site's, but word that none will come: its node or the message is gone."""
+    if isinstance(reply, Exception):
+        return isinstance(reply, LinkLost)
+    return reply.has_error() and reply.error.code != messages.CLIENT_RAISED
+
+
+def as_state(mark: str) -> RecordDict:
+    """Return what a checkpoint has of a client that keeps something on its own disk."""
+    return RecordDict({_KEPT: ConfigRecord({"mark": mark})})
+
+
+def from_state(state: RecordDict) -> str | None:
+    """Return the mark that a checkpoint has; ``None`` if the client's state was somewhere else."""
+    record = state.get(_KEPT)
+    return str(record["mark"]) if isinstance(record, ConfigRecord) else None
