@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
@@ -24,7 +24,7 @@ from lightning_fed.errors import FederationError
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.server import arguments, placement
 from lightning_fed.server.alone import alone
-from lightning_fed.server.deal import Deal
+from lightning_fed.server.deal import Deal, own_data
 from lightning_fed.server.environment import defaults_from_environment, taken_from_environment
 from lightning_fed.server.federation import Federation
 from lightning_fed.server.plan import Given, resolve
@@ -38,6 +38,9 @@ from lightning_fed.tracebacks import shorten
 from lightning_fed.values.data import gathering
 from lightning_fed.views import viewed_as
 from lightning_fed.wire.checkpoint_file import explain_errors
+
+if TYPE_CHECKING:
+    from lightning_fed.site.join import Joining
 
 
 @dataclass
@@ -63,7 +66,7 @@ class FederatedTrainer(ServerTrainer):
         local_epochs: How many epochs a client trains in a round; 1 by default.
         local_steps: How many optimizer steps a client trains in a round, in place of ``local_epochs``.
         engine: Where clients run: ``"in_process"``, one after the other; ``"processes"``, several at a time on all
-            cores; ``"ray"``, in actors of a Ray cluster; or an ``Engine``.
+            cores; ``"ray"``, in actors of a Ray cluster; or an ``Engine``, ``engines.SuperLink(...)`` over a network.
         num_workers: How many processes or actors these start; by default one for each core, on CUDA
             ``clients_per_device`` for each device.
         clients_per_device: How many clients they train at a time on one CUDA device; 1 by default.
@@ -192,6 +195,44 @@ class FederatedTrainer(ServerTrainer):
     ) -> ClientApp:
         """Return the Flower ClientApp that ``fit`` runs; the node config's ``partition-id`` says which client it is."""
         task = self._task(model, train_dataloaders, None, datamodule)
+        return build_client_app(self._without_server(task))
+
+    def join(
+        self,
+        address: str,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        *,
+        client: int,
+        **kwargs: Unpack[Joining],
+    ) -> None:
+        """Join a federation as one of its clients, and stay until Ctrl-C or SIGTERM.
+
+        The server is a script that calls ``fit`` with ``engine=engines.SuperLink(...)``; both build the same module.
+        The data given here is this site's own, and all of it is the client's; without any, a ``ClientData`` of the
+        trainer gives it. What comes here is weights and numbers, and nothing is unpickled.
+
+        Args:
+            address: The SuperLink's ``"host:port"``.
+            model, train_dataloaders, val_dataloaders, datamodule: As for ``fit``; ``val_dataloaders`` serves the
+                client-side evaluation.
+            client: Which client this is, from 0.
+            **kwargs: Keys and folders, see ``lightning_fed.site.join.Joining``.
+
+        Raises:
+            ConfigurationError: If the SuperLink does not let it join, or there is no data.
+        """
+        task = self._task(model, None, None, None)
+        side = self._without_server(task)
+        task.deal.owner = own_data(datamodule or train_dataloaders, val_dataloaders, client, task.deal.owner)
+        from lightning_fed.site.join import join  # and with it Flower's way to a SuperLink
+
+        join(address, side, client, **kwargs)
+
+    def _without_server(self, task: _Task) -> ClientSide:
+        """Return what clients need where there is no server in the process."""
         # There is no server here whose fit would ask the module for them.
         task.module.trainer = self
         given = checks.listed(task.module.configure_callbacks())
@@ -201,7 +242,7 @@ class FederatedTrainer(ServerTrainer):
         side = task.side
         side.mods, task.deal.owner = self.owners.mods(), self.owners.partition
         side.is_set_up, side.dispatcher = False, None
-        return build_client_app(side)
+        return side
 
     def _task(self, model: Any, train: Any, val: Any, datamodule: LightningDataModule | None) -> _Task:
         module = from_compiled(model) if isinstance(model, OptimizedModule) else model

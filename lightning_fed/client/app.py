@@ -76,6 +76,12 @@ class ClientSide:
         loaders = self.data(task.client, task.round)
         return LocalWork(self.module, self.datamodule, loaders, task, self.options)
 
+    def set_up(self, work: LocalWork) -> None:
+        """Set the module up, if nobody has done so in this process."""
+        if not self.is_set_up:
+            set_up(work)
+            self.is_set_up = True
+
     def look_ahead(self, weights: Weights, seed: int) -> None:
         """Look, before the first round, at what ``configure_optimizers`` gives; raises as ``LookAhead.look``."""
         with random_states_kept():
@@ -215,9 +221,7 @@ def _run(side: ClientSide, stage: str, message: Message, context: Context, detac
         )
     with random_states_kept():
         work = side.work(task)
-        if not side.is_set_up:
-            set_up(work)
-            side.is_set_up = True
+        side.set_up(work)
         result = local_fit(work) if stage == "train" else local_evaluate(work)
     if stage == "train":
         messages.set_fit_state(context, result.state)

@@ -4,8 +4,9 @@ from lightning_fed.engines.base import Engine
 from lightning_fed.engines.in_process import InProcess
 from lightning_fed.engines.processes import Processes
 from lightning_fed.engines.ray import Ray
+from lightning_fed.engines.superlink import SuperLink
 
-__all__ = ["ENGINES", "Engine", "InProcess", "Processes", "Ray", "made"]
+__all__ = ["ENGINES", "Engine", "InProcess", "Processes", "Ray", "SuperLink", "made"]
 
 ENGINES: dict[str, type[Engine]] = {"in_process": InProcess, "processes": Processes, "ray": Ray}
 

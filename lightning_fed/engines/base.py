@@ -9,16 +9,25 @@ from typing import TypeVar
 from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
+from torch import nn
 
 T = TypeVar("T")
 
 
-class LocalGrid(Grid):
-    """A Grid that knows its clients by number, and keeps what they keep.
+class ClientGrid(Grid):
+    """A Grid that knows its clients by number, and what they keep.
 
     What the server uses beyond Flower's ``Grid``. On another it asks the nodes who they are, and its checkpoints have
     no client states.
     """
+
+    def gather(self, module: nn.Module, seed: int) -> None:
+        """Wait until the clients are there, where they come from elsewhere.
+
+        Args:
+            module: The server's, set up: theirs must be like it.
+            seed: The run's seed.
+        """
 
     @property
     @abstractmethod
@@ -48,6 +57,10 @@ class LocalGrid(Grid):
     @abstractmethod
     def load_client_states(self, states: dict[int, RecordDict]) -> None:
         """Take back what ``client_states`` gave."""
+
+
+class LocalGrid(ClientGrid):
+    """A Grid whose clients are in this process, or get all that they have from it: module, data and state."""
 
 
 class Engine(ABC):

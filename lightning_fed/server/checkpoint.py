@@ -10,7 +10,7 @@ from flwr.app import RecordDict
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_fed.engines.base import LocalGrid
+from lightning_fed.engines.base import ClientGrid
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.server.script import Script
 from lightning_fed.wire.checkpoint_file import FEDERATION
@@ -47,7 +47,7 @@ class RunState:
     """
 
     def __init__(
-        self, seed: int, num_clients: int, clients: LocalGrid | None, strategy: Strategy, script: Script
+        self, seed: int, num_clients: int, clients: ClientGrid | None, strategy: Strategy, script: Script
     ) -> None:
         self.seed, self.num_clients, self.script = seed, num_clients, script
         self._clients = clients

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
+from lightning_fed.callbacks import ClientData
 from lightning_fed.callbacks.base import PartitionOwner
 from lightning_fed.client.local.isolation import making_data
 from lightning_fed.client.local.work import LocalOptions
@@ -91,3 +92,26 @@ class Deal:
                 " train_dataloader, or give each client its own: callbacks=[ClientData(fn, num_clients=...)]."
             )
         return None
+
+
+def own_data(train: Any, val: Any, client: int, owner: PartitionOwner) -> PartitionOwner:
+    """Decide who gives the data of a site, which has none but its own.
+
+    Args:
+        train: The site's datamodule or train loader; ``None`` if there is none.
+        val: Its loader for the client-side evaluation, or ``None``.
+        client: Which client it is.
+        owner: Who decides which data each client has in the federation.
+
+    Raises:
+        ConfigurationError: If there is nothing that is this client's own.
+    """
+    if train is not None:
+        return ClientData([train if val is None else (train, val)] * max(client + 1, owner.num_clients))
+    if owner.deals_out:
+        raise ConfigurationError(
+            f"join(client={client}) got no data. Pass this site's own, train_dataloaders= or datamodule=, or let the"
+            " trainer have callbacks=[ClientData(fn, num_clients=...)]. A Partition deals one data set out, and here"
+            " each site has its own."
+        )
+    return owner

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed.callbacks.base import CLIENT_METRICS
 from lightning_fed.client.app import ClientSide
-from lightning_fed.engines.base import LocalGrid
+from lightning_fed.engines.base import ClientGrid, LocalGrid
 from lightning_fed.seeding import seed_all, seed_for
 from lightning_fed.server import placement
 from lightning_fed.server.checkpoint import Found, RunState
@@ -110,15 +110,18 @@ class Session:
     def __init__(self, given: FitInputs, owners: Owners, settings: Settings, trainer: ServerTrainer) -> None:
         self._side, self._owners, self._settings, self._trainer = given.side, owners, settings, trainer
         self._module = given.side.module
-        # Clients in this process, with their data and their state; a grid that is not ours can only carry messages.
-        local = given.grid if isinstance(given.grid, LocalGrid) else None
-        self._has_clients, self._has_probed = local is not None, local is None
+        # A grid that is not ours can only carry messages.
+        ours = given.grid if isinstance(given.grid, ClientGrid) else None
+        self._has_clients = isinstance(ours, LocalGrid)
+        self._has_probed = not self._has_clients
         if self._has_clients:
             given.deal.open()
         strategy = owners.build_strategy(self._module)
         require_client_part(strategy, self._side.mods["train"], knows_clients=self._has_clients)
         waits = given.grid, settings.timeout, owners.cohorts.min_available_clients
-        roster = RollCall(*waits) if local is None else local
+        roster = RollCall(*waits) if ours is None else ours
+        if ours is not None:
+            ours.gather(self._module, settings.seed)
         self._clients = roster.num_clients
         self.rounds = Rounds(
             given.grid,
@@ -136,7 +139,7 @@ class Session:
         owners.check_cohort(self._clients, settings.max_clients)
         self._warn_of_monitors()
         script = given.resumed.script if given.resumed else self.script_of(given.side, owners, trainer)
-        self.state = RunState(settings.seed, self._clients, local, strategy, script)
+        self.state = RunState(settings.seed, self._clients, ours, strategy, script)
         self._found = given.resumed.found if given.resumed else None
         self._running: RunningRound | None = None
 

@@ -1,0 +1,157 @@
+"""Who is behind a SuperLink: which client is at which node, asked of each node once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from flwr.app import ConfigRecord, Message, MessageType
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_fed._compat.flower_server import ServedRun
+from lightning_fed.errors import ConfigurationError
+from lightning_fed.wire import messages, roll_call
+
+# Seconds between two looks at the nodes.
+LOOK = 1.0
+# Seconds that a node has to say who it is, before nobody waits for its answer: it may be busy for an earlier run.
+ANSWER = 15.0
+
+
+class Place(NamedTuple):
+    """A node as it is since its site last came.
+
+    Attributes:
+        since: When it came, as Flower tells it: later is greater.
+        node_id: Flower's address.
+    """
+
+    since: str
+    node_id: int
+
+
+class Members:
+    """The sites of a run as they come and go.
+
+    Args:
+        run: The run.
+        num_clients: How many clients there are.
+        form: The form of the server's module, which a site's must have.
+        seed: The run's seed.
+    """
+
+    def __init__(self, run: ServedRun, num_clients: int, form: Mapping[str, str], seed: int) -> None:
+        self._run, self._num_clients = run, num_clients
+        self._question = roll_call.question(form, seed)
+        self._asked: dict[str, tuple[Place, float]] = {}
+        self._said: dict[Place, int | None] = {}  # by place its client; None where that is not known, or it is refused
+        self._here: dict[int, Place] = {}
+        self._seen: dict[int, float] = dict.fromkeys(range(num_clients), time.monotonic())
+        self._looked = 0.0
+        self.refusals: list[str] = []
+
+    def place_of(self, client: int) -> Place | None:
+        """Where a client is, or ``None``."""
+        return self._here.get(client)
+
+    def missing(self) -> list[int]:
+        """Return the clients that are not here."""
+        return [client for client in range(self._num_clients) if client not in self._here]
+
+    def absent(self, client: int) -> float:
+        """For how many seconds a client has not been here."""
+        return 0.0 if client in self._here else time.monotonic() - self._seen[client]
+
+    def is_lost(self, client: int, seconds: float) -> bool:
+        """Whether a client has not been here for so long, and none of those that just came can be it."""
+        if self.absent(client) <= seconds:
+            return False
+        now = time.monotonic()
+        return all(now - asked > ANSWER for _, asked in self._asked.values())
+
+    def look(self, *, at_once: bool = False) -> None:
+        """Look who is there, unless that was done just now."""
+        if not at_once and time.monotonic() < self._looked + LOOK:
+            return
+        places = [Place(node.last_activated_at or "", node.node_id) for node in self._run.nodes()]
+        self._ask([place for place in places if place not in self._said])
+        self._hear()
+        self._looked = now = time.monotonic()
+        self._seen.update(dict.fromkeys(self._here, now))
+        here: dict[int, Place] = {}
+        for place in sorted(places):  # the one that came last counts
+            if (client := self._said.get(place)) is not None:
+                here[client] = place
+        for client in sorted(self._here.keys() - here.keys()):
+            rank_zero_info(f"Client {client} has left.")
+        self._here = here
+
+    def _ask(self, places: list[Place]) -> None:
+        for place in places:
+            self._said[place] = None
+            [name] = self._run.push([Message(self._question, place.node_id, MessageType.QUERY)])
+            if name:
+                self._asked[name] = place, time.monotonic()
+            else:
+                del self._said[place]  # it has gone meanwhile
+
+    def _hear(self) -> None:
+        if not self._asked:
+            return
+        for name, reply in self._run.pull(list(self._asked), 10.0):
+            place, _ = self._asked.pop(name)
+            if roll_call.is_lost(reply):
+                self._said.pop(place, None)  # if it is still there, it is asked again
+            else:
+                self._said[place] = self._read(place, reply)
+
+    def _read(self, place: Place, reply: Message | Exception) -> int | None:
+        if isinstance(reply, Exception):
+            self._refuse(f"The site at node {place.node_id} gives an answer that cannot be read: {reply}")
+            return None
+        if reply.has_error():
+            said, _ = messages.raised(reply)
+            self._refuse(f"The site at node {place.node_id} cannot take part: {said}")
+            return None
+        config = messages.first(reply.content, ConfigRecord) or ConfigRecord()
+        client = config.get(messages.CLIENT)
+        if not isinstance(client, int) or not 0 <= client < self._num_clients:
+            self._refuse(
+                f"The site at node {place.node_id} says that it is client {client!r}, and the run has clients 0 to"
+                f" {self._num_clients - 1}."
+            )
+            return None
+        return client
+
+    def _refuse(self, why: str) -> None:
+        """Note why a site cannot be a client of this run."""
+        self.refusals.append(why)
+        rank_zero_warn(why)
+
+    def wait(self, least: int, seconds: float) -> None:
+        """Wait until so many clients are here, and say for whom.
+
+        Raises:
+            ConfigurationError: If they are not within so many seconds, or if one of them is refused.
+        """
+        began, said, total = time.monotonic(), None, self._num_clients
+        while True:
+            self.look()
+            missing, waited = self.missing(), time.monotonic() - began
+            if total - len(missing) >= least:
+                return
+            who = f"client{'' if len(missing) == 1 else 's'} {', '.join(map(str, missing))}"
+            state = f"{total - len(missing)} of {total} clients are here: waiting for {who}"
+            if self.refusals:
+                raise ConfigurationError(self.refusals[0])
+            if waited > seconds:
+                raise ConfigurationError(
+                    f"{state}, for {seconds:g} s by now. Each site runs trainer.join(address, model, client=k); with"
+                    " SuperLink(min_clients=...) the run begins with fewer, and with SuperLink(connect_timeout=...) it"
+                    " waits longer."
+                )
+            if waited > LOOK and state != said:
+                rank_zero_info(state)
+                said = state
+            time.sleep(0.1)

@@ -1,0 +1,164 @@
+"""Work for clients behind a SuperLink: sent to where they are, sent again when their site was lost, and collected."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from flwr.app import Message, Metadata
+
+from lightning_fed._compat.flower import make_message
+from lightning_fed._compat.flower_link import readdress
+from lightning_fed.engines.members import Place
+from lightning_fed.engines.remote import AHEAD, Deadline
+from lightning_fed.errors import ClientError
+from lightning_fed.tracebacks import words
+from lightning_fed.wire import messages, packing, roll_call
+
+if TYPE_CHECKING:
+    from lightning_fed.engines.superlink_grid import SuperLinkGrid
+
+# Seconds between two questions whether there are replies.
+POLL = 0.1
+# How often a client's work is sent before its site counts as one that cannot do it.
+TRIES = 3
+
+
+@dataclass
+class Work:
+    """One client's work.
+
+    Attributes:
+        client: The client.
+        message: As the loop sent it.
+        place: Where it is, or was when it was lost.
+        sent: The message as it is sent there, until the SuperLink has all of it: what is sent again is the same.
+        names: Flower's names of the messages that are under way; an answer to any will do.
+        outages: How often the SuperLink had not answered when it was sent.
+        kept: What it begins with and leaves.
+        tries: How often it was sent.
+        reply: What came of it, until somebody takes it.
+        is_over: Whether something came of it.
+    """
+
+    client: int
+    message: Message
+    place: Place | None = None
+    sent: Message | None = None
+    names: set[str] = field(default_factory=set)
+    outages: int = 0
+    kept: roll_call.WorkMarks | None = None
+    tries: int = 0
+    reply: Message | None = None
+    is_over: bool = False
+
+    def end(self, reply: Message) -> None:
+        """Note that something came of it."""
+        self.reply, self.is_over = reply, True
+        self.names.clear()
+
+
+class SiteDelivery:
+    """One ``send_and_receive``: sends work to where the clients are, and collects the replies.
+
+    Args:
+        grid: Whose clients work.
+        works: Their work.
+        timeout: Seconds for all of it.
+    """
+
+    def __init__(self, grid: SuperLinkGrid, works: Sequence[Work], timeout: float | None) -> None:
+        self.grid, self.works, self.deadline = grid, works, Deadline(timeout)
+        self.packer = packing.Packer()
+
+    def replies(self) -> Iterator[Message]:
+        """Give the replies in the order of the messages; those that do not come in time are left out."""
+        self.grid.patiently(lambda: self.grid.members.look(at_once=True))
+        for index, work in enumerate(self.works):
+            while not work.is_over:
+                came = self.grid.patiently(lambda: self.turn(index))  # noqa: B023  it is called at once
+                if work.is_over or self.deadline.is_up:
+                    break
+                if not came:
+                    time.sleep(POLL)
+            if work.reply is not None:
+                reply, work.reply = work.reply, None
+                yield reply
+                del reply
+
+    def turn(self, first: int) -> bool:
+        """Send what is to be sent, and take in what is there, of the first works that are missing.
+
+        Returns:
+            Whether something came.
+        """
+        self._send()
+        waiting = {name: work for work in self.works[first : first + AHEAD] for name in work.names}
+        came = False
+        for name, reply in self.grid.served.pull(list(waiting), self._seconds()) if waiting else ():
+            if name in waiting[name].names:  # else it has answered another of the same
+                self._take(waiting[name], name, reply)
+            came = True
+        self.grid.members.look()
+        return came
+
+    def _send(self) -> None:
+        members, ready = self.grid.members, []
+        for work in self.works:
+            place = members.place_of(work.client)
+            is_under_way = bool(work.names) and place in (work.place, None)
+            if work.is_over or (is_under_way and (place is None or work.outages == self.grid.outages)):
+                continue  # if its node is lost, Flower says so; but a SuperLink that was away may have lost the message
+            if place is None:
+                if members.is_lost(work.client, self.grid.patience.back):
+                    self._fail(work, "is not here: no site has joined as this client, or the one that did has left.")
+            elif work.tries == TRIES:
+                self._fail(work, f"was lost {TRIES} times at this work: does its process run out of memory?")
+            else:
+                if work.sent is None or work.place != place:
+                    work.place, work.sent = place, self._addressed(work, place)
+                ready.append(work)
+        if not ready:
+            return
+        names = self.grid.served.push([work.sent for work in ready if work.sent is not None])
+        for work, name in zip(ready, names, strict=True):
+            work.tries += not work.names or work.outages == self.grid.outages
+            work.sent, work.outages = None, self.grid.outages
+            work.names |= {name} - {""}
+
+    def _addressed(self, work: Work, place: Place) -> Message:
+        work.kept = self.grid.kept_by(work.client, work.message)
+        content = roll_call.with_kept(self.packer.pack(work.message.content), work.kept)
+        of = work.message.metadata
+        metadata = Metadata(
+            run_id=self.grid.served.run.run_id,
+            message_id="",
+            src_node_id=of.src_node_id,
+            dst_node_id=place.node_id,
+            reply_to_message_id="",
+            group_id=of.group_id,
+            created_at=time.time(),
+            ttl=of.ttl,
+            message_type=of.message_type,
+        )
+        return make_message(metadata=metadata, content=content)
+
+    def _take(self, work: Work, name: str, reply: Message | Exception) -> None:
+        work.names.discard(name)
+        if roll_call.is_lost(reply):
+            self.grid.members.look(at_once=True)
+        elif isinstance(reply, Exception):
+            self._fail(work, f"sent what cannot be read: {words(reply)}")
+        else:
+            if not reply.has_error() and roll_call.takes_kept(reply.content) and work.kept is not None:
+                self.grid.keep(work.client, work.kept.mark)
+            work.end(readdress(reply, sender=work.message.metadata.dst_node_id))
+
+    def _fail(self, work: Work, why: str) -> None:
+        work.end(messages.error_reply(work.message, ClientError(why)))
+
+    def _seconds(self) -> float:
+        left = self.deadline.seconds
+        return 60.0 if left is None else min(left + 1.0, 60.0)

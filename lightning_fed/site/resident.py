@@ -1,0 +1,248 @@
+"""A site's loop: it joins, works when it is asked to, and joins again when the connection is lost."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses, LinkUntrusted, PartsGone
+from lightning_fed._compat.flower_node import (
+    NO_STRANGERS,
+    NOT_ACTIVATED,
+    Key,
+    NodeConnection,
+    Received,
+    new_key,
+)
+from lightning_fed.errors import ClientError, ConfigurationError
+from lightning_fed.site.states import StateFolder
+from lightning_fed.values.module_form import Form, difference
+from lightning_fed.wire import messages, packing, roll_call
+from lightning_fed.wire.address import WAYS_TO_TRUST
+
+# Seconds between two questions whether there is work.
+POLL = 0.25
+# Seconds that the parts of one message may take to come.
+_SLOWEST = 3600.0
+
+
+@dataclass
+class Membership:
+    """Who a site is, and where it joins.
+
+    Attributes:
+        address: The SuperLink.
+        client: Which client it is.
+        key: Its private key; ``None`` where the SuperLink takes in anybody.
+        lease: Seconds for which a place may be taken by a process that is gone.
+    """
+
+    address: Address
+    client: int
+    key: Key | None
+    lease: float
+
+
+class Site:
+    """A client that stays: in memory its module and data, on disk what it keeps.
+
+    Args:
+        app: What it runs.
+        form: ``form(seed)`` tells the form of its module, which is set up for that.
+        member: Who it is.
+        states: What it keeps.
+    """
+
+    def __init__(self, app: ClientApp, form: Callable[[int], Form], member: Membership, states: StateFolder) -> None:
+        self._app, self._form, self._member, self._states = app, form, member, states
+        self._has_joined = False
+        self._last: tuple[roll_call.WorkMarks, RecordDict] | None = None  # the last work and its reply
+
+    def serve(self) -> None:
+        """Work until Ctrl-C or SIGTERM.
+
+        Raises:
+            ConfigurationError: If the SuperLink does not let it join.
+        """
+        where = self._member.address.server
+        with self._states.locked(), _sigterm_as_ctrl_c():
+            try:
+                while True:
+                    try:
+                        self._stay()
+                    except (LinkLost, LinkRefuses, LinkUntrusted) as error:
+                        if not self._has_joined and not isinstance(error, LinkLost):
+                            raise ConfigurationError(self._explain(error)) from error
+                        rank_zero_warn(f"The SuperLink at {where} is not there, trying again: {error}")
+                    time.sleep(1.0)
+            except KeyboardInterrupt:
+                rank_zero_info(f"Client {self._member.client} leaves {where}.")
+                gc.freeze()  # else the process, which is about to end, looks at all its objects again, for a second
+
+    def _stay(self) -> None:
+        """Join, and work as long as the connection holds."""
+        connection = NodeConnection(self._member.address, self._member.key or new_key())
+        clean = False
+        try:
+            self._join(connection)
+            self._states.came(connection.node_id)
+            while not connection.is_lost:
+                if (received := connection.next()) is None:
+                    time.sleep(POLL)
+                else:
+                    self._work(connection, received)
+        except KeyboardInterrupt:
+            clean = True
+            raise
+        finally:
+            connection.close(forget=self._member.key is None)
+            if clean:
+                self._states.left()
+
+    def _join(self, connection: NodeConnection) -> None:
+        member, left_behind = self._member, 0
+        if member.key is None:
+            connection.register()
+        else:
+            left_behind = self._states.left_behind()
+        until, said = time.monotonic() + member.lease, False
+        while True:
+            try:
+                connection.activate(left_behind)
+                break
+            except LinkRefuses as error:
+                if error.code != NOT_ACTIVATED or (time.monotonic() > until and not self._has_joined):
+                    raise
+            if not said:
+                rank_zero_warn(
+                    f"The SuperLink at {member.address.server} does not take this key yet: nobody has registered it"
+                    " there, or somebody with the same key is, or was, there within the last minute. Trying for"
+                    f" {member.lease:g} s."
+                )
+                said = True
+            time.sleep(1.0)
+        self._has_joined = True
+        rank_zero_info(f"Client {member.client} has joined {member.address.server} as node {connection.node_id}.")
+
+    def _work(self, connection: NodeConnection, received: Received) -> None:
+        traffic = connection.traffic
+        came, went, began = traffic.received, traffic.sent, time.monotonic()
+        try:
+            message = self._again(connection, lambda: connection.fetch(received, _SLOWEST))
+            if message is None:
+                return
+            at, round = time.monotonic(), roll_call.round_of(message)
+            reply = self._answer(message, connection.node_id)
+            seconds = time.monotonic() - at
+            self._again(connection, lambda: connection.send(reply, seconds))
+        except LinkRefuses as error:
+            if error.status == 401:
+                raise
+            rank_zero_info(f"Client {self._member.client}: the run is over at the server, its work is dropped.")
+            return
+        if message.metadata.message_type != MessageType.QUERY or reply.has_error():
+            self._say(round, reply, time.monotonic() - began, traffic.received - came, traffic.sent - went)
+
+    def _again(self, connection: NodeConnection, do: Callable[[], Any]) -> Any:
+        """Do something, again where the SuperLink does not answer; ``None`` if it has forgotten site or message."""
+        said = False
+        while not connection.is_lost:
+            try:
+                return do()
+            except PartsGone:
+                break
+            except LinkLost as error:
+                if not said:
+                    rank_zero_warn(f"The SuperLink does not answer, trying again: {error}")
+                    said = True
+                time.sleep(1.0)
+        return None
+
+    def _answer(self, message: Message, node_id: int) -> Message:
+        """Make the reply; an exception is one."""
+        try:
+            if message.metadata.message_type == MessageType.QUERY:
+                self._require_same_form(message)
+            kept = roll_call.take_kept(message.content)
+            if kept is not None and self._last is not None and kept == self._last[0]:
+                # The server does not know whether the SuperLink, which was away, has lost the reply.
+                return Message(self._last[1], reply_to=message)
+            base = self._states.load(kept.base) if kept else RecordDict()
+            packing.unpack_tensors(message.content)
+            config: dict[str, Any] = {messages.CLIENT: self._member.client}
+            context = Context(message.metadata.run_id, node_id, config, messages.copy_for_delivery(base), {})
+            reply = self._app(message, context)
+        except Exception as exception:
+            return messages.error_reply(message, exception)
+        if reply.has_error():
+            return reply
+        if kept is not None and context.state != base:
+            self._states.save(kept.mark, context.state)
+            roll_call.say_kept(reply.content)
+        reply.content = packing.Packer().pack(reply.content)
+        self._last = None if kept is None else (kept, reply.content)
+        return reply
+
+    def _require_same_form(self, message: Message) -> None:
+        server = roll_call.take_form(message.content)
+        if not server:
+            return
+        if differs := difference(server, self._form(messages.read_seed(message))):
+            raise ClientError(
+                f"client {self._member.client} has another module than the server: {differs}. Both have to build the"
+                " same module, with the same pretrained weights where some are not trained."
+            )
+
+    def _say(self, round: int, reply: Message, seconds: float, came: int, went: int) -> None:
+        what = f"Round {round}, {reply.metadata.message_type}"
+        if reply.has_error():
+            rank_zero_warn(f"{what}: client {self._member.client} failed: {messages.raised(reply)[0]}")
+            return
+        count = messages.num_examples(reply)
+        rank_zero_info(f"{what}: {count:,.0f} examples in {seconds:.1f} s, {came:,} bytes received, {went:,} sent.")
+
+    def _explain(self, error: Exception) -> str:
+        member = self._member
+        how = f"join({member.address.server!r}, client={member.client})"
+        if isinstance(error, LinkUntrusted):
+            return f"{how}: there is no trusted connection: {error}. {WAYS_TO_TRUST}"
+        assert isinstance(error, LinkRefuses)
+        if error.code == NO_STRANGERS:
+            return (
+                f"{how}: the SuperLink takes in registered sites only ({error}). Write private_key= with this site's"
+                " key, whose public half was registered there: `flwr supernode register KEY.pub CONNECTION`."
+            )
+        if error.code == NOT_ACTIVATED:
+            return (
+                f"{how}: the SuperLink does not take this key ({error}). Either nobody has registered its public half"
+                " there, `flwr supernode register KEY.pub CONNECTION`, or another site is there with the same key."
+            )
+        return (
+            f"{how}: the SuperLink refuses: {error}. If it speaks of authentication: do both clocks show the same time?"
+        )
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,114 @@
+"""The federation of these tests: the server's and the sites' scripts build it, and so does one process for comparison.
+
+Run as a script it is a site: ``python -m tests.deployment.federation '{"client": 0, ...}'``, or a server.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_fed import FederatedTrainer
+from lightning_fed.callbacks import ClientData, FaultTolerance, FedAdam
+from lightning_fed.engines import Engine, SuperLink
+from tests.helpers import QUIET
+
+CLIENTS = 3
+
+
+class Net(LightningModule):
+    """BatchNorm, Dropout, a bfloat16 buffer, and an optimizer whose state clients carry."""
+
+    def __init__(self, hidden: int = 8, frozen: float | None = None):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(8, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(0.2), nn.Linear(hidden, 3)
+        )
+        self.register_buffer("narrow", torch.tensor([1.0, 3.140625], dtype=torch.bfloat16))
+        if frozen is not None:
+            self.scale = nn.Parameter(torch.tensor(frozen), requires_grad=False)
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+def module(**kwargs: Any) -> Net:
+    torch.manual_seed(0)
+    return Net(**kwargs)
+
+
+def data(client: int) -> tuple[DataLoader, DataLoader]:
+    """A train and a val loader, of another size for each client."""
+    generator = torch.Generator().manual_seed(client)
+
+    def loader(examples: int, shuffle: bool) -> DataLoader:
+        y = torch.randint(0, 3, (examples,), generator=generator)
+        x = torch.randn(examples, 8, generator=generator) + y[:, None]
+        return DataLoader(TensorDataset(x, y), batch_size=8, shuffle=shuffle)
+
+    return loader(24 + 8 * client, True), loader(16, False)
+
+
+def trainer(engine: Engine | str, rounds: int = 5, callbacks: tuple[Callback, ...] = (), **kwargs: Any):
+    return FederatedTrainer(
+        max_rounds=rounds,
+        engine=engine,
+        client_state="carry",
+        seed=3,
+        callbacks=[ClientData(data, num_clients=CLIENTS), FedAdam(), *callbacks],
+        **{**QUIET, **kwargs},
+    )
+
+
+class Slow(Callback):
+    """A client that takes its time in some rounds; says so in a file, for others to act meanwhile."""
+
+    def __init__(self, seconds: float, rounds: list[int], sign: str):
+        self.seconds, self.rounds, self.sign = seconds, rounds, sign
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        import time
+
+        sign = Path(self.sign)
+        if trainer.current_round in self.rounds and not sign.exists():
+            sign.touch()
+            until = time.monotonic() + self.seconds
+            while time.monotonic() < until:
+                time.sleep(0.05)
+
+
+def site(address: str, client: int, root: str, module_kwargs=None, slow=None, **kwargs: Any) -> None:
+    client_callbacks = [Slow(**slow)] if slow else None
+    here = trainer("in_process", default_root_dir=root, client_callbacks=client_callbacks)
+    train, val = data(client)
+    here.join(address, module(**module_kwargs or {}), train, val, client=client, **kwargs)
+
+
+def server(address: str, root: str, rounds: int, resume: bool, tolerant: bool = False, **kwargs: Any) -> None:
+    callbacks = [ModelCheckpoint(root, filename="{epoch}", save_last=True, save_top_k=-1)]
+    callbacks += [FaultTolerance()] if tolerant else []
+    fit = trainer(
+        SuperLink(address, **kwargs), rounds, tuple(callbacks), enable_checkpointing=True, default_root_dir=root
+    )
+    model = module()
+    fit.fit(model, ckpt_path="last" if resume else None)
+    torch.save({"weights": model.state_dict(), "metrics": dict(fit.callback_metrics)}, Path(root) / "end.pt")
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    {"site": site, "server": server}[given.pop("role")](**given)
