@@ -30,8 +30,8 @@ from lightning_fed.values.module_form import Form, difference
 from lightning_fed.wire import messages, packing, roll_call
 from lightning_fed.wire.address import WAYS_TO_TRUST
 
-# Seconds between two questions whether there is work.
-POLL = 0.25
+# Seconds between two questions whether there is work, and between those right after work, when the next may come soon.
+POLL, SOON = 0.25, 0.05
 # Seconds that the parts of one message may take to come.
 _SLOWEST = 3600.0
 
@@ -96,11 +96,13 @@ class Site:
         try:
             self._join(connection)
             self._states.came(connection.node_id)
+            worked = 0.0
             while not connection.is_lost:
                 if (received := connection.next()) is None:
-                    time.sleep(POLL)
+                    time.sleep(SOON if time.monotonic() < worked + 1 else POLL)
                 else:
                     self._work(connection, received)
+                    worked = time.monotonic()
         except KeyboardInterrupt:
             clean = True
             raise

@@ -1,0 +1,77 @@
+"""What docs/deployment.md shows is run, in its order, on this machine."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.deployment.conftest import ROOT, answers, free_port, wait_for
+
+TEXT = (ROOT / "docs" / "deployment.md").read_text()
+SECTIONS = ["On one machine", "Two laptops on one desk", "Hospitals"]
+
+
+def section(name: str) -> str:
+    return TEXT.split(f"\n## {name}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def commands(text: str, port: int) -> list[str]:
+    lines = "".join(re.findall(r"```bash\n(.*?)```", text, re.S)).splitlines()
+    return [for_this_machine(line, port) for line in lines]
+
+
+def for_this_machine(text: str, port: int) -> str:
+    listens = text.startswith("flower-superlink")
+    for name in ("192.168.1.10", "fl.example.org"):
+        here = "127.0.0.1" if listens or name[0] == "1" else "localhost"
+        text = text.replace(f"{name}:8000", f"{here}:{port}").replace(name, here)
+    return text.replace("flower-superlink", f"flower-superlink --port {port}") if listens else text
+
+
+def test_every_command_stands_in_a_section_that_is_run():
+    assert TEXT.count("```bash") == sum(section(name).count("```bash") for name in SECTIONS)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_commands(name, tmp_path):
+    for script in ("train.py", "make_keys.py"):
+        shutil.copy(ROOT / "examples" / "deployment" / script, tmp_path)
+    port = 8000 if name == "On one machine" else free_port()
+    if answers(port):
+        pytest.skip("something else listens at port 8000")
+    for content in re.findall(r"```toml\n(.*?)```", section(name), re.S):
+        content = for_this_machine(content, port).replace("/home/federation", str(tmp_path))
+        (tmp_path / "config.toml").write_text(content)
+    env = {**os.environ, "FLWR_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env |= {
+        "PATH": f"{Path(sys.executable).parent}:{env['PATH']}",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
+    running: list[subprocess.Popen] = []
+    said = ""
+    try:
+        for command in commands(section(name), port):
+            with (tmp_path / f"{len(running)}.log").open("wb") as log:
+                if command.endswith(" &"):
+                    words = command.removesuffix(" &").split()
+                    running.append(subprocess.Popen(words, stdout=log, stderr=log, cwd=tmp_path, env=env))
+                    if words[0] == "flower-superlink":
+                        wait_for(lambda: answers(port), what=command)
+                    continue
+            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=env)
+            said = done.stdout + done.stderr
+            logs = {path.name: path.read_text()[-2000:] for path in tmp_path.glob("*.log")} if done.returncode else {}
+            assert done.returncode == 0, (command, said, logs)
+        assert re.search(r"accuracy 0\.\d+ after 5 rounds", said), said
+        assert all(process.poll() is None for process in running)
+    finally:
+        for process in reversed(running):
+            process.terminate()
+        for process in running:
+            process.wait(30)
+    assert not answers(port)
