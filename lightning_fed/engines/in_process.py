@@ -13,7 +13,8 @@ from flwr.serverapp import Grid
 from lightning_fed._compat.flower import Run, make_message, new_run, number, server_identity
 from lightning_fed.engines.base import Engine, LocalGrid
 from lightning_fed.engines.served import answer, served
-from lightning_fed.wire import messages
+from lightning_fed.errors import ConfigurationError
+from lightning_fed.wire import messages, roll_call
 
 T = TypeVar("T")
 
@@ -72,8 +73,17 @@ class InProcessGrid(LocalGrid):
         return {client: state for client, state in states.items() if state}
 
     def load_client_states(self, states: dict[int, RecordDict]) -> None:
-        """See ``LocalGrid``."""
+        """See ``LocalGrid``.
+
+        Raises:
+            ConfigurationError: If a client has its state somewhere else.
+        """
         for client, state in states.items():
+            if roll_call.from_state(state) is not None:
+                raise ConfigurationError(
+                    f"What client {client} keeps is on its site's own disk, and not in the checkpoint: go on with"
+                    " engine=engines.SuperLink(...), as the run did."
+                )
             self._context(client).state = state
 
     def _context(self, client: int) -> Context:

@@ -48,6 +48,7 @@ class Members:
         self._said: dict[Place, int | None] = {}  # by place its client; None where that is not known, or it is refused
         self._here: dict[int, Place] = {}
         self._seen: dict[int, float] = dict.fromkeys(range(num_clients), time.monotonic())
+        self._twice: set[tuple[Place, Place]] = set()
         self._looked = 0.0
         self.refusals: list[str] = []
 
@@ -82,19 +83,27 @@ class Members:
         here: dict[int, Place] = {}
         for place in sorted(places):  # the one that came last counts
             if (client := self._said.get(place)) is not None:
+                self._say_of_two(client, here.get(client), place)
                 here[client] = place
         for client in sorted(self._here.keys() - here.keys()):
             rank_zero_info(f"Client {client} has left.")
         self._here = here
 
+    def _say_of_two(self, client: int, earlier: Place | None, later: Place) -> None:
+        """Say once that a client is at two nodes; the first may be of a process that is gone."""
+        if earlier is not None and (earlier, later) not in self._twice:
+            self._twice.add((earlier, later))
+            rank_zero_warn(
+                f"Client {client} is at two nodes, {earlier.node_id} and {later.node_id}. The one that came last"
+                f" counts; if the first is not of a process that has just ended, two sites say client={client}."
+            )
+
     def _ask(self, places: list[Place]) -> None:
         for place in places:
-            self._said[place] = None
             [name] = self._run.push([Message(self._question, place.node_id, MessageType.QUERY)])
-            if name:
+            if name:  # else it has gone meanwhile
                 self._asked[name] = place, time.monotonic()
-            else:
-                del self._said[place]  # it has gone meanwhile
+                self._said[place] = None
 
     def _hear(self) -> None:
         if not self._asked:

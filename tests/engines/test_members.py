@@ -1,0 +1,138 @@
+"""Who is behind a SuperLink, by nodes that come, answer, answer badly, and go."""
+
+from types import SimpleNamespace
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from torch import nn
+
+from lightning_fed._compat.flower_address import LinkLost
+from lightning_fed.engines.in_process import InProcessGrid
+from lightning_fed.engines.members import Members, Place
+from lightning_fed.engines.superlink_grid import Patience, SuperLinkGrid
+from lightning_fed.errors import ConfigurationError
+from lightning_fed.testing import counting_client
+from lightning_fed.values.module_form import form_of
+from lightning_fed.wire import messages, roll_call
+from tests.helpers import in_flower
+
+
+class Run:
+    """A SuperLink with some nodes; ``says`` is what each says when it is asked, a client's number or a reply."""
+
+    def __init__(self, **says):
+        self.says = {int(name[1:]): said for name, said in says.items()}
+        self.since = dict.fromkeys(self.says, "2026-01-01")
+        self.asked: list[Message] = []
+        self.is_away = False
+
+    def nodes(self):
+        return [SimpleNamespace(node_id=node, last_activated_at=self.since[node]) for node in self.says]
+
+    def push(self, sent):
+        if self.is_away:
+            raise LinkLost("away")
+        self.asked += sent
+        return [str(len(self.asked) - 1)]
+
+    def pull(self, names, seconds):
+        for name in names:
+            message = self.asked[int(name)]
+            said = self.says.get(message.metadata.dst_node_id, Error(5, "gone"))
+            if isinstance(said, int | str):
+                said = RecordDict({messages.CONFIG: ConfigRecord({messages.CLIENT: said})})
+            yield name, said if isinstance(said, Exception) else Message(said, reply_to=message)
+
+
+def looked(run: Run, clients: int = 2, times: int = 1) -> Members:
+    def main():
+        members = Members(run, clients, form_of(nn.Linear(1, 1)), seed=1)
+        for _ in range(times):
+            members.look(at_once=True)
+        return members
+
+    return in_flower(main)
+
+
+def test_each_node_is_asked_once_and_is_the_client_that_it_says():
+    members = looked(run := Run(n7=1, n9=0), times=3)
+    assert members.place_of(1) == Place("2026-01-01", 7)
+    assert members.place_of(0) == Place("2026-01-01", 9)
+    assert members.missing() == []
+    assert len(run.asked) == 2
+    assert roll_call.take_form(run.asked[0].content) == form_of(nn.Linear(1, 1))
+
+
+def test_the_node_that_came_last_counts_and_that_is_said_once():
+    run = Run(n7=1, n9=1)
+    run.since[7] = "2026-01-02"
+    with pytest.warns(UserWarning, match="Client 1 is at two nodes, 9 and 7") as said:
+        members = looked(run, times=3)
+    assert members.place_of(1) == Place("2026-01-02", 7)
+    assert len(said) == 1
+
+
+def test_a_node_that_comes_anew_is_asked_anew():
+    run = Run(n7=0)
+
+    def main():
+        members = Members(run, 1, {}, seed=1)
+        members.look(at_once=True)
+        run.since[7] = "2026-01-02"
+        members.look(at_once=True)
+        assert members.place_of(0) == Place("2026-01-02", 7)
+        run.says.clear()
+        members.look(at_once=True)
+        assert members.place_of(0) is None
+        assert members.is_lost(0, 0.0)
+        assert not members.is_lost(0, 60.0)
+
+    in_flower(main)
+
+
+def test_a_node_that_could_not_be_asked_is_asked_when_the_superlink_answers_again():
+    run = Run(n7=0)
+    run.is_away = True
+
+    def main():
+        members = Members(run, 1, {}, seed=1)
+        with pytest.raises(LinkLost):
+            members.look(at_once=True)
+        run.is_away = False
+        members.look(at_once=True)
+        assert members.missing() == []
+
+    in_flower(main)
+
+
+REFUSED = {
+    "no client": ("zero", "says that it is client 'zero'"),
+    "a client that the run does not have": (5, "says that it is client 5, and the run has clients 0 to 1"),
+    "an error": (Error(2, "another module"), "cannot take part: another module"),
+    "no message": (ValueError("garbage"), "gives an answer that cannot be read: garbage"),
+}
+
+
+@pytest.mark.parametrize(("says", "said"), REFUSED.values(), ids=REFUSED)
+def test_a_site_is_refused_that_says_it_is(says, said):
+    with pytest.warns(UserWarning, match=said):
+        members = looked(Run(n7=says))
+    assert members.missing() == [0, 1]
+    with pytest.raises(ConfigurationError, match=said):
+        in_flower(lambda: members.wait(1, 0.0))
+
+
+def test_states_of_one_kind_of_engine_are_none_of_the_others():
+    mark = roll_call.mark_of("0123456789abcdef", 3, "train")
+    network = SuperLinkGrid(SimpleNamespace(run=None), lambda: 2, None, Patience(1, 1))
+    network.load_client_states({1: roll_call.as_state(mark)})
+    assert network.client_states() == {1: roll_call.as_state(mark)}
+    network.begin_round()
+    network.keep(0, mark)
+    assert list(network.client_states()) == [0, 1]
+    assert list(network.client_states(before_round=True)) == [1]
+    with pytest.raises(ConfigurationError, match="What client 0 keeps is in the checkpoint"):
+        network.load_client_states({0: RecordDict({"fit": ConfigRecord({"bytes": b"1"})})})
+    local = InProcessGrid(counting_client(), lambda: 2)
+    with pytest.raises(ConfigurationError, match="What client 1 keeps is on its site's own disk"):
+        local.load_client_states(network.client_states(before_round=True))
