@@ -16,8 +16,12 @@ from lightning_fed.errors import ConfigurationError
 
 # Flower's own program, in a process that ends when nobody holds the other end of its standard input any more.
 _PROGRAM = """
-import os, sys, threading
-threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
+import os, shutil, sys, threading
+def end():
+    sys.stdin.buffer.read()
+    shutil.rmtree(os.getcwd(), ignore_errors=True)
+    os._exit(0)
+threading.Thread(target=end, daemon=True).start()
 from importlib.metadata import entry_points
 next(iter(entry_points(group="console_scripts", name="flower-superlink"))).load()()
 """
@@ -40,7 +44,7 @@ def local_link(port: int) -> Iterator[None]:
             f"SuperLink.local(port={port}): something else listens there. Write another port, or"
             f" SuperLink('127.0.0.1:{port}', insecure=True) if it is a SuperLink."
         )
-    with tempfile.TemporaryDirectory(prefix="superlink-") as folder:
+    with tempfile.TemporaryDirectory(prefix="superlink-", ignore_cleanup_errors=True) as folder:
         options = ["--insecure", "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
         log = Path(folder) / "log"
         with log.open("wb") as output:

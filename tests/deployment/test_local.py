@@ -68,13 +68,18 @@ with local_link({port}):
     print("up", flush=True)
     time.sleep(60)
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=os.environ, cwd=tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        cwd=tmp_path,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == b"up\n"
     assert answers(port)
     process.kill()
     process.wait()
-    wait_for(lambda: not answers(port), 10)
+    wait_for(lambda: not answers(port) and not any(tmp_path.iterdir()), 10)
 
 
 def test_a_port_that_is_taken_is_named():
