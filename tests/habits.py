@@ -634,3 +634,20 @@ LOADERS: dict[str, Callable[[Dataset], Any]] = {
     "a split at random": _splits,
     "a datamodule of its own": ClientModule,
 }
+
+
+@functools.cache
+def _attributes(habit: str) -> frozenset[str]:
+    """What a habit needs of a module for itself."""
+    module, plain = Habitual([habit]), Habitual([])
+    return frozenset(
+        name
+        for part in ("__dict__", "_buffers", "_modules", "_parameters")
+        for name in getattr(module, part).keys() - getattr(plain, part).keys()
+    )
+
+
+def go_together(habits: Sequence[str]) -> bool:
+    """Whether one module can have them all: no two want an attribute of the same name."""
+    names = [name for habit in habits for name in _attributes(habit)]
+    return len(names) == len(set(names))

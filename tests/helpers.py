@@ -12,7 +12,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fed.engines import InProcess
+from lightning_fed._compat.flower import server_identity
+from lightning_fed.engines import Engine, InProcess
+from lightning_fed.engines.in_process import InProcessGrid
 
 T = TypeVar("T")
 
@@ -66,6 +68,24 @@ def over_the_wire(content: RecordDict) -> RecordDict:
             record = ArrayRecord({name: Array(a.dtype, a.shape, a.stype, a.data) for name, a in record.items()})
         received[key] = type(record)(dict(record))
     return received
+
+
+class LastFirst(Engine):
+    """Trains the clients of a cohort in this process, the last first, and gives their replies in order."""
+
+    name = "last_first"
+
+    def run(self, main: Callable[[Grid], T], client_app: ClientApp, num_clients: Callable[[], int]) -> T:
+        grid = _LastFirstGrid(client_app, num_clients)
+        with server_identity(grid.run.run_id):
+            return main(grid)
+
+
+class _LastFirstGrid(InProcessGrid):
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        answer = super().send_and_receive
+        replies = [reply for one in reversed(list(messages)) for reply in answer([one])]
+        yield from reversed(replies)
 
 
 class SuperLinkLike(Grid):

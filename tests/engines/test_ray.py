@@ -21,7 +21,7 @@ from tests.integration.callbacks.stateful import Freeze, Scales
 from tests.integration.checkpointing.resume_script import run, stopped_run
 from tests.integration.modules import MODULES, assert_same, trained
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*starts that many processes")
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:.*starts that many processes")]
 
 
 def listening() -> set[str]:

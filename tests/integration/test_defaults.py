@@ -106,10 +106,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Weight
 
 
 # Actors of Ray make their imports anew in each run.
+_ON_RAY = {data: [pytest.mark.ray, *([] if data == "datamodule" else [pytest.mark.slow])] for data in DATA}
 _CASES = [
-    pytest.param(data, engine, marks=pytest.mark.slow if engine == "ray" and data != "datamodule" else ())
-    for data in DATA
-    for engine in ENGINES
+    pytest.param(data, engine, marks=_ON_RAY[data] if engine == "ray" else ()) for data in DATA for engine in ENGINES
 ]
 
 

@@ -13,8 +13,8 @@ from lightning_fed.callbacks import ClientData, History, Partition
 from lightning_fed.engines import Engine, InProcess, Processes
 from lightning_fed.testing import toy_data
 from lightning_fed.values.weights import Weights, read
-from tests.habits import DATA_HABITS, LOADERS, MODULE_HABITS, Data, DrawsAtModuleLevel, Habitual
-from tests.helpers import QUIET
+from tests.habits import DATA_HABITS, LOADERS, MODULE_HABITS, Data, DrawsAtModuleLevel, Habitual, go_together
+from tests.helpers import QUIET, LastFirst
 
 SIZES = (24, 16, 9)
 
@@ -56,11 +56,31 @@ def same(one: tuple[Weights, list[Any]], other: tuple[Weights, list[Any]]) -> No
 
 @pytest.mark.parametrize("habit", MODULE_HABITS)
 def test_what_a_client_leaves_in_the_module_no_other_finds(habit: str) -> None:
-    """In one process each client has predecessors, in three workers almost none."""
-    same(
-        run(module(habit), shared_loader(), InProcess()),
-        run(module(habit), shared_loader(), Processes(3)),
-    )
+    """The other way round each client has other predecessors."""
+    same(run(module(habit), shared_loader(), InProcess()), run(module(habit), shared_loader(), LastFirst()))
+
+
+def groups() -> list[list[str]]:
+    """All habits of modules, as many in one module as go together."""
+    found: list[list[str]] = []
+    for habit in MODULE_HABITS:
+        for group in found:
+            if len(group) < 8 and go_together([*group, habit]):
+                group.append(habit)
+                break
+        else:
+            found.append([habit])
+    return found
+
+
+# What the first client does for good is the same in any order: in workers the others have no predecessor.
+@pytest.mark.parametrize(
+    "habits",
+    [["freezes a weight"], ["turns a square weight"], *groups()],
+    ids=lambda group: f"{group[0]} and {len(group) - 1} more",
+)
+def test_nor_does_who_trains_in_another_process(habits: list[str]) -> None:
+    same(run(module(*habits), shared_loader(), InProcess()), run(module(*habits), shared_loader(), Processes(3)))
 
 
 def test_a_worker_s_module_can_do_what_the_user_s_can() -> None:
@@ -76,13 +96,15 @@ def test_a_worker_s_module_can_do_what_the_user_s_can() -> None:
 @pytest.mark.parametrize("data", [shared_loader, own_loaders, made_loaders])
 def test_what_a_client_leaves_in_the_data_no_other_finds(data: Any, habit: str) -> None:
     arguments = (habit,) if data is shared_loader else ("a shuffled loader", habit)
-    same(run(module(), data(*arguments), InProcess()), run(module(), data(*arguments), Processes(2)))
+    others = Processes(2) if data is shared_loader else LastFirst()
+    same(run(module(), data(*arguments), InProcess()), run(module(), data(*arguments), others))
 
 
 @pytest.mark.parametrize("how", LOADERS)
 @pytest.mark.parametrize("data", [own_loaders, made_loaders])
 def test_what_loaders_draw_is_the_client_s_own(data: Any, how: str) -> None:
-    same(run(module(), data(how), InProcess()), run(module(), data(how), Processes(2)))
+    others = Processes(2) if data is made_loaders else LastFirst()
+    same(run(module(), data(how), InProcess()), run(module(), data(how), others))
 
 
 def test_a_generator_that_is_a_variable_of_a_file_is_seeded_too() -> None:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from lightning import LightningDataModule
@@ -22,37 +18,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
-from lightning_fed._compat.flower import server_identity
 from lightning_fed.callbacks import ClientData, FederatedCallback, History, PartialParticipation, Partition
 from lightning_fed.engines import Engine, InProcess, Processes, Ray
-from lightning_fed.engines.in_process import InProcessGrid
 from lightning_fed.testing import toy_data
 from lightning_fed.values.weights import Weights, read
-from tests.habits import DATA_HABITS, LOADERS, MODULE_HABITS, Data, Habitual
-from tests.helpers import QUIET
+from tests.habits import DATA_HABITS, LOADERS, MODULE_HABITS, Data, Habitual, go_together
+from tests.helpers import QUIET, LastFirst
 
-T = TypeVar("T")
 ROUNDS = 3
-
-
-class SomeOrder(Engine):
-    """Trains the clients of a cohort in another order than they are asked for."""
-
-    name = "some_order"
-
-    def run(self, main: Callable[[Grid], T], client_app: ClientApp, num_clients: Callable[[], int]) -> T:
-        class SomeOrderGrid(InProcessGrid):
-            def send_and_receive(
-                self, messages: Iterable[Message], *, timeout: float | None = None
-            ) -> Iterator[Message]:
-                sent = list(messages)
-                answer = super().send_and_receive
-                last_first = [reply for one in reversed(sent) for reply in answer([one])]
-                yield from reversed(last_first)
-
-        grid = SomeOrderGrid(client_app, num_clients)
-        with server_identity(grid.run.run_id):
-            return main(grid)
 
 
 class Shared(LightningDataModule):
@@ -88,25 +61,9 @@ class Case:
         return module, ClientData([how(data) for data in own]), {}
 
 
-@cache
-def _attributes(habit: str) -> frozenset[str]:
-    """What a habit needs of a module for itself."""
-    module, plain = Habitual([habit]), Habitual([])
-    return frozenset(
-        name
-        for part in ("__dict__", "_buffers", "_modules", "_parameters")
-        for name in getattr(module, part).keys() - getattr(plain, part).keys()
-    )
-
-
-def _go_together(habits: list[str]) -> bool:
-    names = [name for habit in habits for name in _attributes(habit)]
-    return len(names) == len(set(names))
-
-
 CASES = st.builds(
     Case,
-    st.lists(st.sampled_from(sorted(MODULE_HABITS)), max_size=4, unique=True).filter(_go_together).map(tuple),
+    st.lists(st.sampled_from(sorted(MODULE_HABITS)), max_size=4, unique=True).filter(go_together).map(tuple),
     st.lists(st.sampled_from(sorted(DATA_HABITS)), max_size=2, unique=True).map(tuple),
     st.sampled_from(["a loader", "a datamodule", *(f"{when}: {how}" for when in ("kept", "made") for how in LOADERS)]),
     st.sampled_from(["global", "reset", "carry"]),
@@ -162,7 +119,7 @@ def holds(case: Case) -> None:
     expected = run(case, InProcess())
     places: dict[str, Callable[[], Any]] = {
         "again": lambda: run(case, InProcess()),
-        "in some order": lambda: run(case, SomeOrder()),
+        "the last first": lambda: run(case, LastFirst()),
         "in one worker": lambda: run(case, Processes(1)),
         "in two workers": lambda: run(case, Processes(2)),
         "in three workers": lambda: run(case, Processes(3)),
@@ -200,6 +157,7 @@ def test_a_client_s_work_depends_on_nothing_but_its_own_five_hundred_times(case:
     holds(case)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @_examples(25)

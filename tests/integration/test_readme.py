@@ -87,7 +87,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Weight
     return of
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [pytest.param("ray", marks=pytest.mark.ray) if e == "ray" else e for e in ENGINES])
 def test_the_run_with_more_in_it(
     engine: str,
     expected: Callable[[str], Weights],

@@ -124,6 +124,7 @@ def test_a_reason_is_in_the_user_s_terms() -> None:
         run(built(Asks), True)
 
 
+@pytest.mark.landing
 def test_a_sweep_compiles_in_each_of_its_runs(
     recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
