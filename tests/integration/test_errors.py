@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -391,7 +392,7 @@ def test_ctrl_c_in_a_client_is_ctrl_c(tmp_path: Path) -> None:
         ({"callbacks": [BackboneFinetuning()]}, ["client_callbacks=[BackboneFinetuning"]),
         ({"client_callbacks": [FedAvg()]}, ["FedAvg is a federated callback: write callbacks="]),
     ],
-    ids=str,
+    ids=lambda value: re.sub(r" object at 0x\w+", "", str(value)),
 )
 def test_arguments_that_cannot_be_are_refused_with_what_to_write(arguments: dict[str, Any], texts: list[str]) -> None:
     with pytest.raises(ConfigurationError) as caught:
