@@ -183,7 +183,12 @@ COMPILED: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], set[b
 }
 
 
-@pytest.mark.parametrize("name", COMPILED)
+# Those in which what is compiled differs; each takes seconds.
+FEW = ("MLP", "CNN with BatchNorm", "two groups of SGD", "learning rate by round", "weights in log and buffer", "Adam")
+EACH = [name if name in FEW else pytest.param(name, marks=pytest.mark.landing) for name in COMPILED]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_compiled_steps_give_the_same(name: str, compiled_without_inductor: list[bool]) -> None:
     build, options, is_updated = COMPILED[name]
     SEEN.clear()
@@ -241,6 +246,7 @@ class EverNew(ByEpoch):
         return super().training_step(batch, batch_idx) * (1 + 0.01 * batch_idx * (self.current_epoch + 1))
 
 
+@pytest.mark.landing
 def test_a_step_that_would_be_compiled_for_ever_runs_uncompiled(compiled_without_inductor: list[bool]) -> None:
     loaders = [train for train, _ in data(torch.float64, sizes=[48] * 3)]
     options: dict[str, Any] = {"dtype": torch.float64, "loaders": loaders}
@@ -249,7 +255,7 @@ def test_a_step_that_would_be_compiled_for_ever_runs_uncompiled(compiled_without
     assert_close(as_one, run(lambda: EverNew(mlp()), **options), torch.float64)
 
 
-@pytest.mark.slow
+@pytest.mark.landing
 def test_compiled_by_inductor() -> None:
     torch._dynamo.reset()
     as_one = run(CASES["CNN with BatchNorm"], dtype=torch.float64, vectorize_clients="require", compile_clients=True)

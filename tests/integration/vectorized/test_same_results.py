@@ -86,12 +86,14 @@ def resnet(dtype: torch.dtype, rounds: int, **options: Any) -> Any:
     )
 
 
+@pytest.mark.landing
 def test_a_resnet(counter: Counter) -> None:
     as_one = resnet(torch.float64, 3, vectorize_clients="require")
     assert counter.train == 9
     assert_close(as_one, resnet(torch.float64, 3), torch.float64)
 
 
+@pytest.mark.landing
 def test_a_resnet_in_single_precision_is_as_near_to_the_truth_as_one_trained_alone() -> None:
     """With few examples BatchNorm amplifies rounding far beyond 1e-4, whoever rounds."""
     truth = resnet(torch.float64, 1)[0]
