@@ -91,13 +91,13 @@ class ApplyWeights(torch.optim.Optimizer):
 
     def __init__(self, apply: Callable[[], None]) -> None:
         super().__init__([nn.Parameter(torch.zeros(1))], {"lr": 1.0, "weight_decay": 0.0})
-        self._take_over = apply
+        self._apply = apply
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take the weights over."""
         if closure is not None:
             closure()
-        self._take_over()
+        self._apply()
 
 
 class ServerView(ChoosesBatches, View):
