@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import pytest
@@ -16,6 +17,18 @@ from lightning_fed.engines.served import served
 from lightning_fed.engines.worker import Failed, Start
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.testing import counting_client
+
+
+def test_what_partition_imports_is_imported_once_for_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import flwr_datasets.partitioner  # noqa: F401
+
+    told: list[list[str]] = []
+    monkeypatch.setattr(ForkServerContext, "set_forkserver_preload", lambda self, names: told.append(names))
+    pool_module._forkserver()
+    monkeypatch.delitem(sys.modules, "flwr_datasets.partitioner")
+    pool_module._forkserver()
+    worker = "lightning_fed.engines.worker"
+    assert told == [[worker, "flwr_datasets.partitioner"], [worker]]
 
 
 class Process:
