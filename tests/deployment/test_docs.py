@@ -36,6 +36,7 @@ def test_every_command_stands_in_a_section_that_is_run():
     assert TEXT.count("```bash") == sum(section(name).count("```bash") for name in SECTIONS)
 
 
+@pytest.mark.landing
 @pytest.mark.parametrize("name", SECTIONS)
 def test_commands(name, tmp_path):
     for script in ("train.py", "make_keys.py"):

@@ -89,6 +89,7 @@ def test_exception_and_ctrl_c_at_the_server_are_its_own_and_sites_stay(secure):
     assert all(site.process.poll() is None for site in secure.sites)
 
 
+@pytest.mark.landing
 def test_a_server_that_is_killed_is_resumed_at_once_to_the_same_bits(secure, in_process, scripts):
     given = {"address": secure.address, "rounds": 5, **secure.engine}
     first = scripts.run("server", "server", resume=False, **given)
@@ -114,6 +115,7 @@ def slow_site(secure, client, tmp_path, seconds=60.0, rounds=(3,)):
     return sign
 
 
+@pytest.mark.landing
 def test_a_site_that_is_killed_in_a_round_and_comes_back_does_its_work_again(secure, in_process, tmp_path):
     sign = slow_site(secure, 1, tmp_path)
 
@@ -128,6 +130,7 @@ def test_a_site_that_is_killed_in_a_round_and_comes_back_does_its_work_again(sec
     assert_same(model.state_dict(), in_process[0])
 
 
+@pytest.mark.landing
 def test_a_site_that_leaves_is_its_clients_failure_and_comes_back_in_a_later_round(secure, tmp_path):
     sign, errors, present = slow_site(secure, 2, tmp_path, rounds=(2,)), [], []
     joined = secure.sites[2].log.count("has joined") + 1  # its log goes on
@@ -155,6 +158,7 @@ def test_a_site_that_leaves_is_its_clients_failure_and_comes_back_in_a_later_rou
     assert (3, "train", 2) in present
 
 
+@pytest.mark.landing
 def test_a_link_that_is_killed_and_comes_back_with_its_database_costs_nothing(secure, in_process, tmp_path):
     sign = slow_site(secure, 0, tmp_path, seconds=3.0)
 

@@ -143,9 +143,16 @@ def _examples(count: int) -> settings:
     )
 
 
-@_examples(20)
+@_examples(6)
 @given(CASES)
 def test_a_client_s_work_depends_on_nothing_but_its_own(case: Case) -> None:
+    holds(case)
+
+
+@pytest.mark.landing
+@_examples(40)
+@given(CASES)
+def test_a_client_s_work_depends_on_nothing_but_its_own_forty_times(case: Case) -> None:
     holds(case)
 
 

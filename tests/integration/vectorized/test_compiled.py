@@ -184,7 +184,7 @@ COMPILED: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], set[b
 
 
 # Those in which what is compiled differs; each takes seconds.
-FEW = ("MLP", "CNN with BatchNorm", "two groups of SGD", "learning rate by round", "weights in log and buffer", "Adam")
+FEW = ("MLP", "CNN with BatchNorm", "two groups of SGD", "learning rate by round", "Adam")
 EACH = [name if name in FEW else pytest.param(name, marks=pytest.mark.landing) for name in COMPILED]
 
 
