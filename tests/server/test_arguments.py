@@ -217,8 +217,9 @@ def test_cuda_devices_are_those_that_a_trainer_would_use(
 
 @pytest.mark.parametrize(("steps", "heard"), [(None, False), (1, False), (50, True)])
 def test_what_log_every_n_steps_means_is_said_where_it_means_something(
-    caplog: pytest.LogCaptureFixture, steps: int | None, heard: bool
+    monkeypatch: pytest.MonkeyPatch, steps: int | None, heard: bool
 ) -> None:
-    with caplog.at_level("INFO"):
-        arguments.say_what_is_logged(steps)
-    assert [f"log_every_n_steps={steps} counts a client's steps" in text for text in caplog.messages] == [True] * heard
+    said: list[str] = []
+    monkeypatch.setattr(arguments, "rank_zero_info", said.append)
+    arguments.say_what_is_logged(steps)
+    assert [f"log_every_n_steps={steps} counts a client's steps" in text for text in said] == [True] * heard
