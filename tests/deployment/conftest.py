@@ -144,6 +144,8 @@ class Federation:
         for name in SITES:
             register(Address(self.address, False, (good / "ca.pem").read_bytes()), good / f"{name}.pub")
         self.sites = [self.join(client) for client in range(CLIENTS)]
+        for site in self.sites:  # before a test can take the place of one
+            site.says("has joined", seconds=200)
 
     def restart_link(self) -> None:
         self.link.kill()
