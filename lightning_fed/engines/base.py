@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from flwr.app import RecordDict
+from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from torch import nn
+
+from lightning_fed._compat.flower import Run
 
 T = TypeVar("T")
 
 
 class ClientGrid(Grid):
-    """A Grid that knows its clients by number, and what they keep.
+    """A Grid that knows its clients by number, and what they keep; the node ids of clients ``0..n-1`` are ``1..n``.
 
     What the server uses beyond Flower's ``Grid``. On another it asks the nodes who they are, and its checkpoints have
     no client states.
+
+    Args:
+        run: Flower's description of the run.
+        num_clients: Tells the number of clients.
     """
+
+    def __init__(self, run: Run, num_clients: Callable[[], int]) -> None:
+        self._run, self._count = run, num_clients
 
     def gather(self, module: nn.Module, seed: int) -> None:
         """Wait until the clients are there, where they come from elsewhere.
@@ -30,17 +39,17 @@ class ClientGrid(Grid):
         """
 
     @property
-    @abstractmethod
     def num_clients(self) -> int:
         """How many clients there are."""
+        return self._count()
 
-    @abstractmethod
     def node_of(self, client: int) -> int:
         """Return Flower's address of a client."""
+        return client + 1
 
-    @abstractmethod
     def client_of(self, node_id: int) -> int:
         """Return the client at one of Flower's addresses."""
+        return node_id - 1
 
     @abstractmethod
     def begin_round(self) -> None:
@@ -57,6 +66,25 @@ class ClientGrid(Grid):
     @abstractmethod
     def load_client_states(self, states: dict[int, RecordDict]) -> None:
         """Take back what ``client_states`` gave."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the addresses of all clients."""
+        return range(1, self.num_clients + 1)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Do as ``Message(...)``."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def set_run(self, run: Run) -> None:
+        """Take Flower's description of the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """Flower's description of the run."""
+        return self._run
 
 
 class LocalGrid(ClientGrid):

@@ -10,7 +10,7 @@ from flwr.app import Context, Message, Metadata, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from lightning_fed._compat.flower import Run, make_message, new_run, number, server_identity
+from lightning_fed._compat.flower import make_message, new_run, number, server_identity
 from lightning_fed.engines.base import Engine, LocalGrid
 from lightning_fed.engines.served import answer, served
 from lightning_fed.errors import ConfigurationError
@@ -38,28 +38,14 @@ def deliver(metadata: Metadata, content: RecordDict) -> Message:
 
 
 class InProcessGrid(LocalGrid):
-    """A Grid over clients ``0..n-1`` whose node ids are ``1..n``; a client's ``Context`` lives as long as the grid."""
+    """A Grid over clients in this process; a client's ``Context`` lives as long as the grid."""
 
     def __init__(self, client_app: ClientApp, num_clients: Callable[[], int]) -> None:
+        super().__init__(new_run(), num_clients)
         self.app = served(client_app)
-        self._count = num_clients
-        self._run = new_run()
         self._contexts: dict[int, Context] = {}
         self._replies: dict[str, Message] = {}
         self._kept: dict[int, RecordDict] = {}
-
-    @property
-    def num_clients(self) -> int:
-        """See ``LocalGrid``."""
-        return self._count()
-
-    def node_of(self, client: int) -> int:
-        """See ``LocalGrid``."""
-        return client + 1
-
-    def client_of(self, node_id: int) -> int:
-        """See ``LocalGrid``."""
-        return node_id - 1
 
     def begin_round(self) -> None:
         """See ``LocalGrid``."""
@@ -89,7 +75,7 @@ class InProcessGrid(LocalGrid):
     def _context(self, client: int) -> Context:
         if client not in self._contexts:
             config: UserConfig = {messages.CLIENT: client, "num-partitions": self.num_clients}
-            self._contexts[client] = Context(self._run.run_id, self.node_of(client), config, RecordDict(), {})
+            self._contexts[client] = Context(self.run.run_id, self.node_of(client), config, RecordDict(), {})
         return self._contexts[client]
 
     def _context_of(self, message: Message) -> Context:
@@ -120,7 +106,7 @@ class InProcessGrid(LocalGrid):
                 yield replies.pop(0)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Run the clients now and keeps their replies for ``pull_messages``."""
+        """Run the clients now and keep their replies for ``pull_messages``."""
         replies = list(self.send_and_receive(messages))
         self._replies.update({reply.metadata.reply_to_message_id: reply for reply in replies})
         return [reply.metadata.reply_to_message_id for reply in replies]
@@ -128,22 +114,3 @@ class InProcessGrid(LocalGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to pushed messages, each once."""
         return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the addresses of all clients."""
-        return range(1, self.num_clients + 1)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Do as ``Message(...)``."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def set_run(self, run: Run) -> None:
-        """Take Flower's description of the run."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """Flower's description of the run."""
-        return self._run

@@ -17,7 +17,6 @@ from flwr.app import Message, RecordDict
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_fed._compat.flower import Run
 from lightning_fed._compat.flower_address import LinkLost, LinkRefuses
 from lightning_fed._compat.flower_server import ServedRun
 from lightning_fed.engines.base import ClientGrid
@@ -57,28 +56,14 @@ class SuperLinkGrid(ClientGrid):
     """
 
     def __init__(self, run: ServedRun, num_clients: Callable[[], int], least: int | None, patience: Patience) -> None:
-        self.served, self.patience = run, patience
-        self._count, self._least = num_clients, least
-        self._run = run.run
+        super().__init__(run.run, num_clients)
+        self.served, self.patience, self._least = run, patience, least
         self._key = uuid.uuid4().hex[:16]
         self._members: Members | None = None
         self._marks: dict[int, str] = {}
         self._before: dict[int, str] = {}
         self._pushed: dict[str, Work] = {}
         self.outages = 0
-
-    @property
-    def num_clients(self) -> int:
-        """See ``ClientGrid``."""
-        return self._count()
-
-    def node_of(self, client: int) -> int:
-        """See ``ClientGrid``."""
-        return client + 1
-
-    def client_of(self, node_id: int) -> int:
-        """See ``ClientGrid``."""
-        return node_id - 1
 
     @property
     def members(self) -> Members:
@@ -180,22 +165,3 @@ class SuperLinkGrid(ClientGrid):
                 del self._pushed[key]
                 replies.append(work.reply)
         return replies
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the addresses of all clients."""
-        return range(1, self.num_clients + 1)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """As ``Message(...)``."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def set_run(self, run: Run) -> None:
-        """Take Flower's description of the run."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """Flower's description of the run."""
-        return self._run
