@@ -52,7 +52,7 @@ def client_at(address: Address, kind: Callable[..., Any], *interceptors: Any) ->
 
 
 def speaks_tls(server: str) -> bool:
-    """Whether somebody answers there with TLS, whoever it is."""
+    """Return whether somebody answers there with TLS, whoever it is."""
     host, _, port = server.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

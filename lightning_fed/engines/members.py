@@ -53,7 +53,7 @@ class Members:
         self.refusals: list[str] = []
 
     def place_of(self, client: int) -> Place | None:
-        """Where a client is, or ``None``."""
+        """Return where a client is, or ``None``."""
         return self._here.get(client)
 
     def missing(self) -> list[int]:
@@ -61,11 +61,11 @@ class Members:
         return [client for client in range(self._num_clients) if client not in self._here]
 
     def absent(self, client: int) -> float:
-        """For how many seconds a client has not been here."""
+        """Return for how many seconds a client has not been here."""
         return 0.0 if client in self._here else time.monotonic() - self._seen[client]
 
     def is_lost(self, client: int, seconds: float) -> bool:
-        """Whether a client has not been here for so long, and none of those that just came can be it."""
+        """Return whether a client has not been here for so long, and none of those that just came can be it."""
         if self.absent(client) <= seconds:
             return False
         now = time.monotonic()

@@ -129,7 +129,7 @@ class Worker:
         return said
 
     def replace(self) -> str:
-        """End the process, says how it ended, and starts another.
+        """End the process, say how it ended, and start another.
 
         Raises:
             ConfigurationError: If process after process dies before it is ready.

@@ -196,7 +196,7 @@ class Delivery:
         return content
 
     def _collect(self, seconds: float | None) -> None:
-        """Take in what workers say, and waits so long until one does."""
+        """Take in what workers say, and wait so long until one does."""
         with selectors.DefaultSelector() as selector:
             for worker in self.has:
                 selector.register(worker.connection, selectors.EVENT_READ, worker)

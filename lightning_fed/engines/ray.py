@@ -221,7 +221,7 @@ class _Actor:
         return self._said
 
     def work(self, task: Any, *ahead: Any) -> Any:
-        """Return one client's work; ``ahead`` are numbers and the arrays that they stand for."""
+        """Do one client's work; ``ahead`` are numbers and the arrays that they stand for."""
         assert self._start is not None
         told: list[Task] = transport.from_bytes(task)
         call = told[0].call

@@ -92,7 +92,7 @@ class RunPlan:
 
 
 def resolve(given: Given) -> RunPlan:
-    """Return what the arguments come to; says where some have less effect than one might think.
+    """Return what the arguments come to; say where some have less effect than one might think.
 
     Raises:
         ConfigurationError: If arguments contradict each other or have no meaning in a federation; all faults together.

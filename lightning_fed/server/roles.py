@@ -85,7 +85,7 @@ class Roles:
         return stay
 
     def move(self, given: Sequence[Callback]) -> list[Callback]:
-        """Give the clients copies of those of the module's callbacks that act on training, and tells which."""
+        """Give the clients copies of those of the module's callbacks that act on training, and tell which."""
         moved = [callback for callback in given if placement.acts_on_clients(callback)]
         # As in Lightning, they take the place of the user's of their kind.
         kept = [c for c in self._for_clients if not any(isinstance(one, type(c)) for one in moved)]

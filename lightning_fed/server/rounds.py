@@ -13,7 +13,7 @@
         weights  = strategy.aggregate_train(round, replies)     # 3  the strategy makes the new weights
         the same for "evaluate" with the new weights            # 4  clients evaluate
         on_round_end(round, metrics)
-        server optimizer takes the weights over; validation, logging, checkpoints, stopping: Lightning's
+        server optimizer applies the weights; validation, logging, checkpoints, stopping: Lightning's
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Rounds:
         self._said: set[str] = set()
 
     def run(self, round: int, weights: Weights, evaluate: bool) -> RoundResult:
-        """Return one round.
+        """Run one round.
 
         Args:
             round: The round, from 1.

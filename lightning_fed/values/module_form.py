@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_fed.values.weights import read
+from lightning_fed.values.weights import dtype_name, read
 
 Form = dict[str, str]
 
@@ -51,7 +51,7 @@ def difference(server: Mapping[str, str], site: Mapping[str, str]) -> str:
 
 def _text(tensor: Tensor, is_frozen: bool) -> str:
     # Not the width: a site with another precision trains the same module.
-    kind = "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+    kind = "float" if tensor.is_floating_point() else dtype_name(tensor.dtype)
     return f"{kind} {list(tensor.shape)}{' frozen' if is_frozen else ''}"
 
 

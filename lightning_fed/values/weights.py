@@ -151,8 +151,13 @@ def _is_finite_where(tensor: Tensor, reference: Tensor) -> bool:
     return not bool((torch.isfinite(reference.to(tensor.device)) & ~torch.isfinite(tensor)).any())
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's own name.
+
+    >>> dtype_name(torch.float32)
+    'float32'
+    """
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_alike(dtype: torch.dtype, other: torch.dtype) -> bool:
@@ -185,8 +190,9 @@ def check_update(update: Mapping[str, Tensor], reference: Mapping[str, Tensor]) 
             )
         if not _is_alike(tensor.dtype, reference[name].dtype):
             raise InvalidUpdateError(
-                f"sent {name!r} as {_dtype(tensor)}, the global model has {_dtype(reference[name])}. Floating tensors"
-                " may differ in width; integer and bool ones keep their dtype.",
+                f"sent {name!r} as {dtype_name(tensor.dtype)}, the global model has"
+                f" {dtype_name(reference[name].dtype)}. Floating tensors may differ in width; integer and bool ones"
+                " keep their dtype.",
                 tensor=name,
             )
         if not is_finite(tensor) and not _is_finite_where(tensor, reference[name]):

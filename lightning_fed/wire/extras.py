@@ -19,7 +19,7 @@ from lightning_fed.errors import ClientError, InvalidUpdateError
 from lightning_fed.tracebacks import words
 from lightning_fed.values.metrics import MetricState
 from lightning_fed.values.running_mean import RunningMean
-from lightning_fed.values.weights import Weights, check_update, is_averaged
+from lightning_fed.values.weights import Weights, check_update, dtype_name, is_averaged
 from lightning_fed.wire import packing
 from lightning_fed.wire.messages import NUM_EXAMPLES, first, num_examples, pack, reply_scalars, unpack
 
@@ -198,7 +198,7 @@ def check(read: Reply, reference: Weights) -> None:
     for part, what, belongs in parts:
         for name in part:
             if name in reference and is_averaged(reference[name]) is not belongs:
-                kind = str(reference[name].dtype).removeprefix("torch.")
+                kind = dtype_name(reference[name].dtype)
                 raise InvalidUpdateError(
                     f"sent {name!r} among its {what} tensors, the global model has it as {kind}.", tensor=name
                 )

@@ -18,6 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from lightning_fed._compat.flower import filled
+from lightning_fed.values.weights import dtype_name
 from lightning_fed.wire.tensor_array import TensorArray
 
 _PACKED, _INDEX = "lightning-fed.packed", "lightning-fed.index"
@@ -26,7 +27,7 @@ _KINDS = ("bool", "uint", "int", "float", "bfloat", "complex")
 _DTYPES = {
     name: dtype
     for name in dir(torch)
-    if isinstance(dtype := getattr(torch, name), torch.dtype) and name == str(dtype).removeprefix("torch.")
+    if isinstance(dtype := getattr(torch, name), torch.dtype) and name == dtype_name(dtype)
     if name.rstrip("0123456789").partition("8_")[0] in _KINDS
 }
 
@@ -50,11 +51,11 @@ class Packer:
 
 
 def _is_plain(record: Any) -> bool:
-    """Whether all arrays of a record are tensors that are in memory as one would think."""
+    """Return whether all arrays of a record are tensors that are in memory as one would think."""
     if not isinstance(record, ArrayRecord):
         return False
     tensors = [array.__dict__.get("tensor") for array in record.values()]
-    return all(t is not None and t.layout == torch.strided and _name(t.dtype) in _DTYPES for t in tensors)
+    return all(t is not None and t.layout == torch.strided and dtype_name(t.dtype) in _DTYPES for t in tensors)
 
 
 def _pack(records: Mapping[str, Any]) -> RecordDict:
@@ -63,7 +64,7 @@ def _pack(records: Mapping[str, Any]) -> RecordDict:
         entries = []
         for name, array in record.items():
             tensor = array.__dict__["tensor"].cpu().resolve_conj().resolve_neg().contiguous()
-            entries.append([name, _name(tensor.dtype), list(tensor.shape)])
+            entries.append([name, dtype_name(tensor.dtype), list(tensor.shape)])
             parts.append((size, tensor))
             size += _room(tensor.nbytes)
         index.append([key, entries])
@@ -111,7 +112,3 @@ def _tensor(memory: Tensor, start: int, name: str, shape: Any) -> Tensor:
 
 def _room(size: int) -> int:
     return -(-size // _ALIGNED) * _ALIGNED
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

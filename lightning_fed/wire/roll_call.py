@@ -92,12 +92,12 @@ def say_kept(content: RecordDict) -> None:
 
 
 def takes_kept(content: RecordDict) -> bool:
-    """Whether a reply tells that, which is taken off it."""
+    """Return whether a reply tells that, which is taken off it."""
     return content.pop(_KEPT, None) is not None
 
 
 def is_lost(reply: Message | Exception) -> bool:
-    """Whether it is no reply of a site's, but word that none will come: its node or the message is gone."""
+    """Return whether it is no reply of a site's, but word that none will come: its node or the message is gone."""
     if isinstance(reply, Exception):
         return isinstance(reply, LinkLost)
     return reply.has_error() and reply.error.code != messages.CLIENT_RAISED

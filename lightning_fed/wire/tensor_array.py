@@ -11,6 +11,8 @@ import torch
 from flwr.app import Array
 from torch import Tensor
 
+from lightning_fed.values.weights import dtype_name
+
 _NARROW = {torch.bfloat16} | {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
 
 
@@ -23,7 +25,7 @@ class TensorArray(Array):
 
     def __init__(self, tensor: Tensor) -> None:
         held = self.__dict__
-        held["tensor"], held["dtype"] = tensor.detach(), _dtype_name(tensor.dtype)
+        held["tensor"], held["dtype"] = tensor.detach(), _numpys_name(tensor.dtype)
         held["shape"], held["stype"] = tuple(tensor.shape), "numpy.ndarray"
 
     @property
@@ -53,8 +55,8 @@ class TensorArray(Array):
 
 
 @lru_cache
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(torch.float32 if dtype in _NARROW else dtype).removeprefix("torch.")
+def _numpys_name(dtype: torch.dtype) -> str:
+    return dtype_name(torch.float32 if dtype in _NARROW else dtype)
 
 
 # Flower writes the class's name into the bytes it sends: on the other side a plain Array comes out.

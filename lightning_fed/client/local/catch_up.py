@@ -83,7 +83,7 @@ def without_place(configs: Sequence[Any]) -> str | None:
 
 
 def _take_up(trainer: Any, kept: FitState, finetuning: Sequence[BaseFinetuning]) -> int:
-    """Give a fit what its client kept, and says how many epochs that has behind it.
+    """Give a fit what its client kept, and say how many epochs that has behind it.
 
     What finetuning did in these is done again first, for it made the optimizers' groups.
     """

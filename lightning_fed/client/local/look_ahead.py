@@ -76,7 +76,7 @@ class LookAhead:
             raise ConfigurationError(f"A client {missing}")
 
     def _look(self, loaders: ClientLoaders | None) -> bool:
-        """Return whether a schedule follows a metric; says what is to be said of the others."""
+        """Return whether a schedule follows a metric; say what is to be said of the others."""
         options = self.work.options
         with self._configured(loaders) as trainer:
             configs = trainer.lr_scheduler_configs

@@ -32,7 +32,7 @@ class LocalOptions:
         client_state: What becomes of optimizers and schedulers from round to round.
         local_validation: Whether a fit validates on the client's held-out part.
         rounds: The rounds of the run, or -1 for no limit.
-        isolation: Puts module and datamodule back after each local run.
+        isolation: Restores module and datamodule after each local run.
         log_dir: The server's ``log_dir``.
     """
 

@@ -103,7 +103,7 @@ class StackedLog:
 
 
 def _stacked(result: ResultMetric, like: Tensor) -> Accumulated:
-    """As one of Lightning's result metrics, with a value for each client and nothing in it yet."""
+    """Make one of Lightning's result metrics anew, with a value for each client and nothing in it yet."""
     empty = defaults(result)
     batch_size = empty.get("cumulated_batch_size")
     value = empty["value"].to(like.device).expand(len(like))
