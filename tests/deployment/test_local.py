@@ -77,9 +77,10 @@ with local_link({port}):
     assert process.stdout is not None
     assert process.stdout.readline() == b"up\n"
     assert answers(port)
+    assert any(tmp_path.glob("superlink-*"))
     process.kill()
     process.wait()
-    wait_for(lambda: not answers(port) and not any(tmp_path.iterdir()), 10)
+    wait_for(lambda: not answers(port) and not any(tmp_path.glob("superlink-*")), 10)
 
 
 def test_a_port_that_is_taken_is_named():

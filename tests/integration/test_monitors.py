@@ -56,7 +56,7 @@ def rounds_saved(folder: Path) -> list[int]:
     ("how", "expected"),
     [
         ({"every_n_train_steps": 2}, [2, 4, 6]),
-        ({"train_time_interval": timedelta(0)}, [1, 2, 3, 4, 5, 6]),
+        ({"train_time_interval": timedelta(microseconds=1)}, [1, 2, 3, 4, 5, 6]),
         ({"train_time_interval": timedelta(days=1)}, []),
     ],
 )
@@ -70,7 +70,7 @@ def test_model_checkpoint_by_steps_or_time_saves_rounds_without_a_false_warning(
     assert type(checkpoint) is ModelCheckpoint
 
 
-@pytest.mark.parametrize("how", [{"every_n_train_steps": 1}, {"train_time_interval": timedelta(0)}, {}])
+@pytest.mark.parametrize("how", [{"every_n_train_steps": 1}, {"train_time_interval": timedelta(microseconds=1)}, {}])
 @pytest.mark.parametrize("monitor", ["val_loss", "clients/val_loss"])
 @pytest.mark.parametrize("every", [1, 2])
 def test_model_checkpoint_monitors_the_round_that_it_saves(tmp_path, how, monitor, every):
@@ -94,7 +94,7 @@ def run(folder: Path, how: dict[str, Any], ckpt_path: Path | None = None, **opti
     return module, history
 
 
-@pytest.mark.parametrize("how", [{"every_n_train_steps": 1}, {"train_time_interval": timedelta(0)}])
+@pytest.mark.parametrize("how", [{"every_n_train_steps": 1}, {"train_time_interval": timedelta(microseconds=1)}])
 def test_a_run_resumed_from_a_checkpoint_by_steps_or_time_lacks_no_validation(tmp_path, how):
     expected, history = run(tmp_path / "whole", how)
     for checkpoint in (tmp_path / "whole").glob("*.ckpt"):
