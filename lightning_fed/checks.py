@@ -60,6 +60,12 @@ def time_faults(name: str, value: object) -> list[str]:
     return [] if good else [f"{name}={value!r} must be a number of seconds above 0."]
 
 
+def ceiling_faults(name: str, value: object) -> list[str]:
+    """Return a sentence if a value is no number that can be reached."""
+    good = is_number(value) and value > 0
+    return [] if good else [f"{name}={value!r} must be a number above 0; float('inf') is no limit."]
+
+
 def switch_faults(values: Mapping[str, object]) -> list[str]:
     """Return a sentence for each value that is neither ``True`` nor ``False``."""
     return [f"{name}={v!r}: write True or False." for name, v in values.items() if not isinstance(v, bool)]

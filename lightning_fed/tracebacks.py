@@ -34,6 +34,11 @@ def words(error: BaseException) -> str:
     return " ".join([said, *(f"-- {way}" for known, way in _WAYS_OUT.items() if known in said)])
 
 
+def plain(text: str, most: int) -> str:
+    """Return a text from elsewhere as it may go to a terminal: no control characters, and no longer than ``most``."""
+    return "".join(one if one.isprintable() or one in "\n\t" else "?" for one in text[:most])
+
+
 def frames(error: BaseException) -> str:
     """Return an exception's traceback with the frames of libraries folded; empty where it was not raised.
 

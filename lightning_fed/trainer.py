@@ -30,7 +30,6 @@ from lightning_fed.server.federation import Federation
 from lightning_fed.server.plan import Given, resolve
 from lightning_fed.server.roles import Roles
 from lightning_fed.server.rounds import quiet_flower
-from lightning_fed.server.session import Settings
 from lightning_fed.server.trainer import ServerTrainer
 from lightning_fed.server.view import RoundLoader, ServerView
 from lightning_fed.server.wording import speaking_of_rounds
@@ -80,6 +79,7 @@ class FederatedTrainer(ServerTrainer):
         local_validation: Validate in local fits, on the client's held-out part.
         seed: The run's seed; by default that of ``seed_everything``, else 0.
         timeout: Seconds to wait for the replies of one stage of a round.
+        max_examples: More examples than any client has: one that reports more has failed.
         callbacks: Lightning callbacks for the server, and federated ones.
         **kwargs: The other arguments of ``lightning.pytorch.Trainer``.
 
@@ -105,6 +105,7 @@ class FederatedTrainer(ServerTrainer):
         local_validation: bool = False,
         seed: int | None = None,
         timeout: float = 3600.0,
+        max_examples: float = 1e9,
         callbacks: list[Callback] | Callback | None = None,
         **kwargs: Any,
     ) -> None:
@@ -124,14 +125,15 @@ class FederatedTrainer(ServerTrainer):
                 local_validation=local_validation,
                 seed=seed,
                 timeout=timeout,
+                max_examples=max_examples,
                 callbacks=callbacks,
                 trainer=kwargs,
             )
         )
-        self.engine, self.seed, self.local_options = plan.engine, plan.seed, plan.local
+        self.engine, self.seed, self.local_options = plan.engine, plan.settings.seed, plan.local
         self._vectorize, self._compile = plan.vectorize, plan.compiles
         self._roles = Roles(plan.callbacks, plan.local, plan.num_clients)
-        self.federation = Federation(self.owners, Settings(plan.seed, plan.timeout, plan.max_clients, plan.engine.name))
+        self.federation = Federation(self.owners, plan.settings)
         kwargs = plan.server  # by this name, for LightningCLI reads here that a Trainer's arguments are ours, too
         with taken_from_environment(type(self)), speaking_of_rounds(clients_validate=False):
             super().__init__(callbacks=[self.federation, *plan.callbacks], **kwargs)
@@ -263,10 +265,8 @@ class FederatedTrainer(ServerTrainer):
         """Look at what came to the list of callbacks since it was made: appended, or by the Tuner."""
         self.callbacks = self._roles.without_moved(self.callbacks)
         faults = self._roles.misplaced(self.callbacks)
-        if faults:
-            self.callbacks = [
-                c for c in self.callbacks if not placement.replaces_loop(c)
-            ]  # the Tuner leaves them there
+        if faults:  # the Tuner leaves them there
+            self.callbacks = [c for c in self.callbacks if not placement.replaces_loop(c)]
         arguments.refuse(faults)
 
     def _server_app(self, task: _Task, ckpt_path: Any, weights_only: bool | None) -> ServerApp:

@@ -75,7 +75,7 @@ class FlowerStrategy(FederatedCallback):
 
 
 class Adaptor(StandIn):
-    """The boundary to a strategy that expects all replies at once, with the same metrics in each."""
+    """The boundary to a strategy that expects all replies at once, with the same metrics in each, of the same form."""
 
     def summary(self) -> None:
         """Do as the strategy."""
@@ -115,11 +115,16 @@ class Adaptor(StandIn):
 def _with_common_metrics(replies: Iterable[Message]) -> list[Message]:
     kept = list(replies)
     records = [record for reply in kept if (record := messages.first(reply.content, MetricRecord)) is not None]
-    common = set.intersection(*(set(record) for record in records)) if records else set()
+    common = {name for name, _ in set.intersection(*map(_forms, records))} if records else set()
     for record in records:
         for name in set(record) - common:
             del record[name]
     return kept
+
+
+def _forms(record: MetricRecord) -> set[tuple[str, int | None]]:
+    """Return the names, each with how many numbers it is a list of."""
+    return {(name, len(value) if isinstance(value, list) else None) for name, value in record.items()}
 
 
 def _copy(strategy: Strategy) -> tuple[Strategy, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +14,13 @@ from lightning_fed.callbacks.base import ClientReport, FailureOwner, Stage
 from lightning_fed.errors import ClientError, FederationError, RoundError
 from lightning_fed.server.roster import CohortGrid, Roster
 from lightning_fed.strategies import WeightedMean
+from lightning_fed.strategies.own_metrics import all_inside, is_users
 from lightning_fed.tracebacks import release_frames, words
 from lightning_fed.values import metrics
 from lightning_fed.values.weights import Weights, check_update
-from lightning_fed.wire import extras, messages
+from lightning_fed.wire import messages
+from lightning_fed.wire.extras import IntegerTensors
+from lightning_fed.wire.reply import Expected, read_reply
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Terms:
         tell: ``tell(hook, *arguments)`` calls a hook of all callbacks.
         seed: The run's seed.
         timeout: Seconds to wait for the replies of one stage.
+        max_examples: The greatest number of examples that a client is believed to have.
     """
 
     strategy: Strategy
@@ -40,6 +43,7 @@ class Terms:
     tell: Callable[..., None]
     seed: int
     timeout: float
+    max_examples: float
 
 
 @dataclass
@@ -71,9 +75,11 @@ class Exchange:
     def __init__(self, terms: Terms, stage: Stage, round: int, cohort: Sequence[int], weights: Weights) -> None:
         self.terms, self.stage, self.round, self.cohort = terms, stage, round, cohort
         self.weights = weights
-        self._apart = extras.IntegerTensors(weights)
+        self._apart = IntegerTensors(weights)
+        self._expected = _expected(terms, weights if stage == "train" else None)
         self.states: list[tuple[float, list[metrics.MetricState]]] = []
         self.reported: list[tuple[float, dict[str, float]]] = []
+        self._counted: list[int] = []  # the clients of these
         self.notes: dict[str, None] = {}
         self.good = self.failed = 0
         self.raised: Exception | None = None  # by a callback or the engine while the strategy read the replies
@@ -146,6 +152,14 @@ class Exchange:
             on_bar=self.names(lambda state: state.on_bar),
         )
 
+    def senders_of_nan(self, name: str) -> list[int]:
+        """Return the clients that logged NaN under a name, or whose metric has NaN among its states."""
+        return [
+            client
+            for client, (_, states) in zip(self._counted, self.states, strict=True)
+            if any(state.name == name and (state.has_nan or state.own != state.own) for state in states)
+        ]
+
     def require_enough(self) -> None:
         """Check that there are as many good replies as the owner of failures asks for.
 
@@ -192,8 +206,7 @@ class Exchange:
             said, exception = messages.raised(reply)
             raise self._error(client, _explain(said, exception)) from exception
         try:
-            read = extras.read_reply(reply)
-            self._check(read)
+            read = read_reply(reply, self._expected)
         except ClientError as error:
             raise self._error(client, str(error), type(error), error.tensor) from error.__cause__
         self.notes.update(dict.fromkeys(read.extras.notes))
@@ -205,24 +218,10 @@ class Exchange:
         if read.num_examples:
             self.states.append((read.num_examples, metrics.with_own(read.extras.states, read.scalars)))
             self.reported.append((read.num_examples, read.scalars))
+            self._counted.append(client)
             report = ClientReport(client, read.num_examples, read.scalars)
             self.terms.tell("on_client_end", self.round, self.stage, report)
         return read.num_examples
-
-    def _check(self, read: extras.Reply) -> None:
-        """Check that a reply can be used.
-
-        Raises:
-            ClientError: If it cannot.
-        """
-        count, trains = read.num_examples, self.stage == "train"
-        if not math.isfinite(count) or count < 0 or (trains and not count):
-            least = "greater than 0" if trains else "at least 0 (nothing to evaluate on)"
-            raise ClientError(
-                f"reports {count:g} examples; it cannot be averaged: their number must be finite and {least}."
-            )
-        if trains:
-            extras.check(read, self.weights)
 
     def _leave_out(self, reply: Message) -> None:
         rank_zero_warn(
@@ -241,6 +240,16 @@ class Exchange:
         self.terms.failures.on_failure(error, self.failed, len(self.cohort))
         self.terms.tell("on_client_error", self.round, self.stage, error)
         release_frames(error)  # the user may keep it, and its frames have the client's weights and batches
+
+
+def _expected(terms: Terms, weights: Weights | None) -> Expected:
+    inside = list(all_inside(terms.strategy))
+    return Expected(
+        weights,
+        frozenset(key for one in inside if isinstance(key := getattr(one, "weighted_by_key", None), str)),
+        terms.max_examples,
+        records=not any(is_users(type(one), f"aggregate_{stage}") for one in inside for stage in ("train", "evaluate")),
+    )
 
 
 def name_of(strategy: Strategy) -> str:

@@ -16,6 +16,7 @@ from lightning_fed.client.local.work import ClientState, LocalOptions
 from lightning_fed.engines import ENGINES, Engine, made
 from lightning_fed.seeding import run_seed
 from lightning_fed.server import arguments
+from lightning_fed.server.session import Settings
 
 Vectorize = bool | int | Literal["require"]
 
@@ -42,6 +43,7 @@ class Given:
     local_validation: bool
     seed: int | None
     timeout: float
+    max_examples: float
     callbacks: list[Callback] | Callback | None
     trainer: dict[str, Any]
 
@@ -69,8 +71,7 @@ class RunPlan:
         num_clients: Short for an IID partition.
         vectorize: How many clients to train at once, as ``vectorize_clients=`` was given.
         compiles: Whether to compile their step.
-        seed: The run's seed.
-        timeout: Seconds to wait for the replies of one stage of a round.
+        settings: What all fits have in common.
         dev_run: The rounds of a ``fast_dev_run``, or 0.
     """
 
@@ -81,14 +82,8 @@ class RunPlan:
     num_clients: int | None
     vectorize: Vectorize
     compiles: bool
-    seed: int
-    timeout: float
+    settings: Settings
     dev_run: int
-
-    @property
-    def max_clients(self) -> int | None:
-        """How many clients take part in a round at most."""
-        return 2 if self.dev_run else None
 
 
 def resolve(given: Given) -> RunPlan:
@@ -120,9 +115,11 @@ def resolve(given: Given) -> RunPlan:
         client_state=given.client_state,
         local_validation=given.local_validation,
     )
-    how = given.vectorize_clients, given.compile_clients, int(run_seed(given.seed)), given.timeout
+    seed, max_clients = int(run_seed(given.seed)), 2 if dev_run else None
+    settings = Settings(seed, given.timeout, given.max_examples, max_clients, engine.name)
     arguments.say_what_is_logged(server.get("log_every_n_steps"))
-    return RunPlan(own, server, local, engine, counts["num_clients"], *how, dev_run)
+    how = given.vectorize_clients, given.compile_clients
+    return RunPlan(own, server, local, engine, counts["num_clients"], *how, settings, dev_run)
 
 
 def _refuse(given: Given, callbacks: list[Any], client_callbacks: list[Any]) -> None:
@@ -133,6 +130,7 @@ def _refuse(given: Given, callbacks: list[Any], client_callbacks: list[Any]) -> 
         arguments.limit_faults(numbers, endless=bool(trainer.get("max_time") or trainer.get("fast_dev_run"))),
         checks.number_faults({"seed": given.seed}),
         checks.time_faults("timeout", given.timeout),
+        checks.ceiling_faults("max_examples", given.max_examples),
         checks.switch_faults({"compile_clients": given.compile_clients, "local_validation": given.local_validation}),
         arguments.engine_faults(given.engine, ENGINES, numbers),
         arguments.vectorize_faults(given.vectorize_clients, given.compile_clients is True, given.engine),

@@ -19,8 +19,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,7 @@ class Rounds:
         module: The server's module; its metrics tell how metric states merge.
         seed: The run's seed.
         timeout: Seconds to wait for the replies of one stage.
+        max_examples: The greatest number of examples that a client is believed to have.
         max_clients: Truncates cohorts (``fast_dev_run``).
     """
 
@@ -89,13 +91,14 @@ class Rounds:
         module: nn.Module,
         seed: int,
         timeout: float = 3600.0,
+        max_examples: float = math.inf,
         max_clients: int | None = None,
     ) -> None:
         self.grid, self.strategy, self.callbacks, self.cohorts = grid, strategy, callbacks, cohorts
         self.trainer, self.module = trainer, module
         self.seed, self.timeout, self.max_clients = seed, timeout, max_clients
         self.roster = roster
-        self._terms = Terms(strategy, roster, failures, self._tell, seed, timeout)
+        self._terms = Terms(strategy, roster, failures, self._tell, seed, timeout, max_examples)
         self._said: set[str] = set()
 
     def run(self, round: int, weights: Weights, evaluate: bool) -> RoundResult:
@@ -149,6 +152,7 @@ class Rounds:
         self._say(_AVERAGED, set(merged.averaged) - set(own))
         self._say(_LEFT_OUT, set(merged.left_out) - set(own))
         logged = {**extra, **merged.values, **own}
+        self._say_nan(exchange, logged)
         if stage == "evaluate":
             return RoundResult({}, logged, exchange.about())
         return RoundResult(exchange.new_weights(averaged), logged, exchange.about())
@@ -180,6 +184,14 @@ class Rounds:
         if (beginning := note.split(":", 1)[0]) not in self._said:
             self._said.add(beginning)
             rank_zero_warn(note)
+
+    def _say_nan(self, exchange: Exchange, logged: Mapping[str, float]) -> None:
+        for name in [name for name, value in logged.items() if math.isnan(value)]:
+            if senders := exchange.senders_of_nan(name):
+                self._say_once(
+                    f"The logged {name!r} is NaN: in round {exchange.round}, {exchange.stage}, NaN came from client"
+                    f" {', '.join(map(str, senders))}. Of later rounds nothing is said."
+                )
 
     def _say(self, what: str, names: Iterable[str]) -> None:
         if new := sorted(set(names) - self._said):

@@ -38,12 +38,14 @@ class Settings:
     Attributes:
         seed: The run's seed.
         timeout: Seconds to wait for replies.
+        max_examples: The greatest number of examples that a client is believed to have.
         max_clients: Truncates cohorts (``fast_dev_run``).
         engine: The engine's name, for the summary.
     """
 
     seed: int
     timeout: float
+    max_examples: float
     max_clients: int | None
     engine: str
 
@@ -134,6 +136,7 @@ class Session:
             module=self._module,
             seed=settings.seed,
             timeout=settings.timeout,
+            max_examples=settings.max_examples,
             max_clients=settings.max_clients,
         )
         owners.check_cohort(self._clients, settings.max_clients)

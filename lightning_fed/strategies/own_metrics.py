@@ -27,7 +27,7 @@ def own_metrics(
     inside = list(all_inside(strategy))
     if any(getattr(one, name, None) not in (None, getattr(FedAvg(), name)) for one in inside):
         return dict(found)
-    if not any(_is_users(type(one), f"aggregate_{stage}") for one in inside):
+    if not any(is_users(type(one), f"aggregate_{stage}") for one in inside):
         return {}
     return {name: value for name, value in found.items() if not _is_mean(value, name, reported)}
 
@@ -40,7 +40,7 @@ def all_inside(strategy: Strategy) -> Iterator[Strategy]:
             yield from all_inside(inner)
 
 
-def _is_users(kind: type, method: str) -> bool:
+def is_users(kind: type, method: str) -> bool:
     """Return whether a method is neither Flower's nor ours."""
     return not getattr(kind, method).__module__.startswith(("flwr.", "lightning_fed."))
 

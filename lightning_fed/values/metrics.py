@@ -25,6 +25,8 @@ MEAN, SUM, MAX, MIN = "mean", "sum", "max", "min"
 LAST = "last"  # of the last step that logged it: averaged over clients by examples
 METRIC = "metric"  # a torchmetrics metric with states that merge
 COMPUTED = "computed"  # a value that no longer has states to merge: averaged by examples, and said once
+MERGED = frozenset({MEAN, SUM, MAX, MIN})  # those that become one number of many
+KINDS = MERGED | {LAST, METRIC, COMPUTED}
 
 # Hooks that log when there is no batch, so that nothing tells of how many examples a value is.
 _WITHOUT_BATCH = {
@@ -60,6 +62,16 @@ class MetricState:
     own: float | None = None
     logged: bool = True
     on_bar: bool = False
+
+    @property
+    def weight(self) -> float:
+        """How many examples the value is of, where it says so; else 0."""
+        return 0.0 if self.kind == METRIC or "weight" not in self.tensors else float(self.tensors["weight"])
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether there is a NaN in it."""
+        return any(bool(tensor.isnan().any()) for tensor in self.tensors.values())
 
 
 def catch(trainer: Trainer, module: LightningModule, computed: Iterable[str] = ()) -> list[MetricState]:
@@ -232,6 +244,8 @@ def _exact(entries: Sequence[tuple[float, MetricState]], module: nn.Module) -> f
     if kinds == {LAST}:
         return _mean(entries)
     if kinds == {METRIC}:
+        if len({state.attribute for state in states}) > 1:
+            return None
         if len(states) == 1 and states[0].own is not None:
             return states[0].own
         try:

@@ -12,16 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
-from lightning_fed.errors import ClientError, InvalidUpdateError
-from lightning_fed.tracebacks import words
-from lightning_fed.values.metrics import MetricState
+from lightning_fed.tracebacks import plain
+from lightning_fed.values.metrics import KINDS, MEAN, MERGED, METRIC, MetricState
 from lightning_fed.values.running_mean import RunningMean
-from lightning_fed.values.weights import Weights, check_update, dtype_name, is_averaged
-from lightning_fed.wire import packing
-from lightning_fed.wire.messages import NUM_EXAMPLES, first, num_examples, pack, reply_scalars, unpack
+from lightning_fed.values.weights import Weights, is_averaged
+from lightning_fed.wire.messages import pack, unpack
 
 Kind = TypeVar("Kind", ArrayRecord, ConfigRecord)
 
@@ -125,7 +123,7 @@ def attach(reply: Message, extras: Extras) -> None:
 def detach(reply: Message) -> Extras:
     """Detach what ``attach`` attached, before a strategy sees the reply."""
     extras, notes = Extras(integers=detach_integers(reply)), _take(reply.content, _NOTES, ConfigRecord)
-    extras.notes = [] if notes is None else [str(text) for text in cast(list[str], notes["texts"])]
+    extras.notes = [] if notes is None else [plain(str(text), 2000) for text in cast(list[str], notes["texts"])[:20]]
     specs = _take(reply.content, _SPECS, ConfigRecord)
     record = _take(reply.content, _STATES, ArrayRecord)
     _require((specs is None) == (record is None), "half of its metric states")
@@ -139,67 +137,23 @@ def _states(specs: Any, arrays: Weights) -> list[MetricState]:
     for key, tensor in arrays.items():
         index, name = key.split("/", 1)
         tensors.setdefault(int(index), {})[name] = tensor
-    _require(set(tensors) <= set(range(len(specs))), "metric states without a name")
-    states = []
-    for i, (name, kind, attribute, updates, *where) in enumerate(specs):
-        words = all(isinstance(word, str) for word in (name, kind, attribute))
-        _require(words and isinstance(updates, int), f"{specs[i]} for the name of a metric state")
-        logged, on_bar = map(bool, where)
-        states.append(MetricState(name, kind, tensors.get(i, {}), attribute, updates, logged=logged, on_bar=on_bar))
-    return states
+    _require(isinstance(specs, list) and set(tensors) <= set(range(len(specs))), "metric states without a name")
+    return [_state(spec, tensors.get(i, {})) for i, spec in enumerate(specs)]
+
+
+def _state(spec: Any, tensors: Weights) -> MetricState:
+    name, kind, attribute, updates, logged, on_bar = spec
+    words = all(isinstance(word, str) for word in (name, attribute)) and kind in KINDS
+    _require(words and isinstance(updates, int) and 0 <= updates < 2**53, f"{spec} for the name of a metric state")
+    if kind != METRIC:
+        _require("value" in tensors and (kind != MEAN or "weight" in tensors), f"half of {name!r}")
+        _require(not any(tensor.is_complex() for tensor in tensors.values()), f"{name!r} as a complex number")
+        single = [part for part in tensors if part == "weight" or kind in MERGED]
+        _require(all(tensors[part].numel() == 1 for part in single), f"several numbers for {name!r}")
+        tensors = {**tensors, **{part: tensors[part].reshape(()) for part in single}}
+    return MetricState(name, kind, tensors, attribute, updates, logged=bool(logged), on_bar=bool(on_bar))
 
 
 def _require(good: bool, instead: str) -> None:
     if not good:
         raise ValueError(instead)
-
-
-@dataclass
-class Reply:
-    """A client's reply, read; ``arrays`` is ``None`` where it has none."""
-
-    arrays: Weights | None
-    extras: Extras
-    num_examples: float
-    scalars: dict[str, float]
-
-
-def read_reply(reply: Message) -> Reply:
-    """Read a reply, and detach what strategies must not see.
-
-    Raises:
-        ClientError: If something in it is not of the form in which it travels.
-    """
-    try:
-        packing.unpack_tensors(reply.content)
-        extras, arrays = detach(reply), first(reply.content, ArrayRecord)
-        record = first(reply.content, MetricRecord) or MetricRecord()
-        _require(not isinstance(record.get(NUM_EXAMPLES), list), f"{NUM_EXAMPLES}={record.get(NUM_EXAMPLES)}")
-        weights = None if arrays is None else unpack(arrays)
-        return Reply(weights, extras, num_examples(reply), reply_scalars(reply))
-    except Exception as error:  # whatever it was that the client sent
-        raise ClientError(f"sent what cannot be read: {words(error)}") from error
-
-
-def check(read: Reply, reference: Weights) -> None:
-    """Check a client's weights, which come in two parts, against the global ones.
-
-    Args:
-        read: The reply; an integer tensor would take the place of an averaged one of its name.
-        reference: The global weights.
-
-    Raises:
-        ClientError: If there are none.
-        InvalidUpdateError: If a tensor came in the wrong part, or as ``check_update`` says.
-    """
-    if read.arrays is None:
-        raise ClientError("sent no weights.")
-    parts = ((read.arrays, "floating and complex", True), (read.extras.integers, "integer and bool", False))
-    for part, what, belongs in parts:
-        for name in part:
-            if name in reference and is_averaged(reference[name]) is not belongs:
-                kind = dtype_name(reference[name].dtype)
-                raise InvalidUpdateError(
-                    f"sent {name!r} among its {what} tensors, the global model has it as {kind}.", tensor=name
-                )
-    check_update({**read.arrays, **read.extras.integers}, reference)

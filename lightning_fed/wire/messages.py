@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from lightning_fed._compat.flower import filled
-from lightning_fed.tracebacks import frames, words
+from lightning_fed.tracebacks import frames, plain, words
 from lightning_fed.values.weights import Weights
-from lightning_fed.wire.tensor_array import TensorArray
+from lightning_fed.wire.tensor_array import TensorArray, decoded
 
 Kind = TypeVar("Kind", ArrayRecord, MetricRecord, ConfigRecord)
 
@@ -39,9 +38,13 @@ def unpack(record: ArrayRecord) -> Weights:
 
 
 def tensor_of(array: Array) -> Tensor:
-    """Return an array's tensor, to be read and not written."""
+    """Return an array's tensor, to be read and not written.
+
+    Raises:
+        ValueError: If its bytes are not what its header says.
+    """
     tensor = array.__dict__.get("tensor")
-    return torch.from_numpy(array.numpy()) if tensor is None else tensor
+    return decoded(array) if tensor is None else tensor
 
 
 def first(content: RecordDict, kind: type[Kind]) -> Kind | None:
@@ -129,7 +132,7 @@ def error_reply(message: Message, exception: BaseException) -> Message:
 
 def raised(reply: Message) -> tuple[str, BaseException | None]:
     """Return what an error reply says, and the exception itself where it is at hand."""
-    return (reply.error.reason or "unknown error").strip(), reply.error.__dict__.get("exception")
+    return plain(reply.error.reason or "unknown error", 20_000).strip(), reply.error.__dict__.get("exception")
 
 
 def num_examples(reply: Message, key: str = NUM_EXAMPLES) -> float:

@@ -93,6 +93,8 @@ def unpack_tensors(content: RecordDict) -> None:
             raise ValueError(f"tensors for {key!r}, which is there already")
         tensors = {}
         for name, dtype, shape in entries:
+            if name in tensors:
+                raise ValueError(f"two tensors {name!r}")
             tensors[str(name)] = TensorArray(_tensor(memory[:end], start, str(dtype), shape))
             start += _room(tensors[str(name)].__dict__["tensor"].nbytes)
         content[key] = filled(ArrayRecord(), tensors)
@@ -107,7 +109,10 @@ def _tensor(memory: Tensor, start: int, name: str, shape: Any) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if start + size > len(memory):
         raise ValueError(f"too few bytes for a {name} tensor of shape {shape}")
-    return memory[start : start + size].view(dtype).reshape(shape)
+    values = memory[start : start + size]
+    if dtype == torch.bool and bool((values > 1).any()):
+        raise ValueError("a bool that is neither True nor False")
+    return values.view(dtype).reshape(shape)
 
 
 def _room(size: int) -> int:

@@ -26,6 +26,7 @@ NOTHING: dict[str, Any] = {
     "local_validation": False,
     "seed": 5,
     "timeout": 60.0,
+    "max_examples": 1e9,
     "callbacks": None,
 }
 
@@ -45,14 +46,14 @@ def test_what_steers_training_goes_to_clients_and_the_server_counts_rounds() -> 
         **{"accelerator": "cpu", "devices": 1, "precision": "bf16-mixed"},
         **{"gradient_clip_val": 0.5},
     }
-    assert (plan.local.epochs, plan.local.steps, plan.seed, plan.max_clients) == (1, None, 5, None)
+    assert (plan.local.epochs, plan.local.steps, plan.settings.seed, plan.settings.max_clients) == (1, None, 5, None)
     assert isinstance(plan.engine, InProcess)
     assert arguments.trainer["gradient_clip_val"] == 0.5  # what was given stays as it was given
 
 
 def test_a_dev_run_has_two_clients_and_as_many_batches_as_rounds() -> None:
     plan = resolve(given({"fast_dev_run": 2}, max_rounds=None, local_steps=7))
-    assert (plan.dev_run, plan.max_clients, plan.local.epochs, plan.local.steps) == (2, 2, 1, None)
+    assert (plan.dev_run, plan.settings.max_clients, plan.local.epochs, plan.local.steps) == (2, 2, 1, None)
     limits = {name: plan.local.trainer[name] for name in ("limit_train_batches", "limit_val_batches")}
     assert limits == {"limit_train_batches": 2, "limit_val_batches": 2}
     assert plan.server["max_epochs"] == -1
@@ -72,6 +73,7 @@ def test_a_progress_bar_is_added_unless_none_is_wanted() -> None:
 
 def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(ConfigurationError) as error:
-        resolve(given({"max_epochs": 2}, max_rounds=None, seed=0.5, client_state="some", timeout=-1))
-    for name in ("max_epochs=2", "Say how long to train", "seed=0.5", "client_state='some'", "timeout=-1"):
+        resolve(given({"max_epochs": 2}, max_rounds=None, seed=0.5, client_state="some", timeout=-1, max_examples=0))
+    own = ("seed=0.5", "client_state='some'", "timeout=-1", "max_examples=0")
+    for name in ("max_epochs=2", "Say how long to train", *own):
         assert name in str(error.value)
