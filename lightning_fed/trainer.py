@@ -85,6 +85,12 @@ class FederatedTrainer(ServerTrainer):
 
     Raises:
         ConfigurationError: If arguments contradict each other or have no meaning in a federation; all faults together.
+
+    >>> from torch.utils.data import DataLoader
+    >>> from lightning_fed.testing import ToyModule, toy_data
+    >>> quiet = {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
+    >>> trainer = FederatedTrainer(max_rounds=2, num_clients=3, logger=False, **quiet)
+    >>> trainer.fit(ToyModule(), DataLoader(toy_data(24), batch_size=8))
     """
 
     @defaults_from_environment
@@ -234,8 +240,7 @@ class FederatedTrainer(ServerTrainer):
         join(address, side, client, **kwargs)
 
     def _without_server(self, task: _Task) -> ClientSide:
-        """Return what clients need where there is no server in the process."""
-        # There is no server here whose fit would ask the module for them.
+        """Return what clients need where there is no server in the process, whose fit would ask for callbacks."""
         task.module.trainer = self
         given = checks.listed(task.module.configure_callbacks())
         task.module.trainer = None
@@ -249,7 +254,11 @@ class FederatedTrainer(ServerTrainer):
     def _task(self, model: Any, train: Any, val: Any, datamodule: LightningDataModule | None) -> _Task:
         module = from_compiled(model) if isinstance(model, OptimizedModule) else model
         arguments.refuse(checks.fit_faults(module, train, datamodule))
-        self._look_at_callbacks()
+        # What came to the list of callbacks since it was made: appended, or by the Tuner.
+        self.callbacks = self._roles.without_moved(self.callbacks)
+        if faults := self._roles.misplaced(self.callbacks):  # the Tuner leaves them there
+            self.callbacks = [c for c in self.callbacks if not placement.replaces_loop(c)]
+            arguments.refuse(faults)
         self._roles.adopt(self.callbacks)
         if isinstance(train, LightningDataModule):
             train, datamodule = None, train
@@ -260,14 +269,6 @@ class FederatedTrainer(ServerTrainer):
             compiled = CompiledStep() if self._compile else None
             side.dispatcher = Dispatcher(self._vectorize, compiled, self.engine.processes)
         return _Task(module, datamodule, val, deal, side)
-
-    def _look_at_callbacks(self) -> None:
-        """Look at what came to the list of callbacks since it was made: appended, or by the Tuner."""
-        self.callbacks = self._roles.without_moved(self.callbacks)
-        faults = self._roles.misplaced(self.callbacks)
-        if faults:  # the Tuner leaves them there
-            self.callbacks = [c for c in self.callbacks if not placement.replaces_loop(c)]
-        arguments.refuse(faults)
 
     def _server_app(self, task: _Task, ckpt_path: Any, weights_only: bool | None) -> ServerApp:
         app = ServerApp()

@@ -19,6 +19,9 @@ class ClientMetrics(FederatedCallback):
     Args:
         spread: Log minimum and maximum.
         per_client: Log every client's value; meant for few clients.
+
+    >>> from lightning_fed import FederatedTrainer
+    >>> trainer = FederatedTrainer(max_rounds=1, num_clients=3, callbacks=[ClientMetrics(per_client=True)])
     """
 
     def __init__(self, spread: bool = True, per_client: bool = False) -> None:

@@ -13,6 +13,9 @@ class FedAvg(Averaging):
     """The new weights are the clients' weighted mean (McMahan et al. 2017, https://arxiv.org/abs/1602.05629).
 
     ``x = sum_k (n_k / n) w_k``, Algorithm 1. It is what runs when no callback decides the aggregation.
+
+    >>> from lightning_fed import FederatedTrainer
+    >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, callbacks=[FedAvg(weighting="uniform")])
     """
 
 
@@ -25,6 +28,9 @@ class FedAvgM(Averaging):
         learning_rate: The server's learning rate, > 0.
         momentum: In ``[0, 1)``.
         weighting: As in ``FedAvg``.
+
+    >>> from lightning_fed import FederatedTrainer
+    >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, callbacks=[FedAvgM(momentum=0.5)])
     """
 
     def __init__(self, learning_rate: float = 1.0, momentum: float = 0.9, weighting: Weighting = "examples") -> None:

@@ -21,6 +21,9 @@ class FedAdagrad(Averaging):
         beta_1: Decay of the first moment, in ``[0, 1)``.
         tau: The degree of adaptivity, > 0.
         weighting: As in ``FedAvg``.
+
+    >>> from lightning_fed import FederatedTrainer
+    >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, callbacks=[FedAdagrad(learning_rate=0.03)])
     """
 
     def __init__(
@@ -53,6 +56,9 @@ class FedAdam(FedAdagrad):
         beta_2: Decay of the second moment, in ``[0, 1)``.
         tau: The degree of adaptivity, > 0.
         weighting: As in ``FedAvg``.
+
+    >>> from lightning_fed import FederatedTrainer
+    >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, callbacks=[FedAdam(learning_rate=0.03)])
     """
 
     _strategy: type[AdamMean] = AdamMean
@@ -81,6 +87,10 @@ class FedAdam(FedAdagrad):
 
 
 class FedYogi(FedAdam):
-    """Server Yogi: ``v = v - (1 - beta_2) delta^2 sign(v - delta^2)``; arguments as ``FedAdam``."""
+    """Server Yogi: ``v = v - (1 - beta_2) delta^2 sign(v - delta^2)``; arguments as ``FedAdam``.
+
+    >>> from lightning_fed import FederatedTrainer
+    >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, callbacks=[FedYogi(learning_rate=0.03)])
+    """
 
     _strategy = YogiMean

@@ -22,6 +22,9 @@ class FedProx(FederatedCallback):
 
     Args:
         mu: The strength of the term, >= 0.
+
+    >>> from lightning_fed import FederatedTrainer
+    >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, callbacks=[FedProx(mu=0.1)])
     """
 
     def __init__(self, mu: float) -> None:

@@ -39,6 +39,11 @@ class FlowerStrategy(FederatedCallback):
 
     Raises:
         ConfigurationError: If ``strategy`` is not a message-based Flower strategy.
+
+    >>> from flwr.serverapp.strategy import Krum
+    >>> from lightning_fed import FederatedTrainer
+    >>> krum = FlowerStrategy(Krum(num_malicious_nodes=1))
+    >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, callbacks=[krum])
     """
 
     decides = frozenset({"aggregation"})

@@ -39,6 +39,15 @@ class History(FederatedCallback):
         rows: One dict a round.
         clients: With ``per_client``, one dict a client, round and stage: ``round``, ``stage``, ``client``,
             ``num_examples`` and the client's metrics.
+
+    >>> from lightning_fed import FederatedTrainer
+    >>> from torch.utils.data import DataLoader
+    >>> from lightning_fed.testing import ToyModule, toy_data
+    >>> quiet = {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
+    >>> trainer = FederatedTrainer(max_rounds=2, num_clients=3, callbacks=[history := History()], logger=False, **quiet)
+    >>> trainer.fit(ToyModule(), DataLoader(toy_data(24), batch_size=8))
+    >>> [row["round"] for row in history.rows]
+    [1, 2]
     """
 
     def __init__(self, per_client: bool = False) -> None:

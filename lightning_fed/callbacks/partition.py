@@ -48,6 +48,11 @@ class Partition(PartitionOwner):
 
     Raises:
         ConfigurationError: If an argument is out of its range.
+
+    >>> from flwr_datasets.partitioner import DirichletPartitioner
+    >>> skewed = Partition(DirichletPartitioner(num_partitions=10, partition_by="label", alpha=0.3), val_fraction=0.1)
+    >>> skewed.num_clients
+    10
     """
 
     deals_out = True

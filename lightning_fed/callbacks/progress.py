@@ -93,6 +93,9 @@ class RoundPrinter(FederatedCallback, ProgressBar):
 
     Args:
         max_metrics: How many metrics a line shows at most.
+
+    >>> from lightning_fed import FederatedTrainer
+    >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, callbacks=[RoundPrinter(max_metrics=3)])
     """
 
     def __init__(self, max_metrics: int = 12) -> None:

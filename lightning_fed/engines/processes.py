@@ -55,6 +55,9 @@ class Processes(Engine):
 
     Raises:
         ConfigurationError: If a number is smaller than 1.
+
+    >>> from lightning_fed import FederatedTrainer
+    >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, engine=Processes(num_workers=2))
     """
 
     name = "processes"

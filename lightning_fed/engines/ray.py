@@ -51,6 +51,9 @@ class Ray(Engine):
 
     Raises:
         ConfigurationError: If ``num_workers`` is smaller than 1.
+
+    >>> from lightning_fed import FederatedTrainer
+    >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, engine=Ray(client_resources={"num_cpus": 2}))
     """
 
     name = "ray"

@@ -48,6 +48,9 @@ class SuperLink(Engine):
 
     Raises:
         ConfigurationError: If an argument makes no sense, or a file cannot be read.
+
+    >>> from lightning_fed import FederatedTrainer
+    >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, engine=SuperLink("127.0.0.1:8000", insecure=True))
     """
 
     name = "superlink"
