@@ -315,3 +315,18 @@ def test_every_public_name_is_documented(package):
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "_version"])
 def test_every_module_says_what_it_is_for(name):
     assert ast.get_docstring(ast.parse(MODULES[name].read_text()))
+
+
+def test_the_readme_s_tree_lists_every_file():
+    listed, folders = set(), [""]
+    tree = (ROOT.parent / "README.md").read_text().split("\nlightning_fed/\n")[1].split("```")[0]
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in line.split("  " * depth, 1)[1].split("  ")[0].split(", "):
+            if name.endswith("/"):
+                folders[depth:] = [f"{folders[depth - 1]}{name}"]
+            else:
+                listed.add(f"{folders[depth - 1]}{name}")
+    unlisted = ("__init__.py", "_version.py")
+    files = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if path.name not in unlisted}
+    assert listed - {"__init__.py"} == files

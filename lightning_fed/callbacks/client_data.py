@@ -47,7 +47,7 @@ class ClientData(PartitionOwner):
             raise ConfigurationError(f"ClientData: {faults[0]}")
         known = num_clients if callable(clients) else len(clients)
         if known is None:
-            raise ConfigurationError("ClientData(fn) does not tell how many clients there are: add num_clients=.")
+            raise ConfigurationError("ClientData(fn) does not tell how many clients there are: add num_clients= to it.")
         if known < 1 or (num_clients is not None and num_clients != known):
             raise ConfigurationError(
                 f"ClientData got {known} clients{'' if num_clients is None else f' and num_clients={num_clients}'}:"
