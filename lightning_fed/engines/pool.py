@@ -23,6 +23,10 @@ StartMethod = Literal["fork", "forkserver"]
 
 # Workers that die so often in a row without having been ready will not start, unless others do work.
 _ATTEMPTS = 3
+_FORKS_ARE_SENT_NOTHING = (
+    "Processes are forks, to which nothing is sent, where no other thread runs here (a logger's or a progress bar's:"
+    " logger=False), or with Processes(start_method='fork')."
+)
 
 
 class Pool:
@@ -76,7 +80,9 @@ class Pool:
                 if self._packed is None:
                     self._changes_packed = len(self.changes)
                 known = self._changes_packed
-                packed = self._packed = self._packed or remote.packed(self._start, "processes", transport.dump)
+                packed = self._packed = self._packed or remote.packed(
+                    self._start, "processes", transport.dump, _FORKS_ARE_SENT_NOTHING
+                )
                 with _main_left_out():
                     process = _forkserver().Process(target=work, args=(theirs, device, None, ()))
                     process.start()

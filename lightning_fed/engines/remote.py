@@ -102,8 +102,14 @@ def _exception(pickled: bytes, said: str | None) -> BaseException | None:
         return None
 
 
-def packed(start: Start, engine: str, pack: Callable[..., T]) -> T:
+def packed(start: Start, engine: str, pack: Callable[..., T], instead: str = "") -> T:
     """Return what workers begin with, packed.
+
+    Args:
+        start: What they begin with.
+        engine: The engine's name.
+        pack: ``pack(start, by_value=True)`` packs it.
+        instead: What else one can do with this engine: a sentence.
 
     Raises:
         ConfigurationError: If something in it cannot be pickled.
@@ -114,8 +120,7 @@ def packed(start: Start, engine: str, pack: Callable[..., T]) -> T:
         raise ConfigurationError(
             f"engine={engine!r} sends the module, the data and the client callbacks to its workers, and"
             f" {_unpicklable(start)} cannot be pickled: {type(error).__name__}: {error}. Make it in a hook of the local"
-            " fit, or write engine='in_process'. Processes are forks, to which nothing is sent, where no other thread"
-            " runs here (a logger's or a progress bar's: logger=False), or with Processes(start_method='fork')."
+            f" fit, or write engine='in_process'. {instead}".rstrip()
         ) from error
 
 

@@ -206,11 +206,11 @@ def vectorize_faults(vectorize: object, compiles: bool, engine: object) -> list[
     counts = isinstance(vectorize, int) and vectorize > 1
     if not (vectorize is True or vectorize == "require" or counts):
         return [f"vectorize_clients={vectorize!r}: write True, 'require', or how many at once, at least 2."]
-    kind = ENGINES.get(engine) if isinstance(engine, str) else type(engine)
-    if kind is not None and issubclass(kind, Engine) and not kind.can_vectorize:
+    made = ENGINES.get(engine) if isinstance(engine, str) else engine
+    if not getattr(made, "can_vectorize", True):
         return [
-            "vectorize_clients= is for engine='in_process' and engine='processes'; with this engine each worker trains"
-            " one client at a time."
+            "vectorize_clients= is for engine='in_process' and engine='processes'; with this engine each client trains"
+            " by itself."
         ]
     return []
 

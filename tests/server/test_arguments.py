@@ -11,7 +11,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins import AsyncCheckpointIO, MixedPrecision
 
 from lightning_fed.callbacks import FedAdam, FedAvg, RoundPrinter
-from lightning_fed.engines import InProcess, Processes
+from lightning_fed.engines import InProcess, Processes, SuperLink
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.server import arguments
 
@@ -114,6 +114,12 @@ def test_an_engine_and_what_goes_with_it(engine: Any, given: dict[str, Any], fou
     assert all(fault.startswith(text) for fault, text in zip(faults, found, strict=True))
 
 
+def one_by_one() -> InProcess:
+    engine = InProcess()
+    engine.can_vectorize = False
+    return engine
+
+
 @pytest.mark.parametrize(
     ("vectorize", "compiles", "engine", "found"),
     [
@@ -124,7 +130,9 @@ def test_an_engine_and_what_goes_with_it(engine: Any, given: dict[str, Any], fou
         (2, False, "in_process", ""),
         (1, False, "in_process", "vectorize_clients=1: write True"),
         ("yes", False, "in_process", "vectorize_clients='yes': write True"),
-        (True, False, "ray", "each worker trains one client at a time"),
+        (True, False, "ray", "each client trains by itself"),
+        (True, False, SuperLink("127.0.0.1:1", insecure=True), "each client trains by itself"),
+        (True, False, one_by_one(), "each client trains by itself"),
         (True, False, "unknown", ""),  # of which something else is said
     ],
 )
