@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from flwr.serverapp.strategy import Strategy
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import Accelerator, CUDAAccelerator
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -80,6 +80,24 @@ def refusals(arguments: dict[str, Any]) -> list[str]:
         number = value if checks.is_number(value, whole=True) else "n"
         faults.append(f"{name}={value!r} is not for a FederatedTrainer. {instead.format(number)}.")
     return faults + _accumulation_faults(arguments.get("accumulate_grad_batches"))
+
+
+def unknown_faults(given: dict[str, Any], own: Sequence[str]) -> list[str]:
+    """Return a sentence if there are arguments that nobody knows.
+
+    Args:
+        given: Those that are not the federation's own, by name.
+        own: The names of the federation's.
+    """
+    theirs = inspect.signature(Trainer).parameters.keys() - {"callbacks", *REFUSED}
+    unknown = [name for name in given if name not in theirs and name not in REFUSED]
+    if not unknown:
+        return []
+    written = ", ".join(f"{name}={given[name]!r}" for name in unknown)
+    return [
+        f"{written}: a FederatedTrainer does not know {'these' if len(unknown) > 1 else 'this'}. It takes"
+        f" {', '.join(own)}, and of a Trainer's arguments {', '.join(sorted(theirs))}."
+    ]
 
 
 def _accumulation_faults(value: Any) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback
@@ -125,6 +125,7 @@ def resolve(given: Given) -> RunPlan:
 def _refuse(given: Given, callbacks: list[Any], client_callbacks: list[Any]) -> None:
     numbers, trainer = given.numbers(), given.trainer
     arguments.refuse(
+        arguments.unknown_faults(trainer, [field.name for field in fields(given) if field.name != "trainer"]),
         arguments.refusals(trainer),
         arguments.placement_faults(callbacks, client_callbacks, given.num_clients),
         arguments.limit_faults(numbers, endless=bool(trainer.get("max_time") or trainer.get("fast_dev_run"))),

@@ -10,6 +10,7 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins import AsyncCheckpointIO, MixedPrecision
 
+from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import FedAdam, FedAvg, RoundPrinter
 from lightning_fed.engines import InProcess, Processes, SuperLink
 from lightning_fed.errors import ConfigurationError
@@ -53,6 +54,18 @@ def test_what_a_federation_cannot_take_is_named_with_what_to_write(given: dict[s
 def test_a_flower_strategy_is_sent_to_its_callback() -> None:
     (fault,) = arguments.refusals({"strategy": FlowerFedAvg()})
     assert fault.endswith("write callbacks=[FlowerStrategy(FedAvg(...))].")
+
+
+def test_arguments_that_nobody_knows_are_named_with_all_that_are_known() -> None:
+    assert arguments.unknown_faults({"precision": "32-true", "max_epochs": 3}, ["max_rounds"]) == []
+    [fault] = arguments.unknown_faults({"momentum": 0.9, "logger": False, "gpus": 1}, ["max_rounds", "engine"])
+    assert fault.startswith(
+        "momentum=0.9, gpus=1: a FederatedTrainer does not know these. It takes max_rounds, engine, and of a Trainer's"
+        " arguments accelerator, accumulate_grad_batches, "
+    )
+    assert " max_epochs," not in fault
+    with pytest.raises(ConfigurationError, match=r"gpus=1: .* does not know this\. It takes max_rounds, "):
+        FederatedTrainer(max_rounds=1, num_clients=2, gpus=1)
 
 
 @pytest.mark.parametrize(
