@@ -9,6 +9,7 @@ For an engine of your own::
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, cast
@@ -19,11 +20,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fed.engines import Engine
+from lightning_fed.trainer import FederatedTrainer
 from lightning_fed.values.weights import Weights
-from lightning_fed.wire import messages
+from lightning_fed.wire import messages, packing
 
 
 class ToyModule(LightningModule):
@@ -72,6 +74,7 @@ def toy_weights() -> Weights:
 
 
 def _weights_in(message: Message) -> Weights:
+    packing.unpack_tensors(message.content)  # as the server does that reads it
     record = messages.first(message.content, ArrayRecord)
     assert record is not None
     return messages.unpack(record)
@@ -134,11 +137,29 @@ def failing_client(fails: Callable[[int], bool]) -> ClientApp:
     return app
 
 
-def send(grid: Grid, kind: str = MessageType.TRAIN, weights: Weights | None = None) -> list[Message]:
-    """Send one shared RecordDict to every node, as Flower's strategies do, and collect the replies by node."""
+def slow_client(slow: int, seconds: float) -> ClientApp:
+    """Build clients of which one takes its time, and which else do as ``counting_client``."""
+    app, counting = ClientApp(), counting_client()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        if context.node_config[messages.CLIENT] == slow:
+            time.sleep(seconds)
+        return counting(message, context)
+
+    return app
+
+
+def _messages_to(nodes: Sequence[int], kind: str = MessageType.TRAIN, weights: Weights | None = None) -> list[Message]:
+    """Return messages with one shared RecordDict, as Flower's strategies make them."""
     arrays = messages.pack(toy_weights() if weights is None else weights)
     record = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: messages.round_config(1, 0)})
-    sent = [Message(record, node_id, kind) for node_id in sorted(grid.get_node_ids())]
+    return [Message(record, node_id, kind) for node_id in nodes]
+
+
+def send(grid: Grid, kind: str = MessageType.TRAIN, weights: Weights | None = None) -> list[Message]:
+    """Send one shared RecordDict to every node, and collect the replies by node."""
+    sent = _messages_to(sorted(grid.get_node_ids()), kind, weights)
     return sorted(grid.send_and_receive(sent), key=lambda reply: reply.metadata.src_node_id)
 
 
@@ -181,13 +202,7 @@ def case_state_stays_with_the_client(engine: Engine) -> None:
     """Check that a client's Context lives from round to round, and is its own."""
 
     def main(grid: Grid) -> list[Any]:
-        first = sorted(grid.get_node_ids())[0]
-        one = Message(
-            RecordDict({messages.ARRAYS: messages.pack({}), messages.CONFIG: messages.round_config(1, 0)}),
-            first,
-            MessageType.TRAIN,
-        )
-        list(grid.send_and_receive([one]))
+        list(grid.send_and_receive(_messages_to(sorted(grid.get_node_ids())[:1], weights={})))
         return sorted(_metric(reply, "calls") for reply in send(grid))
 
     assert engine.run(main, counting_client(), lambda: 3) == [1, 1, 2]
@@ -213,6 +228,47 @@ def case_failure_is_a_reply(engine: Engine) -> None:
     assert "client 1 fails" in str(failed[0].error.reason)
 
 
+def case_replies_come_in_order(engine: Engine) -> None:
+    """Check that replies that are read one by one come in the order of the messages, whoever is slow."""
+
+    def main(grid: Grid) -> tuple[list[int], list[int]]:
+        nodes = sorted(grid.get_node_ids())
+        asked = [nodes[i] for i in (2, 0, 3, 1)]
+        replies = grid.send_and_receive(_messages_to(asked))
+        came = [reply.metadata.src_node_id for reply in replies]
+        return asked, sorted(came, key=asked.index) if isinstance(replies, list) else came
+
+    asked, came = engine.run(main, slow_client(2, seconds=0.3), lambda: 4)
+    assert came == asked
+
+
+def _fitted(engine: str | Engine) -> dict[str, Tensor]:
+    """Return the state dict after a fit that draws: shuffled batches, dropout."""
+    torch.manual_seed(0)
+    module = ToyModule()
+    module.net.append(nn.Dropout(0.3))
+    trainer = FederatedTrainer(
+        max_rounds=2,
+        num_clients=3,
+        engine=engine,
+        seed=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(toy_data(), batch_size=8, shuffle=True))
+    return module.state_dict()
+
+
+def case_fits_as_one_process(engine: Engine) -> None:
+    """Check that a fit with dropout and shuffled batches gives the weights of ``engine="in_process"`` to the bit."""
+    expected = _fitted("in_process")
+    for name, tensor in _fitted(engine).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 ENGINE_CASES: list[Callable[[Engine], None]] = [
     case_main_returns,
     case_every_client_answers,
@@ -220,4 +276,6 @@ ENGINE_CASES: list[Callable[[Engine], None]] = [
     case_state_stays_with_the_client,
     case_scribbling_changes_nobody,
     case_failure_is_a_reply,
+    case_replies_come_in_order,
+    case_fits_as_one_process,
 ]

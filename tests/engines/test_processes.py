@@ -61,15 +61,6 @@ def test_a_worker_that_dies_takes_one_client_with_it_and_is_replaced(method):
         assert "was lost: its worker process was ended by SIGKILL" in replies[1].error.reason
 
 
-def test_replies_come_in_the_order_of_the_messages_whoever_is_slow():
-    app = client_that(lambda client: time.sleep(0.3 if client == 0 else 0))
-
-    def main(grid):
-        return [r.metadata.src_node_id for r in grid.send_and_receive(train_messages(grid, [3, 1, 5, 2, 4]))]
-
-    assert Processes(num_workers=2).run(main, app, lambda: 5) == [3, 1, 5, 2, 4]
-
-
 def test_who_does_not_reply_in_time_is_left_out_and_the_next_round_is_whole():
     app = client_that(lambda client: time.sleep(60 if client == 1 else 0))
 
