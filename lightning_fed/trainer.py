@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from flwr.app import Context, RecordDict
+from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
@@ -171,11 +171,9 @@ class FederatedTrainer(ServerTrainer):
             RoundError: If a round has too few good replies, or gives no usable weights.
         """
         task = self._task(model, train_dataloaders, val_dataloaders, datamodule)
-        server_app = self._server_app(task, ckpt_path, weights_only)
-        context = Context(0, 0, {}, RecordDict(), {})
         try:
             self.engine.run(
-                lambda grid: server_app(grid, context),
+                lambda grid: self._fit_on(grid, task, ckpt_path, weights_only, self.engine.name),
                 build_client_app(task.side),
                 lambda: self.owners.partition.num_clients,
             )
@@ -191,9 +189,14 @@ class FederatedTrainer(ServerTrainer):
         ckpt_path: Any = None,
         weights_only: bool | None = None,
     ) -> ServerApp:
-        """Return the Flower ServerApp that ``fit`` runs, for any of Flower's runtimes; arguments as ``fit``."""
-        task = self._task(model, train_dataloaders, val_dataloaders, datamodule)
-        return self._server_app(task, ckpt_path, weights_only)
+        """Return a Flower ServerApp that does as ``fit``, in any of Flower's runtimes; arguments as ``fit``."""
+        task, app = self._task(model, train_dataloaders, val_dataloaders, datamodule), ServerApp()
+
+        @app.main()
+        def main(grid: Grid, context: Context) -> None:
+            self._fit_on(grid, task, ckpt_path, weights_only, f"Flower's {type(grid).__name__}")
+
+        return app
 
     def client_app(
         self,
@@ -201,7 +204,7 @@ class FederatedTrainer(ServerTrainer):
         train_dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
     ) -> ClientApp:
-        """Return the Flower ClientApp that ``fit`` runs; the node config's ``partition-id`` says which client it is."""
+        """Return the Flower ClientApp of ``fit``; the node config's ``partition-id`` says which client it is."""
         task = self._task(model, train_dataloaders, None, datamodule)
         return build_client_app(self._without_server(task))
 
@@ -270,16 +273,7 @@ class FederatedTrainer(ServerTrainer):
             side.dispatcher = Dispatcher(self._vectorize, compiled, self.engine.processes)
         return _Task(module, datamodule, val, deal, side)
 
-    def _server_app(self, task: _Task, ckpt_path: Any, weights_only: bool | None) -> ServerApp:
-        app = ServerApp()
-
-        @app.main()
-        def main(grid: Grid, context: Context) -> None:
-            self._fit_on(grid, task, ckpt_path, weights_only)
-
-        return app
-
-    def _fit_on(self, grid: Grid, task: _Task, ckpt_path: Any, weights_only: bool | None) -> None:
+    def _fit_on(self, grid: Grid, task: _Task, ckpt_path: Any, weights_only: bool | None, engine: str) -> None:
         """Lightning's own fit over the server views."""
         loaders = {"val_dataloaders": task.val_dataloaders, "datamodule": task.datamodule}
         if task.datamodule is None:
@@ -296,5 +290,5 @@ class FederatedTrainer(ServerTrainer):
             stack.callback(self.federation.end)
             stack.enter_context(self._roles.views)
             stack.enter_context(self.logging_every_round())
-            self.federation.begin(grid, task.deal, task.side)
+            self.federation.begin(grid, task.deal, task.side, engine)
             super().fit(task.module, ckpt_path=ckpt_path, **loaders)

@@ -171,13 +171,14 @@ class RunState:
             had = f"{then} clients" if then != self.num_clients else f"client {gone[-1]}"
             notes.append(f"The run had {had}, this one has {self.num_clients}: they have other data than before.")
             notes += [f"What clients {', '.join(map(str, gone))} kept is dropped."] if gone else []
+        carries = self.script.setup["FederatedTrainer"]["client_state"] == "'carry'"
         if self._clients is None:
-            return notes + (["What clients kept cannot be given back to them on this grid."] if records else [])
+            lost = records or (carries and found.rounds)
+            return notes + (["What clients kept cannot be given back to them on this grid."] if lost else [])
         kept: dict[int, RecordDict] = {c: from_plain(plain) for c, plain in records.items() if c not in gone}
         if foreign := [client for client, record in kept.items() if not isinstance(record, RecordDict)]:
             raise TypeError(f"what it has of client {foreign[0]} is a {type(kept[foreign[0]]).__name__}")
         self._clients.load_client_states(kept)
-        carries = self.script.setup["FederatedTrainer"]["client_state"] == "'carry'"
         if carries and not records and found.rounds:
             notes.append("The checkpoint has nothing that clients kept: their optimizers begin anew.")
         if carries and records and self.script.has_another_module(found.state.get("setup", {})):

@@ -85,9 +85,9 @@ class Federation(Callback):
             raise RuntimeError("rounds run within FederatedTrainer.fit")
         return self._session
 
-    def begin(self, grid: Grid, deal: Deal, side: ClientSide) -> None:
-        """Take up a grid; Lightning's fit follows."""
-        self._given, self._session, self._state = FitInputs(grid, deal, side), None, Saved({})
+    def begin(self, grid: Grid, deal: Deal, side: ClientSide, engine: str) -> None:
+        """Take up a grid, and the name of what gave it; Lightning's fit follows."""
+        self._given, self._session, self._state = FitInputs(grid, deal, side, engine), None, Saved({})
         self.has_begun = False
 
     def end(self) -> None:

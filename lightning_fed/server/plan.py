@@ -116,7 +116,7 @@ def resolve(given: Given) -> RunPlan:
         local_validation=given.local_validation,
     )
     seed, max_clients = int(run_seed(given.seed)), 2 if dev_run else None
-    settings = Settings(seed, given.timeout, given.max_examples, max_clients, engine.name)
+    settings = Settings(seed, given.timeout, given.max_examples, max_clients)
     arguments.say_what_is_logged(server.get("log_every_n_steps"))
     how = given.vectorize_clients, given.compile_clients
     return RunPlan(own, server, local, engine, counts["num_clients"], *how, settings, dev_run)

@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.wire import messages
@@ -99,10 +100,16 @@ class RollCall:
 
     @staticmethod
     def _wait(grid: Grid, timeout: float, least: int) -> list[int]:
-        until = time.monotonic() + timeout
+        until, said = time.monotonic() + timeout, -1
         while len(nodes := list(grid.get_node_ids())) < least:
             if time.monotonic() > until:
-                raise ConfigurationError(f"{len(nodes)} clients connected within {timeout:g} s; {least} are needed.")
+                raise ConfigurationError(
+                    f"{len(nodes)} clients connected within {timeout:g} s; {least} are needed. Start the others, or"
+                    " write PartialParticipation(min_available_clients=...) for fewer."
+                )
+            if len(nodes) != said:
+                said = len(nodes)
+                rank_zero_info(f"{said} of {least} clients are here: waiting for the others")
             time.sleep(0.2)
         return nodes
 

@@ -20,10 +20,10 @@ from lightning_fed.server import placement
 from lightning_fed.server.checkpoint import Found, RunState
 from lightning_fed.server.deal import Deal
 from lightning_fed.server.owners import Owners
-from lightning_fed.server.roster import RollCall
+from lightning_fed.server.roster import RollCall, Roster
 from lightning_fed.server.rounds import RoundResult, Rounds
 from lightning_fed.server.script import Script, arguments_of
-from lightning_fed.server.summary import summary
+from lightning_fed.server.summary import summary, where_results_go
 from lightning_fed.strategies.client_part import require_client_part
 from lightning_fed.values import weights
 
@@ -40,14 +40,12 @@ class Settings:
         timeout: Seconds to wait for replies.
         max_examples: The greatest number of examples that a client is believed to have.
         max_clients: Truncates cohorts (``fast_dev_run``).
-        engine: The engine's name, for the summary.
     """
 
     seed: int
     timeout: float
     max_examples: float
     max_clients: int | None
-    engine: str
 
 
 @dataclass
@@ -71,12 +69,14 @@ class FitInputs:
         grid: Where the clients are reached.
         deal: Which data each has.
         side: All else that they work with.
+        engine: The name of what gave the grid, for the summary.
         resumed: What the run goes on from, or ``None``.
     """
 
     grid: Grid
     deal: Deal
     side: ClientSide
+    engine: str
     resumed: Resumed | None = None
 
 
@@ -111,7 +111,7 @@ class Session:
 
     def __init__(self, given: FitInputs, owners: Owners, settings: Settings, trainer: ServerTrainer) -> None:
         self._side, self._owners, self._settings, self._trainer = given.side, owners, settings, trainer
-        self._module = given.side.module
+        self._module, self._engine = given.side.module, given.engine
         # A grid that is not ours can only carry messages.
         ours = given.grid if isinstance(given.grid, ClientGrid) else None
         self._has_clients = isinstance(ours, LocalGrid)
@@ -120,10 +120,7 @@ class Session:
             given.deal.open()
         strategy = owners.build_strategy(self._module)
         require_client_part(strategy, self._side.mods["train"], knows_clients=self._has_clients)
-        waits = given.grid, settings.timeout, owners.cohorts.min_available_clients
-        roster = RollCall(*waits) if ours is None else ours
-        if ours is not None:
-            ours.gather(self._module, settings.seed)
+        roster = self._roster_of(given.grid)
         self._clients = roster.num_clients
         self.rounds = Rounds(
             given.grid,
@@ -146,6 +143,14 @@ class Session:
         self._found = given.resumed.found if given.resumed else None
         self._running: RunningRound | None = None
 
+    def _roster_of(self, grid: Grid) -> Roster:
+        """Return who is behind a grid, once they are there."""
+        if isinstance(grid, ClientGrid):
+            grid.gather(self._module, self._settings.seed)
+            return grid
+        rank_zero_info(where_results_go(self._trainer))
+        return RollCall(grid, self._settings.timeout, self._owners.least_clients())
+
     @staticmethod
     def script_of(side: ClientSide, owners: Owners, trainer: ServerTrainer) -> Script:
         """Return how the script sets the run up."""
@@ -164,7 +169,7 @@ class Session:
             with self._weights_kept() as before:
                 self._side.look_ahead(before, self._settings.seed)
         trainer = self._trainer
-        where = f"{self._settings.engine} on {trainer.strategy.root_device}, seed {self._settings.seed}"
+        where = f"{self._engine} on {trainer.strategy.root_device}, seed {self._settings.seed}"
         evaluates = self._evaluates(trainer.check_val_every_n_epoch or 1)
         rank_zero_info(summary(self._owners, self._clients, trainer.max_epochs, where, evaluates, self._has_clients))
         for callback in self._owners.callbacks:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from statistics import median
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fed.callbacks.base import FederatedCallback
@@ -38,6 +41,22 @@ def summary(
         "engine": engine,
     }
     return "\n".join(["Federation", *(f"  {name:<10}  {text}" for name, text in rows.items())])
+
+
+def where_results_go(trainer: Trainer) -> str:
+    """Return a line that says where a run's results are: of one that another program started nobody knows the folder.
+
+    Args:
+        trainer: The server's; its callbacks are set up.
+    """
+    places = [("logs", trainer.log_dir)] if trainer.loggers else []
+    places += [("checkpoints", getattr(callback, "dirpath", None)) for callback in trainer.checkpoint_callbacks]
+    told = " and ".join(dict.fromkeys(f"{what} in {_whole(place)}" for what, place in places if place))
+    return f"Results on {socket.gethostname()}: {told or 'none are saved, for there is no logger and no checkpoint'}."
+
+
+def _whole(place: str) -> str:
+    return place if "://" in place else os.path.abspath(place)
 
 
 def _examples(sizes: list[int] | None) -> str:

@@ -46,7 +46,8 @@ class Script:
         self.log_path = folder / f"{name}.log"
         env = {**os.environ, "OMP_NUM_THREADS": "1", "FLWR_HOME": str(folder), "FLWR_DISABLE_UPDATE_CHECK": "1"}
         env["PYTHONPATH"] = f"{ROOT}:{env.get('PYTHONPATH', '')}"
-        env["FLWR_TELEMETRY_ENABLED"] = "0"
+        env |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05"}
+        env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=env)
 
@@ -80,18 +81,17 @@ class Scripts:
     def __init__(self, folder: Path):
         self.folder, self.all = folder, []
 
-    def _start(self, command: list[str], name: str) -> Script:
+    def start(self, command: list[str], name: str) -> Script:
         self.all.append(Script(command, self.folder, name))
         return self.all[-1]
 
     def run(self, role: str, name: str, **given: Any) -> Script:
         given = {"role": role, "root": str(self.folder / name), **given}
-        return self._start([sys.executable, "-m", "tests.deployment.federation", json.dumps(given)], name)
+        return self.start([sys.executable, "-m", "tests.deployment.federation", json.dumps(given)], name)
 
-    def link(self, port: int, *options: str, name: str = "link") -> Script:
-        program = Path(sys.executable).parent / "flower-superlink"
-        fixed = ["--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
-        link = self._start([str(program), *fixed, "--disable-runtime-dependency-installation", *options], name)
+    def link(self, port: int, *options: str, name: str = "link", isolation: str = "process") -> Script:
+        fixed = ["--host", "127.0.0.1", "--port", str(port), "--isolation", isolation]
+        link = self.start(["flower-superlink", *fixed, "--disable-runtime-dependency-installation", *options], name)
         wait_for(lambda: answers(port), what="the SuperLink")
         return link
 

@@ -5,6 +5,8 @@ Run as a script it is a site: ``python -m tests.deployment.federation '{"client"
 
 import json
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import ClientData, FaultTolerance, FedAdam
+from lightning_fed.callbacks import ClientData, FaultTolerance, FedAdam, History
 from lightning_fed.engines import Engine, SuperLink
 from tests.helpers import QUIET
 
@@ -51,27 +53,71 @@ def module(**kwargs: Any) -> Net:
     return Net(**kwargs)
 
 
-def data(client: int) -> tuple[DataLoader, DataLoader]:
-    """A train and a val loader, of another size for each client."""
+def examples(client: int) -> list[list[torch.Tensor]]:
+    """Inputs and labels to train and to validate on, of another size for each client."""
     generator = torch.Generator().manual_seed(client)
 
-    def loader(examples: int, shuffle: bool) -> DataLoader:
-        y = torch.randint(0, 3, (examples,), generator=generator)
-        x = torch.randn(examples, 8, generator=generator) + y[:, None]
-        return DataLoader(TensorDataset(x, y), batch_size=8, shuffle=shuffle)
+    def some(count: int) -> list[torch.Tensor]:
+        y = torch.randint(0, 3, (count,), generator=generator)
+        return [torch.randn(count, 8, generator=generator) + y[:, None], y]
 
-    return loader(24 + 8 * client, True), loader(16, False)
+    return [some(24 + 8 * client), some(16)]
 
 
-def trainer(engine: Engine | str, rounds: int = 5, callbacks: tuple[Callback, ...] = (), **kwargs: Any):
+def data(client: int, file: str | None = None) -> tuple[DataLoader, DataLoader]:
+    """A train and a val loader, of a file that has what ``examples`` gives, or without one."""
+    train, val = torch.load(file) if file else examples(client)
+    return DataLoader(TensorDataset(*train), 8, shuffle=True), DataLoader(TensorDataset(*val), 8)
+
+
+def trainer(
+    engine: Engine | str = "in_process",
+    max_rounds: int = 5,
+    callbacks: tuple[Callback, ...] = (),
+    file: str | None = None,
+    **kwargs: Any,
+):
     return FederatedTrainer(
-        max_rounds=rounds,
+        max_rounds=max_rounds,
         engine=engine,
         client_state="carry",
         seed=3,
-        callbacks=[ClientData(data, num_clients=CLIENTS), FedAdam(), *callbacks],
+        callbacks=[ClientData(partial(data, file=file), num_clients=CLIENTS), FedAdam(), *callbacks],
         **{**QUIET, **kwargs},
     )
+
+
+@dataclass
+class Outcome:
+    """What a fit ends with."""
+
+    weights: dict[str, torch.Tensor]
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    clients: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, fit: FederatedTrainer, model: LightningModule) -> "Outcome":
+        [history] = [callback for callback in fit.callbacks if isinstance(callback, History)]
+        metrics = {name: value.item() for name, value in fit.callback_metrics.items()}
+        return cls(model.state_dict(), metrics, history.rows, history.clients)
+
+    def assert_same(self, expected: "Outcome") -> None:
+        """Bit for bit."""
+        assert list(self.weights) == list(expected.weights)
+        for name, tensor in expected.weights.items():
+            assert self.weights[name].dtype == tensor.dtype
+            assert torch.equal(self.weights[name], tensor), name
+        assert self.metrics == expected.metrics
+        assert self.history == expected.history
+        assert self.clients == expected.clients
+
+
+def fitted(engine: Engine | str, **kwargs: Any) -> Outcome:
+    """What a fit gives, with its whole history."""
+    model, fit = module(), trainer(engine, callbacks=(History(per_client=True),), **kwargs)
+    fit.fit(model)
+    return Outcome.of(fit, model)
 
 
 class Slow(Callback):
@@ -99,14 +145,14 @@ def site(address: str, client: int, root: str, module_kwargs=None, slow=None, **
 
 
 def server(address: str, root: str, rounds: int, resume: bool, tolerant: bool = False, **kwargs: Any) -> None:
-    callbacks = [ModelCheckpoint(root, filename="{epoch}", save_last=True, save_top_k=-1)]
+    callbacks = [ModelCheckpoint(root, filename="{epoch}", save_last=True, save_top_k=-1), History(per_client=True)]
     callbacks += [FaultTolerance()] if tolerant else []
     fit = trainer(
         SuperLink(address, **kwargs), rounds, tuple(callbacks), enable_checkpointing=True, default_root_dir=root
     )
     model = module()
     fit.fit(model, ckpt_path="last" if resume else None)
-    torch.save({"weights": model.state_dict(), "metrics": dict(fit.callback_metrics)}, Path(root) / "end.pt")
+    torch.save(vars(Outcome.of(fit, model)), Path(root) / "end.pt")
 
 
 if __name__ == "__main__":

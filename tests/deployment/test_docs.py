@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,23 +13,25 @@ import pytest
 from tests.deployment.conftest import ROOT, answers, free_port, wait_for
 
 TEXT = (ROOT / "docs" / "deployment.md").read_text()
-SECTIONS = ["On one machine", "Two laptops on one desk", "Hospitals"]
+STOCK = "Flower's own way"
+SECTIONS = ["On one machine", "Two laptops on one desk", "Hospitals", STOCK]
 
 
 def section(name: str) -> str:
     return TEXT.split(f"\n## {name}\n", 1)[1].split("\n## ", 1)[0]
 
 
-def commands(text: str, port: int) -> list[str]:
+def commands(text: str, port: int, folder: Path) -> list[str]:
     lines = "".join(re.findall(r"```bash\n(.*?)```", text, re.S)).splitlines()
-    return [for_this_machine(line, port) for line in lines]
+    return [for_this_machine(line, port, folder) for line in lines]
 
 
-def for_this_machine(text: str, port: int) -> str:
+def for_this_machine(text: str, port: int, folder: Path) -> str:
     listens = text.startswith("flower-superlink")
     for name in ("192.168.1.10", "fl.example.org"):
         here = "127.0.0.1" if listens or name[0] == "1" else "localhost"
         text = text.replace(f"{name}:8000", f"{here}:{port}").replace(name, here)
+    text = re.sub("--port [0-9]+", lambda _: f"--port {free_port()}", text).replace("/home/federation", str(folder))
     return text.replace("flower-superlink", f"flower-superlink --port {port}") if listens else text
 
 
@@ -36,18 +39,25 @@ def test_every_command_stands_in_a_section_that_is_run():
     assert TEXT.count("```bash") == sum(section(name).count("```bash") for name in SECTIONS)
 
 
+def test_the_apps_that_are_shown_are_those_of_the_script():
+    script = (ROOT / "examples" / "deployment" / "train.py").read_text()
+    [shown] = re.findall(r"```python\n(.*?)```", section(STOCK), re.S)
+    assert all(part.strip() in script for part in shown.split("\n\n\n"))
+
+
 @pytest.mark.landing
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SECTIONS)
 def test_commands(name, tmp_path):
-    for script in ("train.py", "make_keys.py"):
-        shutil.copy(ROOT / "examples" / "deployment" / script, tmp_path)
+    for file in ("train.py", "make_keys.py", "pyproject.toml"):
+        shutil.copy(ROOT / "examples" / "deployment" / file, tmp_path)
     port = 8000 if name == "On one machine" else free_port()
     if answers(port):
         pytest.skip("something else listens at port 8000")
     for content in re.findall(r"```toml\n(.*?)```", section(name), re.S):
-        content = for_this_machine(content, port).replace("/home/federation", str(tmp_path))
-        (tmp_path / "config.toml").write_text(content)
-    env = {**os.environ, "FLWR_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        (home := tmp_path / ".flwr").mkdir()
+        (home / "config.toml").write_text(for_this_machine(content, port, tmp_path))
+    env = {**os.environ, "FLWR_HOME": str(tmp_path / ".flwr"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     env |= {
         "PATH": f"{Path(sys.executable).parent}:{env['PATH']}",
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -56,10 +66,10 @@ def test_commands(name, tmp_path):
     running: list[subprocess.Popen] = []
     said = ""
     try:
-        for command in commands(section(name), port):
+        for command in commands(section(name), port, tmp_path):
             with (tmp_path / f"{len(running)}.log").open("wb") as log:
                 if command.endswith(" &"):
-                    words = command.removesuffix(" &").split()
+                    words = shlex.split(command.removesuffix(" &"))
                     running.append(subprocess.Popen(words, stdout=log, stderr=log, cwd=tmp_path, env=env))
                     if words[0] == "flower-superlink":
                         wait_for(lambda: answers(port), what=command)
@@ -68,7 +78,10 @@ def test_commands(name, tmp_path):
             said = done.stdout + done.stderr
             logs = {path.name: path.read_text()[-2000:] for path in tmp_path.glob("*.log")} if done.returncode else {}
             assert done.returncode == 0, (command, said, logs)
-        assert re.search(r"accuracy 0\.\d+ after 5 rounds", said), said
+        assert re.search(rf"accuracy 0\.\d+ after {1 if name == STOCK else 5} rounds", said), said
+        if name == STOCK:
+            assert f"checkpoints in {tmp_path}/results/checkpoints." in said
+            assert (tmp_path / "results" / "checkpoints" / "last.ckpt").exists()
         assert all(process.poll() is None for process in running)
     finally:
         for process in reversed(running):

@@ -5,14 +5,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.engines import SuperLink
 from lightning_fed.engines.local_link import local_link
 from lightning_fed.errors import ConfigurationError
 from tests.deployment.conftest import answers, free_port, wait_for
-from tests.deployment.federation import module, trainer
+from tests.deployment.federation import fitted, module, trainer
 from tests.helpers import QUIET
 
 PORT = free_port()
@@ -44,13 +43,7 @@ def test_the_server_says_for_whom_it_waits_and_for_how_long(sites, caplog):
 
 def test_fit_without_tls_gives_the_bits_of_one_process(sites, scripts, tmp_path):
     sites[2] = scripts.run("site", "site-2", client=2, address=f"127.0.0.1:{PORT}", insecure=True)
-    model, fit = module(), trainer(SuperLink.local(PORT))
-    fit.fit(model)
-    same, expected = module(), trainer("in_process")
-    expected.fit(same)
-    for name, tensor in same.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
-    assert fit.callback_metrics == expected.callback_metrics
+    fitted(SuperLink.local(PORT)).assert_same(fitted("in_process"))
     assert not answers(PORT)
 
 

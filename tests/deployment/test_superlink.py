@@ -12,22 +12,13 @@ from lightning_fed.callbacks import FaultTolerance, FederatedCallback
 from lightning_fed.engines import SuperLink
 from lightning_fed.errors import ConfigurationError
 from tests.deployment.conftest import SITES, wait_for
-from tests.deployment.federation import data, module, trainer
+from tests.deployment.federation import Outcome, data, fitted, module, trainer
 
 
 @pytest.fixture(scope="module")
 def in_process():
     """What five rounds in one process give."""
-    model, fit = module(), trainer("in_process")
-    fit.fit(model)
-    return model.state_dict(), {name: value.item() for name, value in fit.callback_metrics.items()}
-
-
-def assert_same(weights, expected):
-    assert list(weights) == list(expected)
-    for name, tensor in expected.items():
-        assert weights[name].dtype == tensor.dtype
-        assert torch.equal(weights[name], tensor), name
+    return fitted("in_process")
 
 
 @contextmanager
@@ -55,10 +46,7 @@ def meanwhile(do):
 
 
 def test_fit_over_tls_gives_the_bits_of_one_process(secure, in_process):
-    model, fit = module(), trainer(SuperLink(secure.address, **secure.engine))
-    fit.fit(model)
-    assert_same(model.state_dict(), in_process[0])
-    assert {name: value.item() for name, value in fit.callback_metrics.items()} == in_process[1]
+    fitted(SuperLink(secure.address, **secure.engine)).assert_same(in_process)
     for client, site in enumerate(secure.sites):
         site.says("Round 5, evaluate: 16 examples in ")
         assert f"Round 5, train: {24 + 8 * client} examples in " in site.log
@@ -98,9 +86,7 @@ def test_a_server_that_is_killed_is_resumed_at_once_to_the_same_bits(secure, in_
     second = scripts.run("server", "server", resume=True, **given)
     assert second.process.wait(120) == 0, second.log
     assert "Ends run" in second.log
-    end = torch.load(scripts.folder / "server" / "end.pt")
-    assert_same(end["weights"], in_process[0])
-    assert {name: value.item() for name, value in end["metrics"].items()} == in_process[1]
+    Outcome(**torch.load(scripts.folder / "server" / "end.pt")).assert_same(in_process)
 
 
 # --------------------------------------------------------------------------------------------sites that go and come
@@ -124,10 +110,8 @@ def test_a_site_that_is_killed_in_a_round_and_comes_back_does_its_work_again(sec
         secure.sites[1].kill()
         secure.sites[1] = secure.join(1)
 
-    model = module()
     with meanwhile(kill_and_restart):
-        trainer(SuperLink(secure.address, **secure.engine, return_timeout=90)).fit(model)
-    assert_same(model.state_dict(), in_process[0])
+        fitted(SuperLink(secure.address, **secure.engine, return_timeout=90)).assert_same(in_process)
 
 
 @pytest.mark.landing
@@ -166,10 +150,8 @@ def test_a_link_that_is_killed_and_comes_back_with_its_database_costs_nothing(se
         wait_for(sign.exists)
         secure.restart_link()
 
-    model = module()
     with meanwhile(kill_and_restart):
-        trainer(SuperLink(secure.address, **secure.engine)).fit(model)
-    assert_same(model.state_dict(), in_process[0])
+        fitted(SuperLink(secure.address, **secure.engine)).assert_same(in_process)
     assert all(site.process.poll() is None for site in secure.sites)
 
 

@@ -3,10 +3,13 @@
 import pytest
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp.strategy import Krum
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import FedAdam, FederatedCallback, FedProx, FlowerStrategy, PartialParticipation, Partition
+from lightning_fed.server.summary import where_results_go
 from lightning_fed.testing import ToyModule, toy_data
 
 
@@ -40,6 +43,24 @@ def test_summary_tells_who_takes_part_and_by_which_method(quiet, monkeypatch, ca
     trainer = FederatedTrainer(max_rounds=max_rounds, callbacks=callbacks, seed=5, **quiet)
     trainer.fit(ToyModule(), DataLoader(toy_data(48), batch_size=8), DataLoader(toy_data(16), batch_size=8))
     assert said == [f"Federation\n  {expected}  engine      in_process on cpu, seed 5"]
+
+
+def test_where_results_go_is_told_with_whole_paths(quiet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.gethostname", lambda: "desk")
+    nothing = FederatedTrainer(max_rounds=1, num_clients=2, **quiet)
+    assert where_results_go(nothing) == "Results on desk: none are saved, for there is no logger and no checkpoint."
+    given = {**quiet, "logger": CSVLogger("runs"), "enable_checkpointing": True}
+    callbacks = [
+        ModelCheckpoint("kept"),
+        ModelCheckpoint("kept", monitor="val_loss"),
+        ModelCheckpoint("memory://kept", every_n_epochs=2),
+    ]
+    trainer = FederatedTrainer(max_rounds=1, num_clients=2, callbacks=callbacks, **given)
+    assert where_results_go(trainer) == (
+        f"Results on desk: logs in {tmp_path}/runs/lightning_logs/version_0 and checkpoints in {tmp_path}/kept and"
+        " checkpoints in memory://kept."
+    )
 
 
 def test_there_are_no_rounds_outside_of_a_fit(quiet):

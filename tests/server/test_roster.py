@@ -79,7 +79,10 @@ def test_run_does_not_wait_for_ever_for_clients_to_connect(clock):
         in_flower(lambda: rounds_on(grid_of(COUNTING), cohorts=cohorts, timeout=30))
 
 
-def test_client_that_connects_late_is_waited_for(clock):
+def test_client_that_connects_late_is_waited_for(clock, monkeypatch):
+    said = []
+    monkeypatch.setattr(roster, "rank_zero_info", said.append)
+
     class Late(SuperLinkLike):
         asked = 0
 
@@ -90,6 +93,7 @@ def test_client_that_connects_late_is_waited_for(clock):
     grid = Late(COUNTING, {node: {messages.CLIENT: k} for node, k in NODES.items()})
     cohorts = PartialParticipation(min_available_clients=4)
     assert in_flower(lambda: rounds_on(grid, cohorts=cohorts).roster.num_clients) == 4
+    assert said == ["2 of 4 clients are here: waiting for the others"]
 
 
 def test_strategy_may_ask_for_the_clients_as_often_as_it_likes(clock):

@@ -116,11 +116,12 @@ def test_what_clients_keep_is_named_where_it_cannot_be_given_back(tmp_path, clie
     from flwr.app import Context, RecordDict
 
     fit(tmp_path, rounds=1, client_state=client_state)
-    server, clients = (trainer_of(tmp_path, rounds=2, client_state=client_state) for _ in range(2))
-    app = clients.client_app(ToyModule(), loader())
-    with notes() as said, plain.flower_identity():
-        server.server_app(ToyModule(), ckpt_path=tmp_path / "last.ckpt")(
-            plain.ForeignGrid(app, 2), Context(7, 1, {}, RecordDict(), {})
-        )
     expected = "What clients kept cannot be given back to them on this grid."
-    assert said == ([expected] if client_state == "carry" else [])
+    for rounds in (2, 3):  # from a checkpoint that has it, and from one of such a grid, which has not
+        server, clients = (trainer_of(tmp_path, rounds=rounds, client_state=client_state) for _ in range(2))
+        app = clients.client_app(ToyModule(), loader())
+        with notes() as said, plain.flower_identity():
+            server.server_app(ToyModule(), ckpt_path=tmp_path / "last.ckpt")(
+                plain.ForeignGrid(app, 2), Context(7, 1, {}, RecordDict(), {})
+            )
+        assert said == ([expected] if client_state == "carry" else [])

@@ -1,0 +1,23 @@
+"""Who decides what: here, with how many clients a run begins."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from flwr_datasets.partitioner import NaturalIdPartitioner
+
+from lightning_fed.callbacks import ClientData, PartialParticipation, Partition
+from lightning_fed.server import owners
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "least"),
+    [
+        ([ClientData(lambda client: [], num_clients=5)], 5),
+        ([Partition(4), PartialParticipation(0.5)], 4),
+        ([Partition(4), PartialParticipation(min_available_clients=2)], 2),
+        ([Partition(NaturalIdPartitioner("writer"))], 1),  # only the data tells how many there are
+    ],
+)
+def test_a_run_begins_with_all_clients_unless_a_callback_says_fewer(callbacks: Sequence[Any], least: int) -> None:
+    assert owners.build(callbacks, None).least_clients() == least
