@@ -141,6 +141,7 @@ IMPORTED = {
     f"{PL}loops.fetchers._PrefetchDataFetcher": None,
     f"{PL}loops.optimization.automatic._AutomaticOptimization": None,
     f"{PL}loops.optimization.manual._ManualOptimization": None,
+    f"{PL}loops.fit_loop._FitLoop": None,
     f"{PL}loops.training_epoch_loop._TrainingEpochLoop": None,
     f"{CONNECTORS}data_connector._DataLoaderSource": None,
     f"{CONNECTORS}logger_connector.result._ResultCollection": None,

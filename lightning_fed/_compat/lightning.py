@@ -11,6 +11,7 @@ from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher as IterDataFetcher
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher as PrefetchDataFetcher
+from lightning.pytorch.loops.fit_loop import _FitLoop as LightningFitLoop
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization as LightningAutomaticOptimization
 from lightning.pytorch.loops.optimization.manual import _ManualOptimization as LightningManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as LightningEpochLoop
@@ -26,6 +27,7 @@ __all__ = [
     "IterDataFetcher",
     "LightningAutomaticOptimization",
     "LightningEpochLoop",
+    "LightningFitLoop",
     "LightningManualOptimization",
     "PrefetchDataFetcher",
     "ResultCollection",
@@ -75,15 +77,15 @@ def on_before_transfer(module: LightningModule, batch: Any) -> Any:
 class ChoosesBatches:
     """A base for views of modules: batch hooks of module and datamodule get what is a batch, and nothing else."""
 
-    def is_batch(self, batch: Any) -> bool:
+    def _fed_is_batch(self, batch: Any) -> bool:
         """Return whether the hooks get it."""
         return True
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        return super()._on_before_batch_transfer(batch, dataloader_idx) if self.is_batch(batch) else batch  # type: ignore[misc]
+        return super()._on_before_batch_transfer(batch, dataloader_idx) if self._fed_is_batch(batch) else batch  # type: ignore[misc]
 
     def _apply_batch_transfer_handler(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        return super()._apply_batch_transfer_handler(batch, *args, **kwargs) if self.is_batch(batch) else batch  # type: ignore[misc]
+        return super()._apply_batch_transfer_handler(batch, *args, **kwargs) if self._fed_is_batch(batch) else batch  # type: ignore[misc]
 
 
 # ------------------------------------------------------------------------------------------------- calls

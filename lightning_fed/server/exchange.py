@@ -77,6 +77,8 @@ class Exchange:
         self.weights = weights
         self._apart = IntegerTensors(weights)
         self._expected = _expected(terms, weights if stage == "train" else None)
+        # Where a strategy of ours weighs all clients alike, integer tensors are weighed so, too.
+        self._alike = any(isinstance(one, WeightedMean) and one.uniform for one in all_inside(terms.strategy))
         self.states: list[tuple[float, list[metrics.MetricState]]] = []
         self.reported: list[tuple[float, dict[str, float]]] = []
         self._counted: list[int] = []  # the clients of these
@@ -211,10 +213,7 @@ class Exchange:
             raise self._error(client, str(error), type(error), error.tensor) from error.__cause__
         self.notes.update(dict.fromkeys(read.extras.notes))
         if self.stage == "train":
-            # Where a strategy of ours weighs all clients alike, so are these.
-            strategy = self.terms.strategy
-            alike = isinstance(strategy, WeightedMean) and strategy.uniform
-            self._apart.add(read.extras, 1.0 if alike else read.num_examples)
+            self._apart.add(read.extras, 1.0 if self._alike else read.num_examples)
         if read.num_examples:
             self.states.append((read.num_examples, metrics.with_own(read.extras.states, read.scalars)))
             self.reported.append((read.num_examples, read.scalars))

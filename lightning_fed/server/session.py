@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_fed.callbacks.base import CLIENT_METRICS
 from lightning_fed.client.app import ClientSide
 from lightning_fed.engines.base import ClientGrid, LocalGrid
+from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_all, seed_for
 from lightning_fed.server import placement
 from lightning_fed.server.checkpoint import Found, RunState
@@ -148,6 +149,13 @@ class Session:
         if isinstance(grid, ClientGrid):
             grid.gather(self._module, self._settings.seed)
             return grid
+        if hasattr(grid, "client_states"):
+            raise ConfigurationError(
+                f"The engine's grid is a {type(grid).__name__} around one of ours, which hides what ours can do beyond"
+                " carrying messages: derive it from lightning_fed.engines.base.LocalGrid."
+            )
+        if self._side.dispatcher is not None:
+            self._side.dispatcher.refuse("they are behind a grid of Flower's own")
         rank_zero_info(where_results_go(self._trainer))
         return RollCall(grid, self._settings.timeout, self._owners.least_clients())
 

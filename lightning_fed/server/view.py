@@ -124,7 +124,7 @@ class ServerView(ChoosesBatches, View):
     def configure_optimizers(self) -> ApplyWeights:
         return ApplyWeights(self.trainer.apply_weights)
 
-    def is_batch(self, batch: Any) -> bool:
+    def _fed_is_batch(self, batch: Any) -> bool:
         # The hooks of module and datamodule know nothing of a round's item.
         return not isinstance(batch, RoundItem)
 

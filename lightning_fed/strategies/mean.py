@@ -56,7 +56,7 @@ class WeightedMean(FedAvg):
             del reply, arrays
         if not mean.total:
             return None, None
-        return messages.pack(self.apply(mean.value())), metrics.value()
+        return messages.pack(self.apply_mean(mean.value())), metrics.value()
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the means of the metrics, each over the clients that report it; ``None`` without a good reply."""
@@ -66,7 +66,7 @@ class WeightedMean(FedAvg):
                 metrics.add(reply, messages.num_examples(reply, self.weighted_by_key))
         return metrics.value() if metrics.total else None
 
-    def apply(self, mean: Weights) -> Weights:
+    def apply_mean(self, mean: Weights) -> Weights:
         """Return what becomes of the clients' mean; the mean itself here."""
         return mean
 

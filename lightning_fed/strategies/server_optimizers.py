@@ -42,7 +42,7 @@ class ServerOptimizer(WeightedMean):
         self._weights = messages.unpack(arrays)
         return super().configure_train(server_round, arrays, config, grid)
 
-    def apply(self, mean: Weights) -> Weights:
+    def apply_mean(self, mean: Weights) -> Weights:
         """Step the parameters, and leave buffers at their mean."""
         stepped = {}
         for name, value in mean.items():

@@ -95,6 +95,15 @@ class RunsOut(ToyModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.take("on_train_batch_start")
 
+    def on_train_epoch_start(self) -> None:
+        self.take("on_train_epoch_start")
+
+    def on_train_epoch_end(self) -> None:
+        self.take("on_train_epoch_end")
+
+    def on_validation_epoch_end(self) -> None:
+        self.take("on_validation_epoch_end")
+
 
 class RunsOutByHand(RunsOut):
     def __init__(self, hook: str) -> None:
@@ -161,6 +170,13 @@ def test_a_stop_iteration_of_the_users_is_an_error_and_not_the_end_of_the_data(
     callbacks = [unequal(), FaultTolerance(min_results=1), Notes()]
     FederatedTrainer(max_rounds=3, callbacks=callbacks, **QUIET, **options).fit(build(hook))
     assert failed == [1]
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_epoch_end", "on_validation_epoch_end"])
+@pytest.mark.parametrize("options", [{}, {"local_validation": True}])
+def test_a_stop_iteration_between_epochs_is_an_error_too(hook: str, options: Any) -> None:
+    with pytest.raises(ClientError, match=r"client 1 raised .*StopIteration"):
+        FederatedTrainer(max_rounds=3, callbacks=[unequal()], **QUIET, **options).fit(RunsOut(hook))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -518,3 +518,96 @@ def test_a_second_copy_of_the_module_on_a_foreign_grid_is_left_alone_by_the_serv
     assert type(module) is Everything
     assert untouched.net is None
     assert not any(torch.equal(a, torch.zeros_like(a)) for a in module.net[0].parameters())
+
+
+# -------------------------------------------------------------------------------------- engines and names of one's own
+
+
+class Wrapped:
+    """A grid around another, as one writes to log or to delay what goes through it."""
+
+    def __init__(self, grid):
+        self.__dict__["grid"] = grid
+
+    def __getattr__(self, name):
+        return getattr(self.grid, name)
+
+
+class WrapsItsGrid(InProcess):
+    def run(self, main, client_app, num_clients):
+        return super().run(lambda grid: main(Wrapped(grid)), client_app, num_clients)
+
+
+def test_a_grid_that_hides_what_it_can_do_is_refused_with_the_way_out():
+    with pytest.raises(ConfigurationError, match=r"a Wrapped around one of ours.*engines\.base\.LocalGrid"):
+        federated(engine=WrapsItsGrid())
+
+
+class DealsItsWay(FederatedCallback):
+    decides = frozenset({"partition"})
+
+
+def test_a_partition_of_one_s_own_is_told_its_base():
+    with pytest.raises(ConfigurationError, match=r"DealsItsWay decides the partition: derive it from .*PartitionOwner"):
+        FederatedTrainer(max_rounds=1, callbacks=[DealsItsWay()])
+
+
+class SaysWhatIsABatch(Classifier):
+    """Its method has a name that nobody would think is taken."""
+
+    def is_batch(self, value):
+        return isinstance(value, list)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("is_batch", float(self.is_batch(batch[0])))
+
+
+def test_a_module_s_own_methods_are_its_own_under_the_server_s_view():
+    trainer = FederatedTrainer(max_rounds=1, callbacks=[ClientData(client_loaders())], **QUIET)
+    trainer.fit(SaysWhatIsABatch(network()), val_dataloaders=client_loaders()[0])
+    assert trainer.callback_metrics["is_batch"] == 0.0
+
+
+class Delegates(FederatedCallback):
+    """A strategy around another that does as it does."""
+
+    def server_strategy(self, strategy):
+        return Around(strategy)
+
+
+class Around(flower.Strategy):
+    def __init__(self, inner):
+        self.inner = inner
+
+    def configure_train(self, *arguments):
+        return self.inner.configure_train(*arguments)
+
+    def aggregate_train(self, *arguments):
+        return self.inner.aggregate_train(*arguments)
+
+    def configure_evaluate(self, *arguments):
+        return self.inner.configure_evaluate(*arguments)
+
+    def aggregate_evaluate(self, *arguments):
+        return self.inner.aggregate_evaluate(*arguments)
+
+    def summary(self):
+        self.inner.summary()
+
+
+class Counts(Classifier):
+    def __init__(self, net):
+        super().__init__(net)
+        self.register_buffer("steps", torch.tensor(0))
+
+    def on_train_batch_end(self, *arguments):
+        self.steps += 10
+
+
+def test_integers_are_weighed_as_the_strategy_within_weighs():
+    steps = []
+    for callbacks in ([FedAvg(weighting="uniform")], [FedAvg(weighting="uniform"), Delegates()], [FedAvg()]):
+        module = Counts(network())
+        FederatedTrainer(max_rounds=1, callbacks=[ClientData(client_loaders()), *callbacks], **QUIET).fit(module)
+        steps.append(int(module.steps))
+    assert steps[0] == steps[1] != steps[2]

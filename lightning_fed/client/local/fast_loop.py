@@ -43,7 +43,7 @@ from lightning_fed._compat.lightning import (
     to_device,
     warn_once,
 )
-from lightning_fed.client.local.loops import EpochLoop, EvaluationLoop, ManualOptimization
+from lightning_fed.client.local.loops import EpochLoop, EvaluationLoop, FitLoop, ManualOptimization
 from lightning_fed.views import overrides
 
 _OF_A_STEP = (
@@ -256,6 +256,7 @@ def use_fast_loops(trainer: Trainer) -> bool:
     """
     is_fast = is_known()
     epoch_loop = trainer.fit_loop.epoch_loop
+    trainer.fit_loop.__class__ = FitLoop
     epoch_loop.__class__ = FastEpochLoop if is_fast else EpochLoop
     epoch_loop.manual_optimization.__class__ = ManualOptimization
     for loop in (epoch_loop.val_loop, trainer.validate_loop):

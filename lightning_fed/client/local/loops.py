@@ -14,10 +14,25 @@ from lightning_fed._compat.lightning import (
     DataFetcher,
     LightningEpochLoop,
     LightningEvaluationLoop,
+    LightningFitLoop,
     LightningManualOptimization,
 )
 
 _LOOPS = {__file__, str(Path(__file__).with_name("fast_loop.py")), training_epoch_loop.__file__, compat.__file__}
+
+
+class FitLoop(LightningFitLoop):
+    """Lightning's, in which the user's ``StopIteration`` in a hook between epochs does not end the fit."""
+
+    def on_advance_start(self) -> None:
+        """Do as Lightning's; raises as ``EpochLoop.advance``."""
+        with _StopsOnlyWithTheData():
+            super().on_advance_start()
+
+    def on_advance_end(self) -> None:
+        """Do as Lightning's; raises as ``EpochLoop.advance``."""
+        with _StopsOnlyWithTheData():
+            super().on_advance_end()
 
 
 class EpochLoop(LightningEpochLoop):
@@ -35,6 +50,11 @@ class EpochLoop(LightningEpochLoop):
 
     def _advance(self, data_fetcher: DataFetcher) -> None:
         super().advance(data_fetcher)
+
+    def on_advance_end(self, data_fetcher: DataFetcher) -> None:
+        """Do as Lightning's, local validation with it; raises as ``advance``."""
+        with _StopsOnlyWithTheData():
+            super().on_advance_end(data_fetcher)
 
 
 class ManualOptimization(LightningManualOptimization):

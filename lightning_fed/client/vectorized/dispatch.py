@@ -67,14 +67,18 @@ class Dispatcher:
                     "compile_clients: clients train uncompiled, for their steps draw random numbers (Dropout, ...)."
                 )
             return
-        if self.wanted == "require" and candidate.stage == "train":
+        self._give_up(candidate.stage, result, required=candidate.stage == "train")
+
+    def refuse(self, reason: str) -> None:
+        """Note that clients cannot be vectorized; raises as ``probe``."""
+        self._give_up("train", ProbeResult(reason), required=True)
+
+    def _give_up(self, stage: str, result: ProbeResult, *, required: bool = False) -> None:
+        if self.wanted == "require" and required:
             raise ConfigurationError(
                 f"vectorize_clients='require': clients cannot be vectorized: {result.reason}. Write"
                 " vectorize_clients=True to train them one after the other where that is so."
             )
-        self._give_up(candidate.stage, result)
-
-    def _give_up(self, stage: str, result: ProbeResult) -> None:
         self._probed[stage] = result
         self._say(f"vectorize_clients: clients {stage} one after the other: {result.reason}.")
 

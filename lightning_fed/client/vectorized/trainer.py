@@ -55,7 +55,7 @@ class CohortView(ClientView):
         else:
             self.trainer.note(name, value, args, kwargs)
 
-    def log_once(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+    def _lightning_fed_log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Log by Lightning's own ``log``, which checks the arguments."""
         LightningModule.log(self, name, value, *args, **kwargs)  # type: ignore[arg-type]
 
@@ -220,7 +220,7 @@ class CohortTrainer(LocalTrainer):
 
     def _check(self, entry: Entry, value: Tensor) -> ResultMetric:
         module: Any = self.lightning_module  # under the view of this file
-        module.log_once(entry.name, value, *entry.args, **{"batch_size": 1, **entry.kwargs})
+        module._lightning_fed_log(entry.name, value, *entry.args, **{"batch_size": 1, **entry.kwargs})
         return results_of(self)[f"{running_hook(module)}.{entry.name}"]
 
     def _take(self, loader: Any) -> Any:
