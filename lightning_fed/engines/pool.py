@@ -27,6 +27,8 @@ _FORKS_ARE_SENT_NOTHING = (
     "Processes are forks, to which nothing is sent, where no other thread runs here (a logger's or a progress bar's:"
     " logger=False), or with Processes(start_method='fork')."
 )
+# Seconds that what has begun to pass may stand still: a process that was stopped (SIGSTOP) neither takes nor gives.
+STANDSTILL = 60.0
 
 
 class Pool:
@@ -93,6 +95,7 @@ class Pool:
             raise
         finally:
             theirs.close()
+        ours.settimeout(STANDSTILL)
         return ours, process, known
 
 

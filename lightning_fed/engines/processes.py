@@ -210,7 +210,7 @@ class Delivery:
     def _hear(self, worker: Worker) -> None:
         try:
             said = worker.receive()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, ConnectionResetError, TimeoutError):
             how = worker.replace()
             self.has[worker] = set()
             self._fail(worker, f"was lost: its worker process {how}. The process has been replaced.")

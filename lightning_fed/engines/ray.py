@@ -12,14 +12,11 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
 from flwr.app import ArrayRecord, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
@@ -28,8 +25,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_fed._compat.flower import server_identity
 from lightning_fed.engines import transport
 from lightning_fed.engines.base import Engine
+from lightning_fed.engines.ray_actors import Actor, Actors, as_array, how_it_ended
 from lightning_fed.engines.remote import AHEAD, Deadline, RemoteGrid, packed
-from lightning_fed.engines.worker import Start, Task, serve
+from lightning_fed.engines.worker import Start
 from lightning_fed.errors import ClientError, ConfigurationError
 from lightning_fed.tracebacks import words
 from lightning_fed.wire import messages
@@ -102,31 +100,33 @@ class RayGrid(RemoteGrid):
         super().__init__(client_app, num_clients)
         self._ray, self._engine = ray, engine
         self._start = Start(self.app, self.run.run_id, max(1, int(engine.client_resources["num_cpus"])))
-        self._actors: list[Any] = []
-        self._made: Callable[[], Any] | None = None
+        self._actors: Actors | None = None
         self._told: dict[Any, int] = {}  # how many changes each actor knows of
         self._begins_with = 0
 
     def _exchange(self, sent: list[Message], call: int, timeout: float | None) -> Iterator[Message]:
-        self._grow(len(sent))
-        deadline = Deadline(timeout)
-        waiting, idle = deque(range(len(sent))), list(self._actors)
+        actors, deadline = self._enough_for(len(sent)), Deadline(timeout)
+        waiting, idle = deque(range(len(sent))), list(actors.live)
         at: dict[Any, tuple[int, Any]] = {}
         there: dict[int, Message] = {}
         shared: dict[int, tuple[int, Any]] = {}
         try:
             for index in range(len(sent)):
                 while index not in there:
-                    ahead = len(sent) if deadline.presses else AHEAD * len(self._actors)
+                    ahead = len(sent) if deadline.presses else AHEAD * len(actors)
                     while idle and waiting and waiting[0] <= index + ahead and not deadline.is_up:
                         actor, number = idle.pop(), waiting.popleft()
                         at[self._give(actor, sent[number], call, shared)] = number, actor
                     is_up = deadline.is_up  # what is there by then is taken in below, and waited for no more
-                    ready, _ = self._ray.wait(list(at), timeout=deadline.seconds) if at else ([], [])
+                    listened = [*at] if is_up else [*at, *actors.starting]
+                    ready, _ = self._ray.wait(listened, timeout=deadline.seconds) if listened else ([], [])
                     for reference in ready:
-                        number, actor = at.pop(reference)
-                        there[number], actor = self._take(sent[number], reference, actor)
-                        idle.append(actor)
+                        if reference in at:
+                            number, actor = at.pop(reference)
+                            there[number], free = self._take(sent[number], reference, actor)
+                        else:
+                            free = actors.started(reference)
+                        idle += [] if free is None else [free]
                     if is_up and not ready:
                         break
                 if index in there:
@@ -137,33 +137,24 @@ class RayGrid(RemoteGrid):
 
     def end(self) -> None:
         """End all actors."""
-        for actor in self._actors:
-            self._ray.kill(actor)
-        self._actors = []
+        if self._actors is not None:
+            self._actors.end()
 
-    def _grow(self, clients: int) -> None:
-        """Start actors, as late as this: by now Lightning has set module and data up."""
+    def _enough_for(self, clients: int) -> Actors:
+        """Ask for actors, as late as this: by now Lightning has set module and data up."""
         wanted = min(clients, self._engine.num_workers or self._room())
-        if len(self._actors) >= wanted:
-            return
-        if self._made is None:
-            kind = self._ray.remote(_Actor).options(**self._engine.client_resources)
+        if self._actors is None:
+            kind = self._ray.remote(Actor).options(**self._engine.client_resources)
             self._begins_with = len(self.changes)
             start = packed(self._start, self._engine.name, transport.to_bytes)
-            self._made = partial(kind.remote, self._ray.put(_bytes(start)))
-        new = [self._made() for _ in range(wanted - len(self._actors))]
-        self._actors += new
-        for said in self._ray.get([actor.said.remote() for actor in new]):
-            if said is not None:
-                raise ConfigurationError(f"A Ray actor cannot start:\n{said}")
+            self._actors = Actors(self._ray, partial(kind.remote, self._ray.put(as_array(start))))
+        self._actors.grow(wanted)
+        return self._actors
 
-    def _replace(self, actor: Any) -> Any:
-        """Another actor in an actor's place; what it is given waits until it has started."""
-        assert self._made is not None
-        self._ray.kill(actor)
+    def _replace(self, actor: Any) -> None:
+        assert self._actors is not None
         self._told.pop(actor, None)
-        self._actors[self._actors.index(actor)] = new = self._made()
-        return new
+        self._actors.replace(actor)
 
     def _room(self) -> int:
         """Return how many actors the cluster has room for."""
@@ -188,52 +179,22 @@ class RayGrid(RemoteGrid):
                 continue
             key = id(record)  # the messages keep it alive
             if key not in shared:
-                shared[key] = len(shared), self._ray.put(_bytes(transport.to_bytes(record)))
+                shared[key] = len(shared), self._ray.put(as_array(transport.to_bytes(record)))
             content[name], reference = shared[key]
             ahead += [content[name], reference]
-        return actor.work.remote(_bytes(transport.to_bytes([self.task(message, content, call, new)])), *ahead)
+        return actor.work.remote(as_array(transport.to_bytes([self.task(message, content, call, new)])), *ahead)
 
-    def _take(self, message: Message, reference: Any, actor: Any) -> tuple[Message, Any]:
-        """Return a reply as the loop gets it, and the actor that is free now."""
+    def _take(self, message: Message, reference: Any, actor: Any) -> tuple[Message, Any | None]:
+        """Return a reply as the loop gets it, and the actor if it is free now."""
         try:
             [done] = transport.from_bytes(self._ray.get(reference))
         except self._ray.exceptions.RayError as error:
-            how = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            lost = ClientError(f"was lost: its Ray actor ended ({how}). It has been replaced.")
-            return messages.error_reply(message, lost), self._replace(actor)
+            self._replace(actor)
+            lost = ClientError(f"was lost: its Ray actor {how_it_ended(error)}. Another takes its place.")
+            return messages.error_reply(message, lost), None
         except Exception as error:
             return messages.error_reply(message, ClientError(f"sent what cannot be read: {words(error)}")), actor
         return self.take_back(message, done), actor
-
-
-class _Actor:
-    """Serves one client after the other."""
-
-    def __init__(self, start: Any) -> None:
-        self._start: Start | None = None
-        self._said: str | None = None
-        self._known: dict[tuple[int, int], ArrayRecord] = {}
-        try:
-            self._start = transport.from_bytes(start)
-            torch.set_num_threads(self._start.threads)
-        except Exception:
-            self._said = traceback.format_exc()
-
-    def said(self) -> str | None:
-        """Return why it cannot work, or ``None``."""
-        return self._said
-
-    def work(self, task: Any, *ahead: Any) -> Any:
-        """Do one client's work; ``ahead`` are numbers and the arrays that they stand for."""
-        assert self._start is not None
-        told: list[Task] = transport.from_bytes(task)
-        call = told[0].call
-        self._known = {key: record for key, record in self._known.items() if key[0] == call}
-        for number, arrays in zip(ahead[::2], ahead[1::2], strict=True):
-            if (call, number) not in self._known:
-                self._known[call, number] = transport.from_bytes(arrays)
-        with server_identity(self._start.run_id):
-            return _bytes(serve(self._start.app, told, self._known, transport.to_bytes))
 
 
 # Ray reads these when it is imported. Without the first it listens on all interfaces, and no argument helps.
@@ -262,7 +223,3 @@ def _start_ray(ray: Any, address: str | None) -> None:
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray's own exits at once: Lightning saves and stops
-
-
-def _bytes(packed: bytes) -> Any:
-    return np.frombuffer(packed, dtype=np.uint8)  # which Ray's store hands out without a copy

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_fed import ClientError, ConfigurationError, FederatedTrainer, RoundError
 from lightning_fed.callbacks import FaultTolerance, FederatedCallback, History
-from lightning_fed.engines import Processes
+from lightning_fed.engines import Processes, pool
 from lightning_fed.engines.pool import start_method
 from lightning_fed.testing import ENGINE_CASES, ToyModule, counting_client, send, toy_data
 from lightning_fed.wire.messages import CLIENT
@@ -85,6 +85,48 @@ def test_a_client_that_hangs_does_not_take_those_behind_it_along(workers):
     # With one worker, who sits behind it has no other to go to.
     assert who == ([1] if workers == 1 else [1, *range(3, 21)])
     assert 1.9 < seconds < 10
+
+
+def test_the_round_after_one_in_which_all_hang_has_all_workers(tmp_path):
+    hangs = tmp_path / "hangs"
+    hangs.touch()
+
+    def act(client):
+        if hangs.exists():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(60)
+        (tmp_path / f"at work {client}").touch()
+        until = time.monotonic() + 20
+        while len(list(tmp_path.glob("at work *"))) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+    def main(grid):
+        nobody = list(grid.send_and_receive(train_messages(grid), timeout=0.5))
+        hangs.unlink()
+        return nobody, [reply.has_error() for reply in grid.send_and_receive(train_messages(grid), timeout=30)]
+
+    engine = Processes(num_workers=2, start_method="fork")
+    assert engine.run(main, client_that(act), lambda: 2) == ([], [False, False])
+
+
+def test_a_worker_that_was_stopped_does_not_stop_the_run(monkeypatch):
+    """What it is sent is more than the connection holds."""
+    monkeypatch.setattr(pool, "STANDSTILL", 0.5)
+
+    def large(grid):
+        for message in train_messages(grid):
+            message.content["config"]["much"] = bytes(2**22)
+            yield message
+
+    def main(grid):
+        list(grid.send_and_receive(train_messages(grid)))
+        first = min(child.pid for child in multiprocessing.active_children())
+        os.kill(first, signal.SIGSTOP)
+        return [[reply.has_error() for reply in grid.send_and_receive(large(grid), timeout=30)] for _ in range(2)]
+
+    engine = Processes(num_workers=2, start_method="fork")
+    assert engine.run(main, counting_client(), lambda: 4) == [[False] * 4] * 2
 
 
 def test_a_reply_that_cannot_be_read_is_that_clients_failure():
