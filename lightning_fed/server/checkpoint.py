@@ -17,6 +17,12 @@ from lightning_fed.wire.checkpoint_file import FEDERATION
 from lightning_fed.wire.plain import from_plain, to_plain
 from lightning_fed.wire.strategy_state import names_in, state_of
 
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("seed", "num_clients"), int),
+    **dict.fromkeys(("setup", "arguments", "configuration", "clients"), dict),
+    "method": str,
+}
+
 
 @dataclass
 class Found:
@@ -106,7 +112,11 @@ class RunState:
             rank_zero_warn("\n- ".join([f"Going on from {found.path}, otherwise than before:", *notes]))
 
     def _take_up(self, found: Found, loaded: Mapping[str, dict[str, str]]) -> list[str]:
+        _require_kinds(found.state)
         notes = self._restore_strategy(found) + self._restore_clients(found)
+        told = ("seed", "num_clients", "setup", "method") if "configuration" in found.state else ("seed",)
+        if unknown := [name for name in told if name not in found.state]:
+            notes.append(f"The checkpoint does not tell {', '.join(unknown)} of its run: they may have been others.")
         if found.state.get("seed", self.seed) != self.seed:
             notes.append(
                 f"The checkpoint is of a run with seed {found.state['seed']}, this one has seed {self.seed}: data and"
@@ -164,7 +174,7 @@ class RunState:
 
     def _restore_clients(self, found: Found) -> list[str]:
         then = found.state.get("num_clients", self.num_clients)
-        records = {int(client): plain for client, plain in found.state.get("clients", {}).items()}
+        records = found.state.get("clients", {})
         gone = sorted(client for client in records if client >= self.num_clients)
         notes = []
         if then != self.num_clients or gone:
@@ -181,6 +191,8 @@ class RunState:
         self._clients.load_client_states(kept)
         if carries and not records and found.rounds:
             notes.append("The checkpoint has nothing that clients kept: their optimizers begin anew.")
+        if not carries and "clients" not in found.state and found.rounds:
+            notes.append("The checkpoint has nothing that clients kept: what their callbacks remember begins anew.")
         if carries and records and self.script.has_another_module(found.state.get("setup", {})):
             notes.append("What clients' optimizers kept goes on, learning rates included (client_state='carry').")
         return notes
@@ -193,3 +205,20 @@ class RunState:
                 f"{self._strategy.method} holds {', '.join(unsaved)}, which cannot go into a checkpoint: a resumed run"
                 " starts with it new. A strategy with state_dict and load_state_dict decides itself what is saved."
             )
+
+
+def _require_kinds(state: Mapping[str, Any]) -> None:
+    """Check that what a checkpoint has of a run is of the kinds that ``RunState.save`` gives.
+
+    Raises:
+        TypeError: If something is of another.
+        ValueError: If a number cannot be.
+    """
+    for name, kind in _KINDS.items():
+        if name in state and type(state[name]) is not kind:
+            raise TypeError(f"its {name!r} is {state[name]!r}, a {type(state[name]).__name__} and no {kind.__name__}")
+    for name, least in {"seed": 0, "num_clients": 1}.items():
+        if state.get(name, least) < least:
+            raise ValueError(f"its {name!r} is {state[name]}")
+    if foreign := [client for client in state.get("clients", {}) if type(client) is not int or client < 0]:
+        raise ValueError(f"among its 'clients' is {foreign[0]!r}")

@@ -19,6 +19,7 @@ from lightning_fed.errors import ConfigurationError
 # The key of the federation's state among a checkpoint's callbacks.
 FEDERATION = "lightning_fed.Federation"
 _SHOWN = 3
+_DAMAGED = "is damaged: {!r} among its {:,} bytes is not what was written."
 
 
 def explain_errors(trainer: Trainer) -> None:
@@ -44,11 +45,13 @@ def _read(
     try:
         checkpoint = load(checkpoint_path, *args, **kwargs)
     except Exception as error:
-        if (found := _look_at(checkpoint_path)) is None:
+        if (found := look_at(checkpoint_path)) is None:
             if "weights_only" in str(error):
                 error.add_note("If you trust the file: pass weights_only=False to fit, validate, test or predict.")
             raise
         raise ConfigurationError(f"{checkpoint_path} {found} {_way_out(trainer, checkpoint_path)}") from error
+    if (found := _changed(checkpoint_path)) is not None:
+        raise ConfigurationError(f"{checkpoint_path} {found} {_way_out(trainer, checkpoint_path)}")
     if (found := _what_is(checkpoint)) is not None:
         raise ConfigurationError(f"{checkpoint_path} {found}")
     if trainer.state.fn == TrainerFn.FITTING:
@@ -56,8 +59,8 @@ def _read(
     return checkpoint
 
 
-def _look_at(path: Any) -> str | None:
-    """Return what a file is that torch could not read; ``None`` if it looks whole, or if it cannot be looked at."""
+def look_at(path: Any) -> str | None:
+    """Return what a file is that torch did not write so; ``None`` if it looks whole, or if it cannot be looked at."""
     try:
         files = get_filesystem(path)
         if files.isdir(path):
@@ -67,13 +70,13 @@ def _look_at(path: Any) -> str | None:
             begin = file.read(16)
             whole = zipfile.is_zipfile(file)
             archive = zipfile.ZipFile(file) if whole else None
-            names, damaged = (archive.namelist(), archive.testzip()) if archive else ([], None)
+            names, damaged = (archive.namelist(), _damaged(archive)) if archive else ([], None)
     except Exception:
         return None
     if size == 0:
         return "is empty (0 bytes): whoever wrote it was stopped, or the disk was full."
     if damaged is not None:
-        return f"is damaged: {damaged!r} among its {size:,} bytes is not what was written."
+        return _DAMAGED.format(damaged, size)
     if whole:
         is_torch = any(name.endswith("/data.pkl") for name in names)
         return None if is_torch else f"is a zip archive of {size:,} bytes that torch did not write."
@@ -82,6 +85,33 @@ def _look_at(path: Any) -> str | None:
     if begin.startswith(b"\x80"):
         return f"is a pickle of {size:,} bytes that is damaged, or that torch did not write."
     return f"is no file of torch's: its {size:,} bytes begin with {begin!r}."
+
+
+def _changed(path: Any) -> str | None:
+    """Return what of a file here is not what was written, which torch does not look at; ``None`` if all is."""
+    here = Path(str(path))
+    if not here.is_file() or not zipfile.is_zipfile(here):
+        return None
+    with zipfile.ZipFile(here) as archive:
+        damaged = _damaged(archive)
+    return None if damaged is None else _DAMAGED.format(damaged, here.stat().st_size)
+
+
+def _damaged(archive: zipfile.ZipFile) -> str | None:
+    """Return the first part of an archive that has not its checksum.
+
+    ``None`` where none has: ``torch.serialization.set_crc32_options(False)`` writes such files.
+    """
+    damaged, whole = [], 0
+    for name in archive.namelist():
+        try:
+            with archive.open(name) as part:
+                while part.read(1 << 20):
+                    pass
+            whole += 1
+        except zipfile.BadZipFile:
+            damaged.append(name)
+    return damaged[0] if damaged and whole else None
 
 
 def _way_out(trainer: Trainer, path: Any) -> str:
@@ -128,7 +158,7 @@ def _require_rounds(trainer: Trainer, checkpoint: Mapping[str, Any], path: Any) 
             f"{path} holds weights only (save_weights_only=True): nothing of the rounds before is there to go on"
             f" from. {weights}"
         )
-    if FEDERATION not in (checkpoint.get("callbacks") or {}):
+    if not (checkpoint.get("callbacks") or {}).get(FEDERATION):
         if not _is_server_s(optimizers):
             raise ConfigurationError(
                 f"{path} is a checkpoint of a plain Trainer after epoch {checkpoint.get('epoch', 0)}, and no run of a"
@@ -139,12 +169,28 @@ def _require_rounds(trainer: Trainer, checkpoint: Mapping[str, Any], path: Any) 
             f"{path} has no {FEDERATION!r} among its callbacks: the state of the strategy (moments of a server"
             " optimizer), what clients keep (client_state='carry') and the run's seed are missing, and begin anew."
         )
-    done, asked = int(checkpoint.get("global_step", 0)), trainer.max_epochs
+    if (found := _wrong_counts(checkpoint)) is not None:
+        raise ConfigurationError(f"{path} is damaged, or was changed: {found}. {weights}")
+    done, asked = checkpoint["global_step"], trainer.max_epochs
     if asked is not None and asked != -1 and done > asked:
         raise ConfigurationError(
             f"{path} has done {done} rounds, and this run is to end after {asked}. Raise"
             " FederatedTrainer(max_rounds=...), or resume a checkpoint of an earlier round."
         )
+
+
+def _wrong_counts(checkpoint: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the numbers that say in which round a run goes on; Lightning takes what is there."""
+    try:
+        fit = checkpoint["loops"]["fit_loop"]
+        steps = fit["epoch_loop.manual_optimization.optim_step_progress"]["total"]["completed"]
+        counts = [checkpoint["global_step"], steps, fit["epoch_progress"]["current"]["completed"]]
+    except (KeyError, TypeError) as error:
+        return f"of the numbers that say how many rounds it has done, there is no {error}"
+    done, stepped, epochs = counts
+    if not all(type(count) is int and count >= 0 for count in counts) or done != stepped or done - epochs not in (0, 1):
+        return f"it says that it has done {done!r} rounds ('global_step'), {stepped!r} (steps) and {epochs!r} (epochs)"
+    return None
 
 
 def _is_server_s(optimizers: Any) -> bool:

@@ -49,6 +49,18 @@ def test_a_plain_trainer_s_checkpoint_is_refused_with_the_way_to_its_weights(tmp
         trainer_of(tmp_path).fit(module(), loader(), ckpt_path=path)
 
 
+@pytest.mark.filterwarnings("ignore:.*checkpoint was saved|.*upgraded your loaded checkpoint")
+def test_a_checkpoint_of_lightning_1_is_refused_with_the_way_to_its_weights(tmp_path, central):
+    checkpoint, path = saved(central), tmp_path / "old.ckpt"
+    del checkpoint["loops"]
+    checkpoint |= {"pytorch-lightning_version": "1.5.10", "epoch": 2, "global_step": 8}
+    torch.save(checkpoint, path)
+    with pytest.raises(
+        ConfigurationError, match=r"is a checkpoint of a plain Trainer after epoch 2, .*ToyModule\.load_"
+    ):
+        trainer_of(tmp_path).fit(ToyModule(), loader(), ckpt_path=path)
+
+
 @pytest.mark.parametrize("by", ["a plain Trainer", "a FederatedTrainer"])
 def test_a_checkpoint_of_weights_only_is_refused_with_the_way_to_them(tmp_path, federated, by):
     path = tmp_path / "weights.ckpt"
@@ -81,9 +93,23 @@ def test_a_plain_trainer_s_checkpoint_is_validated_and_tested(tmp_path, stage, w
     assert str(ours) == str(theirs)
 
 
-def test_a_checkpoint_that_lost_the_federation_s_state_goes_on_and_names_what_is_missing(tmp_path, federated):
-    path = tmp_path / "stripped.ckpt"
-    torch.save({name: value for name, value in saved(federated).items() if name != "callbacks"}, path)
+def without_callbacks(checkpoint):
+    del checkpoint["callbacks"]
+
+
+def without_its_state(checkpoint):
+    del checkpoint["callbacks"][FEDERATION]
+
+
+def with_an_empty_one(checkpoint):
+    checkpoint["callbacks"][FEDERATION] = {}
+
+
+@pytest.mark.parametrize("change", [without_callbacks, without_its_state, with_an_empty_one])
+def test_a_checkpoint_that_lost_the_federation_s_state_goes_on_and_names_what_is_missing(tmp_path, federated, change):
+    path, checkpoint = tmp_path / "stripped.ckpt", saved(federated)
+    change(checkpoint)
+    torch.save(checkpoint, path)
     with pytest.warns(
         UserWarning, match=rf"{re.escape(str(path))} has no '{FEDERATION}' .*strategy.*clients keep.*seed are missing"
     ):
@@ -91,15 +117,37 @@ def test_a_checkpoint_that_lost_the_federation_s_state_goes_on_and_names_what_is
     assert trainer.current_epoch == 3
 
 
-def test_a_checkpoint_that_lost_a_part_of_the_state_names_it(tmp_path, federated):
-    checkpoint = saved(federated)
-    del checkpoint["callbacks"][FEDERATION]["strategy"], checkpoint["callbacks"][FEDERATION]["clients"]
+LOST = {
+    "strategy": (["strategy"], "carry", "The checkpoint has no state of the strategy: WeightedMean begins anew."),
+    "clients, carry": (
+        ["clients"],
+        "carry",
+        "The checkpoint has nothing that clients kept: their optimizers begin anew.",
+    ),
+    "clients, reset": (
+        ["clients"],
+        "reset",
+        "The checkpoint has nothing that clients kept: what their callbacks remember begins anew.",
+    ),
+    "the rest": (
+        ["seed", "num_clients", "setup", "method"],
+        "reset",
+        "The checkpoint does not tell seed, num_clients, setup, method of its run: they may have been others.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("lost", "client_state", "line"), LOST.values(), ids=LOST)
+def test_a_checkpoint_that_lost_a_part_of_the_state_names_it(tmp_path, lost, client_state, line):
+    fit(tmp_path, rounds=2, client_state=client_state)
+    checkpoint = saved(tmp_path / "last.ckpt")
+    for name in lost:
+        del checkpoint["callbacks"][FEDERATION][name]
     path = tmp_path / "stripped.ckpt"
     torch.save(checkpoint, path)
     with notes() as said:
-        fit(tmp_path, rounds=3, ckpt_path=path, client_state="carry")
-    assert "The checkpoint has no state of the strategy: WeightedMean begins anew." in said
-    assert "The checkpoint has nothing that clients kept: their optimizers begin anew." in said
+        fit(tmp_path, rounds=3, ckpt_path=path, client_state=client_state)
+    assert said == [line]
 
 
 def test_a_federated_checkpoint_does_not_resume_a_plain_trainer_and_its_weights_load(tmp_path, federated):

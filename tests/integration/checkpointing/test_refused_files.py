@@ -53,6 +53,18 @@ def damaged(path, federated):
     path.write_bytes(data)
 
 
+def flipped(path, federated):
+    """One bit of its weights is another: torch reads it all the same."""
+    data, weight = bytearray(federated.read_bytes()), saved(federated)["state_dict"]["net.0.weight"]
+    data[data.index(weight.numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+
+
+def zeros(path, federated):
+    """What some file systems leave after a loss of power."""
+    path.write_bytes(bytes(federated.stat().st_size))
+
+
 def a_list(path, federated):
     torch.save([1, 2], path)
 
@@ -80,6 +92,8 @@ FILES = {
     a_pickle: r"is a pickle of 9 bytes that is damaged",
     a_zip: r"is a zip archive of [\d,]+ bytes that torch did not write",
     damaged: r"is damaged: 'archive/data\.pkl' among its [\d,]+ bytes is not what was written",
+    flipped: r"is damaged: '[^']+/data/\d+' among its [\d,]+ bytes is not what was written",
+    zeros: r"is no file of torch's: its [\d,]+ bytes begin with b'\\x00",
     a_list: r"holds a list, and is no checkpoint of Lightning's",
     a_tensor: r"holds a Tensor, and is no checkpoint of Lightning's",
     weights_alone: r"holds weights alone \(net\.0\.weight, .* and 1 more\).*module\.load_state_dict\(torch\.load\(",
@@ -116,6 +130,79 @@ def test_a_checkpoint_that_lightning_chose_is_named_by_its_path(tmp_path, federa
     if name == "best":
         with pytest.raises(ConfigurationError, match=f"^{re.escape(str(path))} {FILES[make]}"):
             again.test(Toy(), loader(), ckpt_path=name)
+
+
+def test_a_checkpoint_without_checksums_is_read(tmp_path, federated):
+    path = tmp_path / "some.ckpt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(saved(federated), path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    _, trainer = fit(tmp_path, ckpt_path=path)
+    assert trainer.current_epoch == 4
+
+
+def counts_of(checkpoint):
+    fit = checkpoint["loops"]["fit_loop"]
+    return fit["epoch_progress"]["current"], fit["epoch_loop.manual_optimization.optim_step_progress"]["total"]
+
+
+def a_negative_round(checkpoint):
+    checkpoint["global_step"] = -1
+
+
+def a_round_in_words(checkpoint):
+    checkpoint["global_step"] = "two"
+
+
+def more_rounds(checkpoint):
+    checkpoint["global_step"] = 3
+
+
+def fewer_epochs(checkpoint):
+    counts_of(checkpoint)[0]["completed"] = 0
+
+
+def negative_epochs(checkpoint):
+    epochs, steps = counts_of(checkpoint)
+    epochs["completed"] = checkpoint["global_step"] = steps["completed"] = -1
+
+
+def no_loops(checkpoint):
+    del checkpoint["loops"]
+
+
+def no_epochs(checkpoint):
+    del checkpoint["loops"]["fit_loop"]["epoch_progress"]
+
+
+def loops_of_another_kind(checkpoint):
+    checkpoint["loops"] = [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    {
+        a_negative_round: r"it says that it has done -1 rounds \('global_step'\), 2 \(steps\)",
+        a_round_in_words: "it says that it has done 'two' rounds",
+        more_rounds: r"it says that it has done 3 rounds \('global_step'\), 2 \(steps\)",
+        fewer_epochs: r"and 0 \(epochs\)",
+        negative_epochs: "it says that it has done -1 rounds",
+        no_loops: "there is no 'loops'",
+        no_epochs: "there is no 'epoch_progress'",
+        loops_of_another_kind: "list indices",
+    }.items(),
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_checkpoint_that_cannot_say_in_which_round_to_go_on_is_refused(tmp_path, federated, change, said):
+    checkpoint, path = saved(federated), tmp_path / "some.ckpt"
+    change(checkpoint)
+    torch.save(checkpoint, path)
+    trainer, Counting.trained = trainer_of(tmp_path), 0
+    with pytest.raises(ConfigurationError, match=f"^{re.escape(str(path))} is damaged, or was changed: .*{said}"):
+        trainer.fit(Counting(), loader(), ckpt_path=path)
+    assert Counting.trained == 0
 
 
 def test_the_way_out_names_the_checkpoints_that_are_beside_it(tmp_path):

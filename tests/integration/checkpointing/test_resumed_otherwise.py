@@ -39,6 +39,13 @@ pytestmark = pytest.mark.filterwarnings(
         lambda state: {**state, "clients": {0: 5}},
         lambda state: {**state, "setup": {"FederatedTrainer": None}},
         lambda state: {**state, "arguments": 3},
+        lambda state: {**state, "seed": "0"},
+        lambda state: {**state, "seed": -1},
+        lambda state: {**state, "num_clients": -2},
+        lambda state: {**state, "num_clients": 2.0},
+        lambda state: {**state, "clients": {-1: {}}},
+        lambda state: {**state, "clients": {"0": {}}},
+        lambda state: {**state, "method": None},
         lambda state: dict.fromkeys(state),
     ],
 )
