@@ -60,9 +60,16 @@ def new_key() -> Key:
 
 @dataclass
 class Received:
-    """A message whose parts are still at the SuperLink."""
+    """A message whose parts are still at the SuperLink.
+
+    Attributes:
+        run_id: The run's number.
+        group: The message's ``group_id``.
+        tree: The names of its parts.
+    """
 
     run_id: int
+    group: str
     tree: ObjectTree
 
 
@@ -129,7 +136,8 @@ class NodeConnection:
             response = self._client.PullMessages(PullMessagesRequest(node=self._node))
         if not response.messages_list:
             return None
-        return Received(message_from_proto(response.messages_list[0]).metadata.run_id, response.message_object_trees[0])
+        metadata = message_from_proto(response.messages_list[0]).metadata
+        return Received(metadata.run_id, metadata.group_id, response.message_object_trees[0])
 
     def fetch(self, received: Received, seconds: float) -> Message:
         """Return the message itself."""

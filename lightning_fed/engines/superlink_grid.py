@@ -58,7 +58,8 @@ class SuperLinkGrid(ClientGrid):
     def __init__(self, run: ServedRun, num_clients: Callable[[], int], least: int | None, patience: Patience) -> None:
         super().__init__(run.run, num_clients)
         self.served, self.patience, self._least = run, patience, least
-        self._key = uuid.uuid4().hex[:16]
+        self._key = _new_key()
+        self._asked: set[tuple[int, int, str]] = set()
         self._members: Members | None = None
         self._marks: dict[int, str] = {}
         self._before: dict[int, str] = {}
@@ -144,12 +145,19 @@ class SuperLinkGrid(ClientGrid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Give the replies in the order of the messages, each as soon as it and those before it are there."""
+        return SiteDelivery(self, self._works(messages), timeout).replies()
+
+    def _works(self, messages: Iterable[Message]) -> list[Work]:
         works = [Work(self.client_of(message.metadata.dst_node_id), message) for message in messages]
-        return SiteDelivery(self, works, timeout).replies()
+        asked = {(work.client, roll_call.round_of(work.message), work.message.metadata.message_type) for work in works}
+        if not asked.isdisjoint(self._asked):  # who sends twice in one round gets other marks, for it is other work
+            self._key, self._asked = _new_key(), set()
+        self._asked |= asked
+        return works
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages; ``pull_messages`` takes what this gives."""
-        works = {uuid.uuid4().hex: Work(self.client_of(m.metadata.dst_node_id), m) for m in messages}
+        works = {uuid.uuid4().hex: work for work in self._works(messages)}
         self._pushed.update(works)
         delivery = SiteDelivery(self, list(works.values()), None)
         self.patiently(lambda: delivery.turn(0))
@@ -165,3 +173,7 @@ class SuperLinkGrid(ClientGrid):
                 del self._pushed[key]
                 replies.append(work.reply)
         return replies
+
+
+def _new_key() -> str:
+    return uuid.uuid4().hex[:16]

@@ -94,7 +94,8 @@ class SiteDelivery:
         Returns:
             Whether something came.
         """
-        self._send()
+        if not self.deadline.is_up:  # else a site would be busy in the next round with what nobody waits for
+            self._send()
         waiting = {name: work for work in self.works[first : first + AHEAD] for name in work.names}
         came = False
         for name, reply in self.grid.served.pull(list(waiting), self._seconds()) if waiting else ():
@@ -138,7 +139,7 @@ class SiteDelivery:
             src_node_id=of.src_node_id,
             dst_node_id=place.node_id,
             reply_to_message_id="",
-            group_id=of.group_id,
+            group_id=of.group_id or work.kept.mark,
             created_at=time.time(),
             ttl=of.ttl,
             message_type=of.message_type,

@@ -6,6 +6,7 @@ import gc
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,12 +97,13 @@ class Site:
         try:
             self._join(connection)
             self._states.came(connection.node_id)
-            worked = 0.0
+            worked, waiting = 0.0, deque[Received]()
             while not connection.is_lost:
-                if (received := connection.next()) is None:
+                self._pull(connection, waiting)
+                if not waiting:
                     time.sleep(SOON if time.monotonic() < worked + 1 else POLL)
                 else:
-                    self._work(connection, received)
+                    self._work(connection, waiting.popleft())
                     worked = time.monotonic()
         except KeyboardInterrupt:
             clean = True
@@ -135,6 +137,14 @@ class Site:
             time.sleep(1.0)
         self._has_joined = True
         rank_zero_info(f"Client {member.client} has joined {member.address.server} as node {connection.node_id}.")
+
+    def _pull(self, connection: NodeConnection, waiting: deque[Received]) -> None:
+        """Take in what is there for this site, but for what the server has given up while the site was busy."""
+        while (received := connection.next()) is not None:
+            for earlier in [one for one in waiting if roll_call.is_overtaken(one.group, received.group)]:
+                waiting.remove(earlier)
+                rank_zero_info(f"Client {self._member.client} leaves {earlier.group} out: the server has gone on.")
+            waiting.append(received)
 
     def _work(self, connection: NodeConnection, received: Received) -> None:
         traffic = connection.traffic

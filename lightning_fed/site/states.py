@@ -13,10 +13,15 @@ import torch
 from flwr.app import RecordDict
 
 from lightning_fed.errors import ClientError, ConfigurationError
+from lightning_fed.wire.checkpoint_file import look_at
 from lightning_fed.wire.plain import from_plain, to_plain
 
 # How many pieces of work the folder remembers: a server may go on from a checkpoint so many rounds back.
 KEPT = 20
+_WAYS_OUT = (
+    "Put back the folder as it was, or begin with the weights alone: MyModule.load_from_checkpoint(path), and fit that"
+    " without ckpt_path."
+)
 
 
 class StateFolder:
@@ -51,6 +56,8 @@ class StateFolder:
                     f"join(client={self._client}): another process uses {self.folder}: this client is here already."
                     " Another one needs a client= and a state_dir= of its own."
                 ) from error
+            for left in self.folder.glob("*.new"):  # by a process that was killed
+                left.unlink()
             yield
 
     def load(self, mark: str) -> RecordDict:
@@ -60,34 +67,51 @@ class StateFolder:
             mark: Its mark; empty for nothing.
 
         Raises:
-            ClientError: If it is not there any more.
+            ClientError: If it is not there any more, or the file is another's, or damaged.
         """
         if not mark:
             return RecordDict()
-        try:
-            state = from_plain(torch.load(self._path(mark), weights_only=True))
-        except FileNotFoundError:
+        path = self._path(mark)
+        if not path.exists():
             raise ClientError(
-                f"has nothing of {mark} in {self.folder}: what it kept then is lost (the folder holds the last {KEPT}"
-                " rounds), and without it the run would not go on as it was. Put the folder back, or begin with the"
-                " weights alone: MyModule.load_from_checkpoint(path), and fit that without ckpt_path."
-            ) from None
+                f"has nothing of {mark} in {self.folder}: what it kept then is lost (the folder holds what it kept of"
+                f" the last {KEPT} pieces of work), and without it the run would not go on as it was. {_WAYS_OUT}"
+            )
+        if (found := look_at(path)) is not None:
+            raise ClientError(f"cannot take {path}, which {found} {_WAYS_OUT}")
+        try:
+            kept = torch.load(path, weights_only=True)
+            client, of, state = kept["client"], kept["mark"], from_plain(kept["state"])
+            if not isinstance(state, RecordDict):
+                raise TypeError(f"it holds {state!r:.99}")
         except Exception as error:
-            raise ClientError(f"cannot read {self._path(mark)}: {type(error).__name__}: {error}") from error
-        if not isinstance(state, RecordDict):
-            raise ClientError(f"cannot read {self._path(mark)}: it is a {type(state).__name__}.")
+            said = str(error).partition("\n")[0]
+            raise ClientError(f"cannot take {path}: {type(error).__name__}: {said} {_WAYS_OUT}") from error
+        if (client, of) != (self._client, mark):
+            raise ClientError(
+                f"cannot take {path}: it holds what client {client} kept of {of}. Has this site the folder of another?"
+                f" {_WAYS_OUT}"
+            )
         return state
 
     def save(self, mark: str, state: RecordDict) -> None:
-        """Keep what the client has after a piece of work, and forget the oldest."""
+        """Keep what the client has after a piece of work, and forget the oldest.
+
+        An interrupted write leaves what was there before as it was.
+        """
         path = self._path(mark)
         new = path.with_suffix(".new")
-        with new.open("wb") as file:
-            torch.save(to_plain(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-        for old in sorted(self.folder.glob("*.state"), key=lambda one: one.stat().st_mtime_ns)[:-KEPT]:
+        try:
+            with new.open("wb") as file:
+                torch.save({"client": self._client, "mark": mark, "state": to_plain(state)}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)  # of a disk that is full
+        _to_disk(self.folder)
+        others = [one for one in self.folder.glob("*.state") if one != path]  # whatever its clock says
+        for old in sorted(others, key=lambda one: one.stat().st_mtime_ns)[: 1 - KEPT]:
             old.unlink(missing_ok=True)
 
     def left_behind(self) -> int:
@@ -108,3 +132,13 @@ class StateFolder:
 
     def _path(self, mark: str) -> Path:
         return self.folder / f"{mark}.state"
+
+
+def _to_disk(folder: Path) -> None:
+    """Let the names in a folder outlive a loss of power, where the system can."""
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)

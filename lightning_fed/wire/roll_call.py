@@ -17,7 +17,7 @@ from lightning_fed._compat.flower_address import LinkLost
 from lightning_fed.wire import messages
 
 _FORM, _KEPT = "lightning-fed.module", "lightning-fed.kept"
-_MARK = re.compile(r"[0-9a-f]{16}-\d{1,9}-(train|evaluate)")
+_MARK = re.compile(r"([0-9a-f]{16})-(\d{1,9})-(train|evaluate)")
 
 
 def mark_of(run: str, round: int, stage: str) -> str:
@@ -27,6 +27,21 @@ def mark_of(run: str, round: int, stage: str) -> str:
     '0123456789abcdef-7-train'
     """
     return f"{run}-{round}-{stage}"
+
+
+def is_overtaken(earlier: str, later: str) -> bool:
+    """Return whether a server that asks for the later of two pieces of work, by mark, has given the earlier one up.
+
+    >>> is_overtaken("0123456789abcdef-7-train", "0123456789abcdef-7-evaluate")
+    True
+    >>> is_overtaken("0123456789abcdef-10-train", "0123456789abcdef-9-evaluate")
+    False
+    """
+    parts = [mark.groups() for one in (earlier, later) if (mark := _MARK.fullmatch(one))]
+    if len(parts) < 2 or parts[0][0] != parts[1][0]:
+        return False
+    before, after = [(int(round), stage == "evaluate") for _, round, stage in parts]
+    return before < after
 
 
 def round_of(message: Message) -> int:
@@ -109,6 +124,15 @@ def as_state(mark: str) -> RecordDict:
 
 
 def from_state(state: RecordDict) -> str | None:
-    """Return the mark that a checkpoint has; ``None`` if the client's state was somewhere else."""
+    """Return the mark that a checkpoint has; ``None`` if the client's state was somewhere else.
+
+    Raises:
+        ValueError: If it is no mark.
+    """
     record = state.get(_KEPT)
-    return str(record["mark"]) if isinstance(record, ConfigRecord) else None
+    if not isinstance(record, ConfigRecord):
+        return None
+    mark = str(record.get("mark"))
+    if not _MARK.fullmatch(mark):
+        raise ValueError(f"{mark!r} is no mark of work")
+    return mark

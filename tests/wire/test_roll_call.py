@@ -57,6 +57,28 @@ def test_a_checkpoint_has_where_a_client_keeps_what_it_keeps():
     state = roll_call.as_state(f"{RUN}-3-train")
     assert roll_call.from_state(state) == f"{RUN}-3-train"
     assert roll_call.from_state(RecordDict({"fit": ConfigRecord({"bytes": b""})})) is None
+    for bad in ("../../etc/passwd", ""):
+        with pytest.raises(ValueError, match="is no mark of work"):
+            roll_call.from_state(roll_call.as_state(bad))
+    empty = roll_call.as_state("")
+    next(iter(empty.values())).clear()
+    with pytest.raises(ValueError, match="'None' is no mark of work"):
+        roll_call.from_state(empty)
+
+
+def test_a_server_that_goes_on_has_given_up_what_came_before_in_its_run():
+    def mark(round, stage="train", run=RUN):
+        return roll_call.mark_of(run, round, stage)
+
+    assert roll_call.is_overtaken(mark(9), mark(10))
+    assert roll_call.is_overtaken(mark(9), mark(9, "evaluate"))
+    assert roll_call.is_overtaken(mark(9, "evaluate"), mark(10))
+    for earlier, later in [(9, 9), (10, 9)]:
+        assert not roll_call.is_overtaken(mark(earlier), mark(later))
+    assert not roll_call.is_overtaken(mark(9, "evaluate"), mark(9))
+    assert not roll_call.is_overtaken(mark(9, run=RUN[::-1]), mark(10))
+    assert not roll_call.is_overtaken("", mark(10))
+    assert not roll_call.is_overtaken(mark(9), "")
 
 
 def test_what_flower_says_of_a_lost_node_is_no_reply():

@@ -1,0 +1,121 @@
+"""Work for sites over a SuperLink in memory: what comes when the time is over, what is sent again after an outage."""
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from lightning_fed.engines import superlink_grid
+from lightning_fed.testing import counting_client
+from lightning_fed.wire import packing, roll_call
+from lightning_fed.wire.messages import CLIENT
+from tests.engines.clients import train_messages
+from tests.engines.link import Link, Linked, Site, site_of
+
+
+def counting(client: int, first: Callable[[], Any] = lambda: None) -> Site:
+    """A site that does something, and then its work unless that was ``False``."""
+    app, config = counting_client(), {CLIENT: client}
+
+    def work(message: Message) -> Message | None:
+        if first() is False:
+            return None
+        roll_call.take_kept(message.content)
+        packing.unpack_tensors(message.content)
+        return app(message, Context(1, 1, config, RecordDict(), {}))
+
+    return site_of(client, work)
+
+
+def hangs() -> bool:
+    return False
+
+
+def link_of(clients: int, **first: Callable[[], Any]) -> Link:
+    """A SuperLink at whose node ``11 + k`` is client ``k``; ``client_2=act`` says what that one does first."""
+    return Link({11 + k: counting(k, first.get(f"client_{k}", lambda: None)) for k in range(clients)})
+
+
+def who(link: Link, clients: int, timeout: float | None = None, rounds: int = 1) -> list[list[int]]:
+    """For each round, which clients replied, in their order."""
+
+    def main(grid: Any) -> list[list[int]]:
+        return [
+            [
+                grid.client_of(r.metadata.src_node_id)
+                for r in grid.send_and_receive(train_messages(grid), timeout=timeout)
+            ]
+            for _ in range(rounds)
+        ]
+
+    return Linked(link).run(main, ClientApp(), lambda: clients)
+
+
+def test_replies_that_are_there_when_the_time_is_over_count_whoever_hangs_before_them() -> None:
+    link, start = link_of(12, client_0=hangs, client_6=hangs), time.monotonic()
+    assert who(link, 12, timeout=1.0) == [[1, 2, 3, 4, 5, 7, 8, 9, 10, 11]]
+    assert time.monotonic() - start < 5
+
+
+def test_nobody_is_given_work_when_the_time_is_over() -> None:
+    """Its site would be busy with it in the next round."""
+    link = link_of(3, client_0=hangs)
+    came, nodes, start = link.since.pop(12), link.nodes, time.monotonic()
+
+    def nodes_later() -> list[Any]:
+        if time.monotonic() > start + 1.0:
+            link.since[12] = came
+        return nodes()
+
+    link.nodes = nodes_later  # type: ignore[method-assign]
+    assert who(link, 3, timeout=1.0) == [[2]]
+    assert link.works(12) == 0
+
+
+def test_what_is_sent_twice_in_a_round_has_marks_of_its_own() -> None:
+    """By its mark a site knows work that it has done, and gives the same reply again."""
+    link = link_of(2)
+    assert who(link, 2, rounds=2) == [[0, 1]] * 2
+    marks = [kept.mark for message in link.sent if (kept := roll_call.take_kept(message.content))]
+    assert len(marks) == 4
+    assert marks[0] == marks[1] != marks[2] == marks[3]
+
+
+# ------------------------------------------------------------------------------------------------------- outages
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SuperLink that does not answer is asked again at once."""
+    monkeypatch.setattr(superlink_grid, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
+
+
+def test_work_that_was_marked_as_delivered_and_never_got_there_is_sent_again_after_an_outage() -> None:
+    def the_link_dies() -> None:
+        if link.works(12) == 1:
+            link.away = 2
+
+    link = link_of(3, client_0=the_link_dies)
+    link.forgets.add(12)
+    assert who(link, 3, timeout=20.0, rounds=2) == [[0, 1, 2]] * 2
+    assert [link.works(node) for node in (11, 12, 13)] == [2, 3, 2]
+
+
+def test_it_is_sent_again_where_the_site_alone_noticed_and_joined_again() -> None:
+    def the_site_joins_again() -> None:
+        link.since[12] = "2026-01-02"
+
+    link = link_of(3, client_2=the_site_joins_again)
+    link.forgets.add(12)
+    assert who(link, 3, timeout=20.0, rounds=2) == [[0, 1, 2]] * 2
+    assert [link.works(node) for node in (11, 12, 13)] == [2, 3, 2]
+
+
+def test_where_nobody_noticed_it_is_a_client_that_does_not_reply_in_time() -> None:
+    link = link_of(3)
+    link.forgets.add(12)
+    assert who(link, 3, timeout=1.0, rounds=2) == [[0, 2], [0, 1, 2]]

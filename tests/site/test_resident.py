@@ -1,0 +1,107 @@
+"""A site's loop over connections in memory: which work it does, and when it joins again."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from lightning_fed._compat.flower_address import Address, LinkLost
+from lightning_fed._compat.flower_link import Traffic
+from lightning_fed._compat.flower_node import Received
+from lightning_fed.site import resident
+from lightning_fed.site.resident import Membership, Site
+from lightning_fed.site.states import StateFolder
+from lightning_fed.wire import messages, roll_call
+from tests.helpers import in_flower
+
+RUN = "0123456789abcdef"
+
+
+def work(round: int, stage: str = "train", run: str = RUN) -> Received:
+    return Received(1, roll_call.mark_of(run, round, stage), None)  # type: ignore[arg-type]
+
+
+class Link:
+    """A SuperLink; ``gives`` is what it answers, question by question: work, nothing, or not at all."""
+
+    def __init__(self, *gives: Any) -> None:
+        self.gives = list(gives)
+        self.joined, self.left, self.done = 0, 0, list[str]()
+
+    def connection(self, *_: Any) -> Any:
+        return Connection(self)
+
+
+class Connection:
+    is_lost, node_id = False, 7
+
+    def __init__(self, link: Link) -> None:
+        self.link, self.traffic = link, Traffic()
+
+    def activate(self, left_behind: int = 0) -> None:
+        self.link.joined += 1
+
+    def next(self) -> Received | None:
+        if not self.link.gives:
+            raise KeyboardInterrupt
+        given = self.link.gives.pop(0)
+        if isinstance(given, Exception):
+            raise given
+        return given
+
+    def fetch(self, received: Received, seconds: float) -> Message:
+        config = messages.round_config(int(received.group.split("-")[1]), 0)
+        message = Message(RecordDict({"config": config, "mark": ConfigRecord({"mark": received.group})}), 7, "train")
+        message.metadata.__dict__["_message_id"] = received.group
+        return message
+
+    def send(self, reply: Message, seconds: float) -> None:
+        assert not reply.has_error(), reply.error
+        self.link.done.append(reply.metadata.reply_to_message_id.removeprefix(f"{RUN}-"))
+
+    def close(self, *, forget: bool) -> None:
+        self.link.left += 1
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """What a site does that gets this from its SuperLink."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return messages.evaluate_reply(message, 1, {})
+
+    def served(*gives: Any) -> Link:
+        link = Link(*gives)
+        monkeypatch.setattr(resident, "NodeConnection", link.connection)
+        monkeypatch.setattr(resident, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
+        monkeypatch.setattr(resident, "gc", SimpleNamespace(freeze=lambda: None))
+        member = Membership(Address("somewhere:1", True), 3, SimpleNamespace(), 0.0)  # type: ignore[arg-type]
+        in_flower(Site(app, lambda seed: {}, member, StateFolder(tmp_path, 3)).serve)
+        return link
+
+    return served
+
+
+def test_a_site_that_was_busy_for_long_does_what_the_server_waits_for_and_not_what_it_has_given_up(served):
+    link = served(work(1), None, work(1, "evaluate"), work(2), work(2, "evaluate"), work(4), None, None)
+    assert link.done == ["1-train", "4-train"]
+
+
+def test_work_of_other_runs_and_the_same_once_more_is_no_work_given_up(served):
+    other = "f" * 16
+    link = served(work(5, run=other), work(2), work(2), work(1), None, None, None, None, None)
+    assert link.done == [f"{other}-5-train", "2-train", "2-train", "1-train"]
+
+
+def test_a_site_whose_question_gets_no_answer_joins_again_for_it_may_have_been_given_work(served):
+    """The SuperLink sends that again where the site comes anew."""
+    link = served(work(1), LinkLost("in the middle of it"), None, work(1), None, None)
+    assert (link.joined, link.left) == (2, 2)
+    assert link.done == ["1-train"]
