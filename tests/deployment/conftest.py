@@ -26,6 +26,14 @@ ROOT = Path(__file__).parents[2]
 SITES = [f"site-{client}" for client in range(CLIENTS)]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Scripts make their imports, for seconds each: what needs them runs once a landing."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and "scripts" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.landing)
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))

@@ -1,5 +1,6 @@
 """A SuperLink of this machine's own, without TLS: one command for the server, one for each site."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,47 +12,71 @@ from lightning_fed.engines import SuperLink
 from lightning_fed.engines.local_link import local_link
 from lightning_fed.errors import ConfigurationError
 from tests.deployment.conftest import answers, free_port, wait_for
-from tests.deployment.federation import fitted, module, trainer
+from tests.deployment.federation import CLIENTS, fitted, module, site, trainer
 from tests.helpers import QUIET
 
 PORT = free_port()
 
 
 @pytest.fixture(scope="module")
-def sites(scripts):
-    """Three sites, of which one has another module; they wait for a SuperLink that is not there yet."""
+def two_sites(scripts):
+    """Two of three sites; they wait for a SuperLink that is not there yet."""
     given = {"address": f"127.0.0.1:{PORT}", "insecure": True}
-    return [
-        scripts.run("site", f"site-{k}", client=k, module_kwargs={"hidden": 9} if k == 2 else {}, **given)
-        for k in range(3)
-    ]
+    return [scripts.run("site", f"site-{k}", client=k, **given) for k in range(2)]
 
 
-def test_a_module_that_is_not_the_servers_is_refused_with_both_sides_named(sites, scripts):
+def test_a_module_that_is_not_the_servers_is_refused_with_both_sides_named(two_sites, scripts):
+    given = {"address": f"127.0.0.1:{PORT}", "insecure": True, "module_kwargs": {"hidden": 9}}
+    third = scripts.run("site", "site-2", client=2, **given)
     with pytest.raises(ConfigurationError, match="client 2 has another module than the server: ") as error:
         trainer(SuperLink.local(PORT)).fit(module())
     assert "'net.0.weight' is float [8, 8] at the server and float [9, 8] at the site" in str(error.value)
-    sites[2].says("client 2 failed")
+    third.says("client 2 failed")
+    third.end()
     assert not answers(PORT)
 
 
-def test_the_server_says_for_whom_it_waits_and_for_how_long(sites, caplog):
-    sites[2].end()
+def test_the_server_says_for_whom_it_waits_and_for_how_long(two_sites):
     with pytest.raises(ConfigurationError, match="2 of 3 clients are here: waiting for client 2, for 8 s by now"):
         trainer(SuperLink.local(PORT, connect_timeout=8)).fit(module())
 
 
-def test_fit_without_tls_gives_the_bits_of_one_process(sites, scripts, tmp_path):
-    sites[2] = scripts.run("site", "site-2", client=2, address=f"127.0.0.1:{PORT}", insecure=True)
-    fitted(SuperLink.local(PORT)).assert_same(fitted("in_process"))
-    assert not answers(PORT)
+@pytest.fixture
+def forked_sites(tmp_path):
+    """The port at which three sites look for a SuperLink; they are forks of this process, which has all imports."""
+    port, fork = free_port(), multiprocessing.get_context("fork")
+    given = {"address": f"127.0.0.1:{port}", "insecure": True}
+    sites = [
+        fork.Process(target=site, kwargs={**given, "client": k, "root": str(tmp_path / f"site-{k}")})
+        for k in range(CLIENTS)
+    ]
+    for one in sites:
+        one.start()
+    yield port
+    for one in sites:
+        one.terminate()
+    for one in sites:
+        one.join()
 
 
-def test_tls_to_a_superlink_without_is_refused(tmp_path, keys):
-    with local_link(port := free_port()), pytest.raises(ConfigurationError, match="no trusted connection"):
-        trainer(SuperLink(f"localhost:{port}", root_certificates=keys / "good" / "ca.pem")).fit(module())
+def test_fit_without_tls_gives_the_bits_of_one_process(forked_sites):
+    fitted(SuperLink.local(forked_sites), max_rounds=2).assert_same(fitted("in_process", max_rounds=2))
+    assert not answers(forked_sites)
 
 
+@pytest.fixture(scope="module")
+def link():
+    """The port of a SuperLink without TLS."""
+    with local_link(port := free_port()):
+        yield port
+
+
+def test_tls_to_a_superlink_without_is_refused(link, keys):
+    with pytest.raises(ConfigurationError, match="no trusted connection"):
+        trainer(SuperLink(f"localhost:{link}", root_certificates=keys / "good" / "ca.pem")).fit(module())
+
+
+@pytest.mark.landing
 def test_a_superlink_of_our_own_ends_with_a_process_that_is_killed(tmp_path):
     port = free_port()
     program = f"""
@@ -76,9 +101,9 @@ with local_link({port}):
     wait_for(lambda: not answers(port) and not any(tmp_path.glob("superlink-*")), 10)
 
 
-def test_a_port_that_is_taken_is_named():
-    with local_link(port := free_port()), pytest.raises(ConfigurationError, match=f"port={port}.: something else"):
-        trainer(SuperLink.local(port)).fit(module())
+def test_a_port_that_is_taken_is_named(link):
+    with pytest.raises(ConfigurationError, match=f"port={link}.: something else"):
+        trainer(SuperLink.local(link)).fit(module())
 
 
 def test_a_site_without_data_is_told_what_to_write(tmp_path):
