@@ -61,7 +61,7 @@ def train(clients, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=300, help="rounds of five local epochs (%(default)s)")
-    parser.add_argument("--fast", action="store_true", help="20 rounds only")
+    parser.add_argument("--fast", action="store_true", help="five rounds only")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
     args = parser.parse_args()
 
@@ -69,7 +69,7 @@ def main():
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     x = torch.linspace(-2, 2, 200)[:, None]
     for row, (name, clients) in zip(axes, {"three functions": DIFFERENT, "one function": SAME}.items(), strict=True):
-        model, data, losses = train(clients, 20 if args.fast else args.rounds)
+        model, data, losses = train(clients, 5 if args.fast else args.rounds)
         lines.append(f"{name:<16} mean squared error on the clients' data {losses[0]:.2f} -> {losses[-1]:.2f}")
         for i, ((_, formula, _), own) in enumerate(zip(clients, data, strict=True)):
             row[0].scatter(*(tensor.numpy() for tensor in own.tensors), s=8, alpha=0.6, label=f"client {i}: {formula}")

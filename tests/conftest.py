@@ -17,6 +17,8 @@ for _name, _value in {
 # A job in the background inherits Ctrl-C ignored, and tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The common parent of worker processes imports it where it is imported already: once, not in each of them.
+import flwr_datasets.partitioner  # noqa: E402, F401
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402

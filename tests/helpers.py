@@ -1,11 +1,10 @@
 """What several test files share."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -33,9 +32,23 @@ def real_data(name: str) -> Path:
     """A folder of real data; where it is missing the test is skipped, and fails in CI."""
     folder = Path(os.environ.get("LIGHTNING_FED_DATA", Path(__file__).parents[2] / "shared" / "data")) / name
     if not folder.is_dir():
+        import pytest  # workers import this module, and do without
+
         missing = f"There is no {folder}: set LIGHTNING_FED_DATA."
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
     return folder
+
+
+def sweep(cases: Iterable[Any], always: Collection[Any]) -> list[Any]:
+    """Cases for ``parametrize``: those in ``always`` run in every suite, all others once a landing."""
+    import pytest
+
+    def at_landing(case: Any) -> Any:
+        return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.landing)
+
+    cases = list(cases)
+    assert all(case in cases for case in always), f"{always} are not all among {cases}."
+    return [case if case in always else at_landing(case) for case in cases]
 
 
 def in_flower(main: Callable[[], T]) -> T:

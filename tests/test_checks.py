@@ -310,6 +310,7 @@ print("trained", trainer.global_step)
 """
 
 
+@pytest.mark.landing
 def test_the_way_out_for_somebody_elses_pytorch_lightning_module_works(tmp_path):
     (tmp_path / "script.py").write_text(textwrap.dedent(ALIAS))
     command = [sys.executable, "-W", "ignore", "script.py"]

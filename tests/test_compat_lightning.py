@@ -18,6 +18,7 @@ from lightning_fed import ConfigurationError, FederatedTrainer
 from lightning_fed._compat import known_lightning as known
 from lightning_fed.callbacks import FederatedCallback
 from lightning_fed.client.local.trainer import LocalTrainer
+from lightning_fed.engines import Processes
 from lightning_fed.testing import ToyModule, toy_data
 from lightning_fed.values.weights import read
 from tests.helpers import QUIET
@@ -68,7 +69,9 @@ def test_the_installed_lightning_is_known() -> None:
     assert known.is_known()
 
 
-@pytest.mark.parametrize("options", [{}, {"engine": "processes", "num_workers": 2}], ids=["in process", "processes"])
+@pytest.mark.parametrize(
+    "options", [{}, {"engine": Processes(2, start_method="fork")}], ids=["in process", "processes"]
+)
 def test_clients_use_lightning_s_own_loop_to_the_same_bits(options: dict[str, Any]) -> None:
     expected = fit(**options)
     with (

@@ -8,6 +8,7 @@ from flwr.clientapp import ClientApp
 from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
+from lightning_fed.engines import Processes
 from lightning_fed.testing import ToyModule, counting_client, toy_data, toy_weights
 from lightning_fed.wire import messages
 from lightning_fed.wire.messages import CLIENT
@@ -44,7 +45,7 @@ class Deadly(ToyModule):
 
 
 def fit(module, *callbacks, rounds=3, **options):
-    arguments = {"engine": "processes", "num_workers": 2, "num_clients": 4, **QUIET, **options}
+    arguments = {"engine": Processes(2, start_method="fork"), "num_clients": 4, **QUIET, **options}
     trainer = FederatedTrainer(max_rounds=rounds, callbacks=list(callbacks), **arguments)
     trainer.fit(module, DataLoader(toy_data(64), batch_size=8, shuffle=True))
     return trainer

@@ -1,13 +1,13 @@
 """Prints the peak memory of a round above the idle module, in module sizes, for each number of clients given.
 
-``--at-once K`` trains K clients vectorized.
+``16:8`` is 16 clients, of which 8 at a time are vectorized.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fed import FederatedTrainer
 
-WIDTH, LAYERS = 1000, 10  # 10 million parameters
+WIDTH, LAYERS = 500, 10  # 2.5 million parameters
 
 
 class Wide(L.LightningModule):
@@ -37,7 +37,7 @@ def fit(module: Wide, clients: int, width: int, at_once: int) -> None:
     trainer = FederatedTrainer(
         max_rounds=1,
         num_clients=clients,
-        vectorize_clients=at_once,
+        vectorize_clients=at_once or False,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -63,10 +63,8 @@ def peak(clients: int, at_once: int) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("clients", type=int, nargs="+")
-    parser.add_argument("--at-once", type=int, default=False)
-    args = parser.parse_args()
     torch.set_num_threads(1)
-    peak(5, args.at_once)  # whatever is loaded or allocated on first use is there
-    print(json.dumps([peak(clients, args.at_once) for clients in args.clients]))
+    runs = [(int(clients), int(at_once or 0)) for clients, _, at_once in (run.partition(":") for run in sys.argv[1:])]
+    for at_once in sorted({at_once for _, at_once in runs}):
+        peak(3, at_once)  # whatever is loaded or allocated on first use is there
+    print(json.dumps([peak(*run) for run in runs]))

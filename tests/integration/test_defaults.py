@@ -17,6 +17,7 @@ from lightning_fed.callbacks import ClientData, PartialParticipation, Partition,
 from lightning_fed.engines import Engine, InProcess, Processes, Ray
 from lightning_fed.testing import ToyModule, toy_data
 from lightning_fed.values.weights import Weights, read
+from tests.helpers import sweep
 
 
 class Data(LightningDataModule):
@@ -105,14 +106,16 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Weight
     return of
 
 
-# Actors of Ray make their imports anew in each run.
-_ON_RAY = {data: [pytest.mark.ray, *([] if data == "datamodule" else [pytest.mark.slow])] for data in DATA}
-_CASES = [
-    pytest.param(data, engine, marks=_ON_RAY[data] if engine == "ray" else ()) for data in DATA for engine in ENGINES
-]
+def _marks(data: str, engine: str) -> list[pytest.MarkDecorator]:
+    if engine == "ray":  # its actors make their imports anew in each run
+        return [pytest.mark.ray] if data == "datamodule" else [pytest.mark.ray, pytest.mark.slow]
+    return [] if engine == "fork" or data == "datamodule" else [pytest.mark.landing]
 
 
-@pytest.mark.parametrize(("data", "engine"), _CASES)
+@pytest.mark.parametrize(
+    ("data", "engine"),
+    [pytest.param(data, engine, marks=_marks(data, engine)) for data in DATA for engine in ENGINES],
+)
 def test_every_engine_gives_the_same_with_all_defaults_on_and_after_a_restart(
     data: str, engine: str, tmp_path: Path, expected: Callable[[str], Weights], request: pytest.FixtureRequest
 ) -> None:
@@ -124,9 +127,10 @@ def test_every_engine_gives_the_same_with_all_defaults_on_and_after_a_restart(
     torch.testing.assert_close(weights, expected(data), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("bar", [TQDMRoundBar, TQDMProgressBar])
+@pytest.mark.parametrize("bar", sweep([TQDMRoundBar, TQDMProgressBar], [TQDMRoundBar]))
 def test_other_progress_bars(bar: Any, tmp_path: Path) -> None:
     ends = [
-        run("datamodule", engine, tmp_path / engine.name, callbacks=[bar()]) for engine in (InProcess(), Processes(2))
+        run("datamodule", engine, tmp_path / engine.name, callbacks=[bar()])
+        for engine in (InProcess(), Processes(2, start_method="forkserver"))
     ]
     torch.testing.assert_close(*ends, rtol=0, atol=0)

@@ -37,8 +37,9 @@ from lightning_fed.callbacks import (
     PartialParticipation,
     Partition,
 )
+from lightning_fed.engines import Processes
 from lightning_fed.testing import ToyModule, toy_data
-from tests.helpers import QUIET
+from tests.helpers import QUIET, sweep
 
 
 def loader(examples: int = 48) -> DataLoader[Any]:
@@ -120,7 +121,7 @@ class Bare(BaseException):
     pass
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, Bare])
+@pytest.mark.parametrize("kind", sweep([KeyboardInterrupt, SystemExit, Bare], [KeyboardInterrupt]))
 def test_what_is_no_exception_is_its_clients_error_in_a_worker_too(kind: type[BaseException]) -> None:
     class Stops(ToyModule):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -128,7 +129,7 @@ def test_what_is_no_exception_is_its_clients_error_in_a_worker_too(kind: type[Ba
                 raise kind("enough")
             return super().training_step(batch, batch_idx)
 
-    options: dict[str, Any] = {"max_rounds": 3, "engine": "processes", **QUIET}
+    options: dict[str, Any] = {"max_rounds": 3, "engine": Processes(2, start_method="fork"), **QUIET}
     with pytest.raises(ClientError, match=rf"Round 2, train: client 1 raised .*{kind.__name__}") as told:
         FederatedTrainer(callbacks=[unequal()], **options).fit(Stops())
     assert 'raise kind("enough")' in str(told.value)
@@ -141,7 +142,11 @@ def unequal() -> ClientData:
     return ClientData([(DataLoader(toy_data(n), 8), DataLoader(toy_data(9, seed=1), 8)) for n in (11, 30, 20)])
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"engine": "processes"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate_grad_batches": 2}, {"engine": Processes(2, start_method="fork")}],
+    ids=["alone", "accumulated", "processes"],
+)
 @pytest.mark.parametrize(
     ("build", "hook"),
     [

@@ -14,7 +14,7 @@ from lightning_fed.engines import Engine, InProcess, Processes
 from lightning_fed.testing import toy_data
 from lightning_fed.values.weights import Weights, read
 from tests.habits import DATA_HABITS, LOADERS, MODULE_HABITS, Data, DrawsAtModuleLevel, Habitual, go_together
-from tests.helpers import QUIET, LastFirst
+from tests.helpers import QUIET, LastFirst, sweep
 
 SIZES = (24, 16, 9)
 
@@ -76,7 +76,7 @@ def groups() -> list[list[str]]:
 # What the first client does for good is the same in any order: in workers the others have no predecessor.
 @pytest.mark.parametrize(
     "habits",
-    [["freezes a weight"], ["turns a square weight"], *groups()],
+    sweep([["freezes a weight"], ["turns a square weight"], *groups()], [["freezes a weight"], *groups()[:2]]),
     ids=lambda group: f"{group[0]} and {len(group) - 1} more",
 )
 def test_nor_does_who_trains_in_another_process(habits: list[str]) -> None:
@@ -92,18 +92,33 @@ def test_a_worker_s_module_can_do_what_the_user_s_can() -> None:
     made.extra.resize_(7)  # what was sent is still its own
 
 
-@pytest.mark.parametrize("habit", DATA_HABITS)
+# Some of each kind: what is drawn, counted, kept.
+OF_DATA = (
+    "a data set that draws",
+    "a data set that counts",
+    "a data set with a cache",
+    "a transform that seeds itself",
+)
+
+
+@pytest.mark.parametrize("habit", sweep(DATA_HABITS, OF_DATA))
 @pytest.mark.parametrize("data", [shared_loader, own_loaders, made_loaders])
 def test_what_a_client_leaves_in_the_data_no_other_finds(data: Any, habit: str) -> None:
     arguments = (habit,) if data is shared_loader else ("a shuffled loader", habit)
-    others = Processes(2) if data is shared_loader else LastFirst()
+    others = Processes(2, start_method="fork") if data is shared_loader else LastFirst()
     same(run(module(), data(*arguments), InProcess()), run(module(), data(*arguments), others))
 
 
-@pytest.mark.parametrize("how", LOADERS)
+OF_LOADERS = (
+    *("a shuffled loader", "a sampler with a generator", "a collate function that fits itself"),
+    *("a split at random", "a datamodule of its own"),
+)
+
+
+@pytest.mark.parametrize("how", sweep(LOADERS, OF_LOADERS))
 @pytest.mark.parametrize("data", [own_loaders, made_loaders])
 def test_what_loaders_draw_is_the_client_s_own(data: Any, how: str) -> None:
-    others = Processes(2) if data is made_loaders else LastFirst()
+    others = Processes(2, start_method="fork") if data is made_loaders else LastFirst()
     same(run(module(), data(how), InProcess()), run(module(), data(how), others))
 
 
@@ -130,8 +145,15 @@ def _later(habit: str) -> type[Habitual]:
     return Later
 
 
+# Some of each kind: what is set, written into, drawn, hooked in.
+OF_MODULES = (
+    *("counts in an attribute", "appends to a list", "writes into a buffer", "writes into an array"),
+    *("a NumPy generator", "everybody's generators", "registers a forward hook", "freezes a weight"),
+)
+
+
 @pytest.mark.parametrize("when", [lambda habit: Habitual, _later], ids=["from the start", "later"])
-@pytest.mark.parametrize("habit", MODULE_HABITS)
+@pytest.mark.parametrize("habit", sweep(MODULE_HABITS, OF_MODULES))
 def test_clients_trained_as_one_get_what_each_gets_alone(habit: str, when: Any) -> None:
     """Within the rounding of stacked products; where that could not be they train one after the other."""
     ends = []
@@ -152,7 +174,7 @@ def test_clients_trained_as_one_get_what_each_gets_alone(habit: str, when: Any) 
     assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-7)
 
 
-@pytest.mark.parametrize("habit", [*DATA_HABITS, *LOADERS])
+@pytest.mark.parametrize("habit", sweep([*DATA_HABITS, *LOADERS], [*OF_DATA, *OF_LOADERS[1:3]]))
 def test_clients_trained_as_one_read_what_each_reads_alone(habit: str) -> None:
     ends = []
     for vectorize in (False, 3):

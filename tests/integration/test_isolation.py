@@ -17,7 +17,7 @@ from lightning_fed.callbacks import ClientData, FaultTolerance, History, Partiti
 from lightning_fed.engines import Engine, InProcess, Processes
 from lightning_fed.testing import ToyModule, toy_data
 from lightning_fed.values.weights import read
-from tests.helpers import QUIET
+from tests.helpers import QUIET, sweep
 
 
 def loader(examples: int = 48) -> DataLoader:
@@ -53,7 +53,7 @@ class Dies(ToyModule):
 @pytest.mark.parametrize("tolerated", [True, False])
 def test_a_client_that_dies_in_mid_step_leaves_nothing_to_the_next(tolerated: bool) -> None:
     ends = []
-    for engine in (InProcess(), Processes(3)):
+    for engine in (InProcess(), Processes(3, start_method="fork")):
         module, history = built(Dies), History()
         callbacks = [Partition(3), history, *([FaultTolerance(min_results=1, on_error="ignore")] if tolerated else [])]
         trainer = FederatedTrainer(max_rounds=2, seed=1, engine=engine, callbacks=callbacks, **QUIET)
@@ -81,7 +81,7 @@ class Grows(ToyModule):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("engine", [InProcess, lambda: Processes(2)])
+@pytest.mark.parametrize("engine", [InProcess, lambda: Processes(2, start_method="fork")])
 def test_a_buffer_that_grows_is_named_and_the_module_is_as_it_was(engine: Any) -> None:
     module = built(Grows)
     before = read(module)
@@ -244,7 +244,7 @@ SPLITS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("reload", [0, 1])
-@pytest.mark.parametrize("how", SPLITS)
+@pytest.mark.parametrize("how", sweep(SPLITS, ["a function", "a datamodule's setup"]))
 def test_what_is_held_out_at_random_is_never_trained_on(how: str, reload: int) -> None:
     for part in SEEN.values():
         part.clear()
@@ -268,7 +268,7 @@ class SharedSplit(LightningDataModule):
         return DataLoader(random_split(toy_data(60), [0.5, 0.5])[0], 8, shuffle=True)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", sweep([1, 2, 3], [2]))
 def test_a_loader_that_is_opened_anew_is_the_same_in_all_processes(workers: int) -> None:
     def run(engine: Engine) -> Any:
         module = built(ToyModule)
@@ -278,4 +278,4 @@ def test_a_loader_that_is_opened_anew_is_the_same_in_all_processes(workers: int)
         trainer.fit(module, datamodule=SharedSplit())
         return read(module)
 
-    torch.testing.assert_close(run(InProcess()), run(Processes(workers)), rtol=0, atol=0)
+    torch.testing.assert_close(run(InProcess()), run(Processes(workers, start_method="fork")), rtol=0, atol=0)

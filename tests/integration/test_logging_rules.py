@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassF1Score, MulticlassPrecision, 
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData, ClientMetrics, History
-from tests.helpers import QUIET, class_sorted, loaders, pooled
+from tests.helpers import QUIET, class_sorted, loaders, pooled, sweep
 
 SIZES = (7, 53, 40)
 BATCH = 16
@@ -239,7 +239,7 @@ def weighted(each, sizes=SIZES):
     return {name: sum(n * own[name] for n, own in zip(sizes, each, strict=True)) / sum(sizes) for name in each[0]}
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("epochs", sweep([1, 2], [2]))
 @pytest.mark.parametrize("cls", TRAINING)
 def test_one_client_logs_in_training_what_a_plain_trainer_has(cls, epochs):
     (part,) = class_sorted((53,))
@@ -247,7 +247,10 @@ def test_one_client_logs_in_training_what_a_plain_trainer_has(cls, epochs):
     assert row == close(fitted(cls, DataLoader(part, BATCH), epochs))
 
 
-@pytest.mark.parametrize("cls", TRAINING)
+@pytest.mark.parametrize(
+    "cls",
+    sweep(TRAINING, [StepThenEpochEnd, BatchStartThenStep, MetricOnStep, MetricForked, TwoNames, OtherReductions]),
+)
 def test_client_metrics_are_each_clients_own_values(cls):
     parts = class_sorted(SIZES)
     row = federated(cls, loaders(parts, BATCH), ClientMetrics(spread=False, per_client=True))

@@ -22,7 +22,7 @@ from lightning_fed.client.vectorized.fit import StackOptions, vectorized_evaluat
 from lightning_fed.testing import ToyModule, toy_data
 from lightning_fed.values.data import ClientLoaders
 from lightning_fed.values.weights import read
-from tests.helpers import QUIET
+from tests.helpers import QUIET, sweep
 
 
 def peaks(*arguments: str) -> list[float]:
@@ -38,20 +38,15 @@ def peaks(*arguments: str) -> list[float]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("few", "many"), [("5", "25"), pytest.param("20", "200", marks=pytest.mark.landing)])
-def test_many_clients_need_no_more_memory_than_few(few: str, many: str) -> None:
-    small, large = peaks(few, many)
+@pytest.mark.parametrize(("few", "many", "at_once"), sweep([(3, 8, 2), (20, 200, 8)], [(3, 8, 2)]))
+def test_many_clients_need_no_more_memory_than_few(few: int, many: int, at_once: int) -> None:
+    small, large, *vectorized = peaks(str(few), str(many), *(f"{n * at_once}:{at_once}" for n in (2, 4)))
     assert small < 6
     assert large < 6
     assert abs(large - small) < 0.2
-
-
-@pytest.mark.timeout(900)
-def test_clients_trained_as_one_need_the_memory_of_as_many_and_no_more_with_the_cohort() -> None:
-    small, large = peaks("16", "32", "--at-once", "8")
     server = 4  # the weights kept aside, the mean in float64, a part that is being stacked
-    assert large < 1.3 * 8 * 2 + server  # weights and gradients
-    assert abs(large - small) < 0.2
+    assert vectorized[1] < 1.3 * at_once * 2 + server  # weights and gradients
+    assert abs(vectorized[1] - vectorized[0]) < 0.2
 
 
 @pytest.fixture

@@ -145,6 +145,7 @@ def compiled_in_place(module: ToyModule, backend: Any) -> Any:
     return module
 
 
+@pytest.mark.landing  # the first thing that is compiled takes seconds; a module that is compiled inside is below
 @pytest.mark.parametrize("wrap", [compiled_around, compiled_in_place], ids=["around", "module.compile()"])
 def test_compiled_modules_train_as_the_plain_one(wrap: Callable[[ToyModule, Any], Any]) -> None:
     torch.manual_seed(0)

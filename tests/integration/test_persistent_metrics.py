@@ -38,7 +38,11 @@ def counted(engine, quiet) -> dict[str, float]:
     return {name: value.item() for name, value in module.state_dict().items() if not name.startswith("net")}
 
 
-@pytest.mark.parametrize("engine", ["in_process", Processes(1), Processes(2)], ids=["in_process", "one", "two"])
+@pytest.mark.parametrize(
+    "engine",
+    ["in_process", Processes(1, start_method="fork"), Processes(2, start_method="fork")],
+    ids=["in_process", "one", "two"],
+)
 def test_states_that_are_saved_are_the_mean_of_what_the_clients_counted_on_every_engine(engine, quiet):
     each_round = sum(size * (size // 8) for size in SIZES) / sum(SIZES)
     expected = {"steps.sum_value": ROUNDS * each_round, "both.sum.sum_value": ROUNDS * each_round}

@@ -67,7 +67,7 @@ def run(code: str, engine: Engine | None, **names: Any) -> dict[str, Any]:
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "in process": InProcess,
-    "processes": lambda: Processes(2),
+    "processes": lambda: Processes(2, start_method="fork"),
     "clean processes": lambda: Processes(2, start_method="forkserver"),
     "ray": lambda: Ray(2),
 }
@@ -114,7 +114,7 @@ def test_the_first_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     central, federated = ("\n".join(line[1:] for line in lines if line[0] in kept) for kept in ("- ", "+ "))
     tools = {"L": L, "ModelCheckpoint": ModelCheckpoint, "FederatedTrainer": FederatedTrainer}
     run(central, None, **tools)
-    trainer = run(shorter(federated), Processes(2), **tools)["trainer"]
+    trainer = run(shorter(federated), ENGINES["processes"](), **tools)["trainer"]
     assert trainer.current_epoch == 2
     assert "test_acc" in trainer.callback_metrics
 
@@ -126,7 +126,7 @@ def test_the_run_that_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path / "whole")
     whole = run(shorter(block("Resume"), 3), InProcess(), **tools)["model"]
     monkeypatch.chdir(tmp_path / "in two")
-    run(shorter(block("Resume"), 2), Processes(2), **tools)
+    run(shorter(block("Resume"), 2), ENGINES["processes"](), **tools)
     resumed = run(shorter(block("Resume"), 3), InProcess(), **tools)["model"]
     torch.testing.assert_close(read(resumed), read(whole), rtol=0, atol=0)
 

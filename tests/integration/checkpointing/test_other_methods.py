@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ from lightning_fed.callbacks import (
     FlowerStrategy,
 )
 from lightning_fed.testing import ToyModule
+from tests.helpers import sweep
 from tests.integration import plain
 from tests.integration.checkpointing.runs import FEDERATION, fit, loader, notes, saved, trainer_of
 
@@ -35,8 +37,13 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("after", METHODS)
-@pytest.mark.parametrize("before", ["FedAvg", "FedAdam", "Flower's FedAdam", "wrapped"])
+BEFORE = ["FedAvg", "FedAdam", "Flower's FedAdam", "wrapped"]
+# With a state before, after, both, of another kind, within another; and the same again.
+FEW = [("FedAdam", "FedAvg"), ("FedAvg", "FedAvgM"), ("FedAdam", "FedAvgM"), ("FedAdam", "Flower's FedAdam")]
+FEW += [("Flower's FedAdam", "wrapped"), ("wrapped", "wrapped")]
+
+
+@pytest.mark.parametrize(("before", "after"), sweep(itertools.product(BEFORE, METHODS), FEW))
 def test_another_method_goes_on_from_the_weights_with_a_state_of_its_own(tmp_path, before, after):
     fit(tmp_path, METHODS[before](), rounds=1)
     shutil.copy(tmp_path / "last.ckpt", tmp_path / "one.ckpt")

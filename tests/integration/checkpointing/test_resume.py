@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, OnExceptionCheckpoint
 from torch import Tensor
 
+from tests.helpers import sweep
 from tests.integration.checkpointing import resume_script
 from tests.integration.checkpointing.resume_script import ROUNDS, STOP_ROUND, StopAt, run, stopped_run
 
@@ -129,7 +130,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("saving", "moment"), CASES)
+# Each way to save, and each kind of moment.
+FEW = [
+    ("at the end of a round", "client trained"),
+    ("at the end of a round", "validation batch"),
+    ("at the end of validation", "client evaluated"),
+    ("every 2 rounds", "client trained"),
+    ("validation every 2 rounds", "round done, not saved"),
+]
+
+
+@pytest.mark.parametrize(("saving", "moment"), sweep(CASES, FEW))
 def test_wherever_a_run_stops_and_however_it_saves_its_end_is_the_same(tmp_path, whole, saving, moment):
     directory = tmp_path / "stopped"
     stopped_run(directory, moment, **SAVING[saving])
@@ -141,7 +152,12 @@ def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-@pytest.mark.parametrize("saving", ["at the end of a round", "at the end of validation", "validation every 2 rounds"])
+@pytest.mark.parametrize(
+    "saving",
+    sweep(
+        ["at the end of a round", "at the end of validation", "validation every 2 rounds"], ["at the end of validation"]
+    ),
+)
 def test_resuming_a_finished_run_changes_nothing(tmp_path, saving):
     directory = tmp_path / "finished"
     module, history, _ = run(directory, **SAVING[saving])
@@ -164,7 +180,9 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, saving):
     assert files(directory) == after
 
 
-@pytest.mark.parametrize("saving", ["at the end of a round", "at the end of validation"])
+@pytest.mark.parametrize(
+    "saving", sweep(["at the end of a round", "at the end of validation"], ["at the end of a round"])
+)
 def test_three_rounds_and_three_more_equal_six_in_one_go(tmp_path, whole, saving):
     directory = tmp_path / "longer"
     _, history, _ = run(directory, rounds=3, **SAVING[saving])
@@ -205,7 +223,11 @@ class Stop(Exception):
     """Something of the user's own goes wrong."""
 
 
-@pytest.mark.parametrize("moment", StopAt.MOMENTS)
+# While clients train; with the round's weights taken over.
+WITHIN = ("client trained", "validation batch")
+
+
+@pytest.mark.parametrize("moment", sweep(StopAt.MOMENTS, WITHIN))
 def test_a_run_goes_on_from_a_checkpoint_saved_on_an_exception(tmp_path, whole, moment):
     def stop() -> None:
         raise Stop
@@ -220,7 +242,7 @@ def test_a_run_goes_on_from_a_checkpoint_saved_on_an_exception(tmp_path, whole, 
     assert [row["round"] for row in history.rows] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("moment", StopAt.MOMENTS)
+@pytest.mark.parametrize("moment", sweep(StopAt.MOMENTS, WITHIN))
 def test_a_run_goes_on_from_a_checkpoint_saved_at_any_moment(tmp_path, whole, moment):
     """In the middle of a round the module has a client's weights, and some clients have a new state."""
     directory, saved_at = tmp_path / "saving", tmp_path / "moment.ckpt"

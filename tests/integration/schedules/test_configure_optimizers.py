@@ -111,11 +111,12 @@ def test_a_look_at_configure_optimizers_opens_no_data_that_it_does_not_ask_for()
         opened.append(client)
         return loader(3)
 
+    engine = Processes(1, start_method="fork")
     for needs_data in (False, True):
         opened.clear()
-        trainer = FederatedTrainer(max_rounds=1, callbacks=[ClientData(data, 2)], engine=Processes(1), **QUIET)
+        trainer = FederatedTrainer(max_rounds=1, callbacks=[ClientData(data, 2)], engine=engine, **QUIET)
         trainer.fit(Wrong(lambda opt: opt, needs_data=False))
-        trainer = FederatedTrainer(max_rounds=2, callbacks=[ClientData(data, 2)], engine=Processes(1), **QUIET)
+        trainer = FederatedTrainer(max_rounds=2, callbacks=[ClientData(data, 2)], engine=engine, **QUIET)
         if needs_data:
             trainer.fit(Wrong(lambda opt: opt, needs_data=True))
         assert opened == ([0] if needs_data else [])

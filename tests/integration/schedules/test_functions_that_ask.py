@@ -16,7 +16,7 @@ from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData
 from lightning_fed.client.local import schedules
 from lightning_fed.testing import ToyModule, toy_data
-from tests.helpers import QUIET
+from tests.helpers import QUIET, sweep
 from tests.integration.schedules.runs import (
     BATCHES,
     Seen,
@@ -72,8 +72,15 @@ class Asks(ToyModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **self.config}}
 
 
-@pytest.mark.parametrize("interval", ["epoch", "step"])
-@pytest.mark.parametrize(("kind", "frequency"), [*((kind, n) for kind in ASKING for n in (1, 2, 3)), ("a leap", 7)])
+# Each kind once, and each interval with and without a frequency.
+FEW = [("a leap", 3, "epoch"), ("each step", 1, "epoch"), ("each step", 2, "step"), ("its own", 1, "step")]
+FEW += [("in another", 1, "step")]
+FREQUENCIES = [*((kind, n) for kind in ASKING for n in (1, 2, 3)), ("a leap", 7)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "frequency", "interval"), sweep([(*each, i) for each in FREQUENCIES for i in ("epoch", "step")], FEW)
+)
 def test_a_schedule_that_asks_is_told_when_its_step_would_be(kind: str, interval: str, frequency: int) -> None:
     def build() -> Asks:
         return Asks(kind, interval, frequency)
@@ -83,8 +90,13 @@ def test_a_schedule_that_asks_is_told_when_its_step_would_be(kind: str, interval
     assert when_and_what(federated(build, 3, late=2, local_epochs=3)) == from_round(expected, 4, BATCHES)
 
 
-@pytest.mark.parametrize(("interval", "frequency"), [("epoch", 1), ("step", 1), ("step", 2)])
-@pytest.mark.parametrize("kind", ASKING)
+@pytest.mark.parametrize(
+    ("kind", "interval", "frequency"),
+    sweep(
+        [(kind, *when) for kind in ASKING for when in (("epoch", 1), ("step", 1), ("step", 2))],
+        [("a leap", "epoch", 1), ("each step", "step", 2), ("its own", "step", 1)],
+    ),
+)
 def test_accumulated_batches_are_one_step_of_the_clock(kind: str, interval: str, frequency: int) -> None:
     def build() -> Asks:
         return Asks(kind, interval, frequency)
@@ -97,7 +109,7 @@ def test_accumulated_batches_are_one_step_of_the_clock(kind: str, interval: str,
 
 
 @pytest.mark.parametrize("interval", ["epoch", "step"])
-@pytest.mark.parametrize("kind", ASKING)
+@pytest.mark.parametrize("kind", sweep(ASKING, ["each step"]))
 def test_local_steps_that_end_within_an_epoch_tell_the_time(kind: str, interval: str) -> None:
     def build() -> Asks:
         return Asks(kind, interval)
@@ -107,7 +119,7 @@ def test_local_steps_that_end_within_an_epoch_tell_the_time(kind: str, interval:
     assert rates(federated(build, 5, local_steps=3))[2 * 3 :: 3] == expected
 
 
-@pytest.mark.parametrize("kind", ASKING)
+@pytest.mark.parametrize("kind", sweep(ASKING, ["each step"]))
 def test_a_loader_without_length_tells_the_time_by_local_steps(kind: str) -> None:
     seen = federated(lambda: Asks(kind, "step"), 3, DataLoader(Stream(), 8), local_steps=2)
     # An epoch is two batches, but nobody knows: then current_epoch counts rounds.
@@ -136,7 +148,7 @@ class AsksByHand(Asks):
 
 
 @pytest.mark.parametrize("at_epoch_end", [True, False])
-@pytest.mark.parametrize("kind", ASKING)
+@pytest.mark.parametrize("kind", sweep(ASKING, ["each step"]))
 def test_a_schedule_stepped_by_hand_is_told_the_time(kind: str, at_epoch_end: bool) -> None:
     def build() -> AsksByHand:
         return AsksByHand(kind, at_epoch_end)
@@ -146,7 +158,7 @@ def test_a_schedule_stepped_by_hand_is_told_the_time(kind: str, at_epoch_end: bo
     assert rates(federated(build, 6, late=4))[-3 * BATCHES :] == pytest.approx(from_round(expected, 4, BATCHES))
 
 
-@pytest.mark.parametrize("kind", ASKING)
+@pytest.mark.parametrize("kind", sweep(ASKING, ["each step"]))
 def test_unequal_clients_are_each_told_their_own_time(kind: str) -> None:
     def build() -> Asks:
         return Asks(kind, "step")

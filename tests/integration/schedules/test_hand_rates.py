@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData, PartialParticipation
+from lightning_fed.engines import Engine, InProcess, Processes
 from lightning_fed.testing import ToyModule, toy_data
 from tests.helpers import QUIET
 
@@ -94,9 +95,9 @@ def said(build: Any, **options: Any) -> list[str]:
     return [str(one.message) for one in caught if "earning rate" in str(one.message)]
 
 
-@pytest.mark.parametrize("engine", ["in_process", "processes"])
+@pytest.mark.parametrize("engine", [InProcess(), Processes(2, start_method="fork")], ids=["in process", "processes"])
 @pytest.mark.parametrize("build", [WarmsUp, SetsOnce, ByHand, OnASchedule])
-def test_rates_set_by_hand_that_are_lost_are_said_once(build: Any, engine: str) -> None:
+def test_rates_set_by_hand_that_are_lost_are_said_once(build: Any, engine: Engine) -> None:
     (words,) = said(build, engine=engine)
     assert "client_state='carry'" in words
     assert "LambdaLR" in words

@@ -20,6 +20,7 @@ from lightning_fed.callbacks import (
 from lightning_fed.client.vectorized import dispatch
 from tests.helpers import QUIET
 
+ROUNDS = 2
 SIZES = (24, 21, 16, 24, 37, 22, 24)  # batches of 8: three, three (the last smaller), two, three, five, three, three
 
 
@@ -155,12 +156,12 @@ class Counter:
 
 
 def run(build: Callable[[], L.LightningModule], *callbacks: Any, **options: Any) -> tuple[dict[str, Tensor], Any, Any]:
-    """Weights, history and each client's report after three rounds of two epochs."""
+    """Weights, history and each client's report after rounds of two epochs."""
     torch.manual_seed(0)
     module, history = build(), History(per_client=True)
     dtype = options.pop("dtype", torch.float32)
     loaders = options.pop("loaders", None) or data(dtype)
-    options = {"max_rounds": 3, "local_epochs": 2, **QUIET, **options}
+    options = {"max_rounds": ROUNDS, "local_epochs": 2, **QUIET, **options}
     trainer = FederatedTrainer(callbacks=[ClientData(loaders), *callbacks, history], **options)
     trainer.fit(module.to(dtype))
     return {name: value.clone() for name, value in module.state_dict().items()}, history.rows, history.clients

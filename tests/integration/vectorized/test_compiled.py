@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_fed.client.vectorized import compiled_step
 from lightning_fed.errors import FederationError
+from tests.helpers import sweep
 from tests.integration.vectorized.runs import CASES, Lit, assert_close, data, mlp, momentum, run
 
 
@@ -183,12 +184,8 @@ COMPILED: dict[str, tuple[Callable[[], L.LightningModule], dict[str, Any], set[b
 }
 
 
-# Those in which what is compiled differs; each takes seconds.
-FEW = ("MLP", "CNN with BatchNorm", "two groups of SGD", "learning rate by round", "Adam")
-EACH = [name if name in FEW else pytest.param(name, marks=pytest.mark.landing) for name in COMPILED]
-
-
-@pytest.mark.parametrize("name", EACH)
+# SGD is compiled with the step for some steps and never; each takes seconds.
+@pytest.mark.parametrize("name", sweep(COMPILED, ("learning rate by round", "Adam")))
 def test_compiled_steps_give_the_same(name: str, compiled_without_inductor: list[bool]) -> None:
     build, options, is_updated = COMPILED[name]
     SEEN.clear()
