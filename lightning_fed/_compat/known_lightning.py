@@ -1,7 +1,7 @@
 """Whether the installed Lightning is one whose steps the clients' loops are known to copy.
 
 ``client/local/fast_loop.py`` and ``client/local/logged.py`` do what the files below do, without what nobody listens to.
-Where one of these files is not as in a release that ``tests/client/test_fast_loop.py`` was run with, clients use
+Where one of these files is not as in a release that ``tests/client/local/test_fast_loop.py`` was run with, clients use
 Lightning's own loops: slower, and never wrong.
 """
 

@@ -221,7 +221,20 @@ UNUSUAL = {
 }
 
 
-@pytest.mark.parametrize("name", UNUSUAL)
+# What the step gives, when it steps, how often, and what is logged.
+SOME = (
+    "None now and then",
+    "ends the epoch",
+    "optimizer_step",
+    "LBFGS",
+    "logs",
+    "clip by norm",
+    "accumulation",
+    "bf16",
+)
+
+
+@pytest.mark.parametrize("name", sweep(UNUSUAL, SOME))
 def test_what_is_unusual_goes_as_in_lightning_s_own_loop(name: str) -> None:
     build, options = UNUSUAL[name]
     assert assert_same(build, Watch(), **options)

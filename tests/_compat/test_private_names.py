@@ -23,7 +23,7 @@ from lightning_fed._compat.flower import server_identity
 from lightning_fed.state.generators import is_global
 from lightning_fed.views import View
 
-ROOT = Path(__file__).parent.parent / "lightning_fed"
+ROOT = Path(__file__).parents[2] / "lightning_fed"
 MODULES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
 COMPAT = [name for name in MODULES if name.startswith("_compat/")]
 # Where private names come from.
