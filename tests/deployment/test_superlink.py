@@ -129,7 +129,7 @@ def test_a_site_that_leaves_is_its_clients_failure_and_comes_back_in_a_later_rou
 
     def leave_and_return():
         wait_for(sign.exists)
-        assert secure.sites[2].end() < 1.5  # SIGTERM, in the middle of its local fit
+        assert secure.sites[2].end() < 10  # SIGTERM, in the middle of a local fit of 60 s
         assert "Client 2 leaves" in secure.sites[2].log
         wait_for(lambda: errors)
         secure.sites[2] = secure.join(2)
