@@ -171,8 +171,8 @@ def test_callbacks_that_the_module_configures_are_placed(module: Any, runner: Ru
 
 
 def test_batch_hooks_know_nothing_of_a_rounds_item(module: Any) -> None:
-    assert not module.is_batch(RoundItem())
-    assert module.is_batch([torch.zeros(1)])
+    assert not module._fed_is_batch(RoundItem())
+    assert module._fed_is_batch([torch.zeros(1)])
 
 
 def test_optimization_seems_automatic_at_the_server_and_what_is_set_is_for_the_clients(runner: Runner) -> None:
