@@ -1,8 +1,8 @@
 """The trust boundary: what a client sends is read and checked here, before anything else of the server sees it.
 
-Replies come from machines that nobody here owns. Nothing is unpickled, nothing takes more memory than the bytes that
-came, and whatever is wrong is a ``ClientError`` that says what. What passes has tensors for arrays, so that a strategy
-decodes nothing.
+Replies come from machines that nobody here owns. Nothing is unpickled, and what is found wrong is a ``ClientError``
+that says what. What passes has tensors for arrays, so that a strategy decodes nothing. docs/deployment.md says what is
+not found yet.
 """
 
 from __future__ import annotations
