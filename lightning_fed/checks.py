@@ -54,16 +54,10 @@ def is_number(value: object, *, whole: bool = False) -> TypeGuard[float]:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def time_faults(name: str, value: object) -> list[str]:
-    """Return a sentence if a value is no time in seconds."""
+def positive_faults(name: str, value: object, rule: str) -> list[str]:
+    """Return a sentence, with the rule, if a value is no number above 0."""
     good = is_number(value) and value > 0  # which NaN is not
-    return [] if good else [f"{name}={value!r} must be a number of seconds above 0."]
-
-
-def ceiling_faults(name: str, value: object) -> list[str]:
-    """Return a sentence if a value is no number that can be reached."""
-    good = is_number(value) and value > 0
-    return [] if good else [f"{name}={value!r} must be a number above 0; float('inf') is no limit."]
+    return [] if good else [f"{name}={value!r} must be {rule}."]
 
 
 def switch_faults(values: Mapping[str, object]) -> list[str]:

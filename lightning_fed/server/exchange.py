@@ -76,9 +76,10 @@ class Exchange:
         self.terms, self.stage, self.round, self.cohort = terms, stage, round, cohort
         self.weights = weights
         self._apart = IntegerTensors(weights)
-        self._expected = _expected(terms, weights if stage == "train" else None)
+        inside = list(all_inside(terms.strategy))
+        self._expected = _expected(inside, terms.max_examples, weights if stage == "train" else None)
         # Where a strategy of ours weighs all clients alike, integer tensors are weighed so, too.
-        self._alike = any(isinstance(one, WeightedMean) and one.uniform for one in all_inside(terms.strategy))
+        self._alike = any(isinstance(one, WeightedMean) and one.uniform for one in inside)
         self.states: list[tuple[float, list[metrics.MetricState]]] = []
         self.reported: list[tuple[float, dict[str, float]]] = []
         self._counted: list[int] = []  # the clients of these
@@ -241,12 +242,11 @@ class Exchange:
         release_frames(error)  # the user may keep it, and its frames have the client's weights and batches
 
 
-def _expected(terms: Terms, weights: Weights | None) -> Expected:
-    inside = list(all_inside(terms.strategy))
+def _expected(inside: Sequence[Strategy], max_examples: float, weights: Weights | None) -> Expected:
     return Expected(
         weights,
         frozenset(key for one in inside if isinstance(key := getattr(one, "weighted_by_key", None), str)),
-        terms.max_examples,
+        max_examples,
         records=not any(is_users(type(one), f"aggregate_{stage}") for one in inside for stage in ("train", "evaluate")),
     )
 

@@ -114,12 +114,12 @@ def owner_faults(federated: Sequence[FederatedCallback], num_clients: int | None
         names = [type(callback).__name__ for callback in of(decision, federated)]
         if len(names) > 1:
             found.append(f"{' and '.join(names)} both decide the {decision}: keep one of them.")
-        found += [
-            f"{type(one).__name__} decides the partition: derive it from lightning_fed.callbacks.base.PartitionOwner."
-            for one in of(decision, federated)
-            if decision == "partition" and not isinstance(one, PartitionOwner)
-        ]
     deals = of("partition", federated)
+    found += [
+        f"{type(one).__name__} decides the partition: derive it from lightning_fed.callbacks.base.PartitionOwner."
+        for one in deals
+        if not isinstance(one, PartitionOwner)
+    ]
     if not deals and num_clients is None:
         found.append(
             "Say who the clients are: num_clients=10 deals the train set out at random, callbacks=[Partition(...)] by"

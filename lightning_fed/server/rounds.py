@@ -186,8 +186,8 @@ class Rounds:
             rank_zero_warn(note)
 
     def _say_nan(self, exchange: Exchange, logged: Mapping[str, float]) -> None:
-        for name in [name for name, value in logged.items() if math.isnan(value)]:
-            if senders := exchange.senders_of_nan(name):
+        for name, value in logged.items():
+            if math.isnan(value) and (senders := exchange.senders_of_nan(name)):
                 self._say_once(
                     f"The logged {name!r} is NaN: in round {exchange.round}, {exchange.stage}, NaN came from client"
                     f" {', '.join(map(str, senders))}. Of later rounds nothing is said."

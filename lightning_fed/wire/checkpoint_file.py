@@ -19,7 +19,6 @@ from lightning_fed.errors import ConfigurationError
 # The key of the federation's state among a checkpoint's callbacks.
 FEDERATION = "lightning_fed.Federation"
 _SHOWN = 3
-_DAMAGED = "is damaged: {!r} among its {:,} bytes is not what was written."
 
 
 def explain_errors(trainer: Trainer) -> None:
@@ -76,7 +75,7 @@ def look_at(path: Any) -> str | None:
     if size == 0:
         return "is empty (0 bytes): whoever wrote it was stopped, or the disk was full."
     if damaged is not None:
-        return _DAMAGED.format(damaged, size)
+        return f"is damaged: {damaged!r} among its {size:,} bytes is not what was written."
     if whole:
         is_torch = any(name.endswith("/data.pkl") for name in names)
         return None if is_torch else f"is a zip archive of {size:,} bytes that torch did not write."
@@ -90,11 +89,7 @@ def look_at(path: Any) -> str | None:
 def _changed(path: Any) -> str | None:
     """Return what of a file here is not what was written, which torch does not look at; ``None`` if all is."""
     here = Path(str(path))
-    if not here.is_file() or not zipfile.is_zipfile(here):
-        return None
-    with zipfile.ZipFile(here) as archive:
-        damaged = _damaged(archive)
-    return None if damaged is None else _DAMAGED.format(damaged, here.stat().st_size)
+    return look_at(here) if here.is_file() and zipfile.is_zipfile(here) else None
 
 
 def _damaged(archive: zipfile.ZipFile) -> str | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_fed._compat.flower import filled
 from lightning_fed.values.weights import dtype_name
-from lightning_fed.wire.tensor_array import TensorArray
+from lightning_fed.wire.tensor_array import TensorArray, of_bytes
 
 _PACKED, _INDEX = "lightning-fed.packed", "lightning-fed.index"
 _ALIGNED = 64
@@ -109,10 +109,7 @@ def _tensor(memory: Tensor, start: int, name: str, shape: Any) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if start + size > len(memory):
         raise ValueError(f"too few bytes for a {name} tensor of shape {shape}")
-    values = memory[start : start + size]
-    if dtype == torch.bool and bool((values > 1).any()):
-        raise ValueError("a bool that is neither True nor False")
-    return values.view(dtype).reshape(shape)
+    return of_bytes(memory[start : start + size].view(dtype)).reshape(shape)
 
 
 def _room(size: int) -> int:

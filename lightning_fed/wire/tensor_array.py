@@ -79,9 +79,18 @@ def decoded(array: Array) -> Tensor:
     if not values:
         return torch.from_numpy(np.empty(shape, dtype))
     made = np.frombuffer(values, dtype).reshape(shape, order="F" if is_fortran else "C")
-    if dtype.kind == "b" and made.view(np.uint8).max() > 1:
+    return of_bytes(torch.from_numpy(made))
+
+
+def of_bytes(tensor: Tensor) -> Tensor:
+    """Return a tensor whose memory is bytes from elsewhere, if it can be one.
+
+    Raises:
+        ValueError: If a bool is neither, with which torch computes anything.
+    """
+    if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
         raise ValueError("a bool that is neither True nor False")
-    return torch.from_numpy(made)
+    return tensor
 
 
 @lru_cache
