@@ -39,6 +39,16 @@ def plain(text: str, most: int) -> str:
     return "".join(one if one.isprintable() or one in "\n\t" else "?" for one in text[:most])
 
 
+def one_line(text: str, most: int = 300) -> str:
+    """Return a text from elsewhere as one line that may go to a terminal, cut after ``most`` characters.
+
+    >>> one_line(f"an error{chr(27)}[2J with a colour", 20)
+    'an error?[2J with a ...'
+    """
+    line = plain(" ".join(text[: 10 * most].split()), most)
+    return line if len(line) < most else f"{line}..."
+
+
 def frames(error: BaseException) -> str:
     """Return an exception's traceback with the frames of libraries folded; empty where it was not raised.
 

@@ -66,11 +66,13 @@ class Received:
         run_id: The run's number.
         group: The message's ``group_id``.
         tree: The names of its parts.
+        bare: The message without its content, to be answered where that cannot be read.
     """
 
     run_id: int
     group: str
     tree: ObjectTree
+    bare: Message
 
 
 class NodeConnection:
@@ -136,8 +138,8 @@ class NodeConnection:
             response = self._client.PullMessages(PullMessagesRequest(node=self._node))
         if not response.messages_list:
             return None
-        metadata = message_from_proto(response.messages_list[0]).metadata
-        return Received(metadata.run_id, metadata.group_id, response.message_object_trees[0])
+        bare = message_from_proto(response.messages_list[0])
+        return Received(bare.metadata.run_id, bare.metadata.group_id, response.message_object_trees[0], bare)
 
     def fetch(self, received: Received, seconds: float) -> Message:
         """Return the message itself."""

@@ -8,11 +8,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.clientapp import ClientApp
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -26,9 +26,11 @@ from lightning_fed._compat.flower_node import (
     new_key,
 )
 from lightning_fed.errors import ClientError, ConfigurationError
+from lightning_fed.site.answers import Answers
 from lightning_fed.site.states import StateFolder
-from lightning_fed.values.module_form import Form, difference
-from lightning_fed.wire import messages, packing, roll_call
+from lightning_fed.tracebacks import one_line, words
+from lightning_fed.values.module_form import Form
+from lightning_fed.wire import messages, roll_call
 from lightning_fed.wire.address import WAYS_TO_TRUST
 
 # Seconds between two questions whether there is work, and between those right after work, when the next may come soon.
@@ -65,9 +67,9 @@ class Site:
     """
 
     def __init__(self, app: ClientApp, form: Callable[[int], Form], member: Membership, states: StateFolder) -> None:
-        self._app, self._form, self._member, self._states = app, form, member, states
+        self._member, self._states = member, states
+        self._answers = Answers(app, form, member.client, states)
         self._has_joined = False
-        self._last: tuple[roll_call.WorkMarks, RecordDict] | None = None  # the last work and its reply
 
     def serve(self) -> None:
         """Work until Ctrl-C or SIGTERM.
@@ -140,28 +142,49 @@ class Site:
 
     def _pull(self, connection: NodeConnection, waiting: deque[Received]) -> None:
         """Take in what is there for this site, but for what the server has given up while the site was busy."""
-        while (received := connection.next()) is not None:
+        while (received := self._next(connection)) is not None:
             for earlier in [one for one in waiting if roll_call.is_overtaken(one.group, received.group)]:
                 waiting.remove(earlier)
                 rank_zero_info(f"Client {self._member.client} leaves {earlier.group} out: the server has gone on.")
             waiting.append(received)
 
-    def _work(self, connection: NodeConnection, received: Received) -> None:
-        traffic = connection.traffic
-        came, went, began = traffic.received, traffic.sent, time.monotonic()
+    def _next(self, connection: NodeConnection) -> Received | None:
         try:
-            message = self._again(connection, lambda: connection.fetch(received, _SLOWEST))
-            if message is None:
-                return
-            at, round = time.monotonic(), roll_call.round_of(message)
-            reply = self._answer(message, connection.node_id)
-            seconds = time.monotonic() - at
-            self._again(connection, lambda: connection.send(reply, seconds))
+            return connection.next()
+        except ConnectionError:
+            raise
+        except Exception as error:
+            self._say_unreadable(error)
+            return None
+
+    def _work(self, connection: NodeConnection, received: Received) -> None:
+        """Answer a message; one that cannot be read costs that message, and no more."""
+        try:
+            self._serve_one(connection, received)
         except LinkRefuses as error:
             if error.status == 401:
                 raise
             rank_zero_info(f"Client {self._member.client}: the run is over at the server, its work is dropped.")
+        except ConnectionError:
+            raise
+        except Exception as error:
+            said = self._say_unreadable(error)
+            with suppress(Exception):  # what cannot be answered either is dropped
+                refusal = messages.error_reply(
+                    received.bare, ClientError(f"cannot read or answer this message: {said}")
+                )
+                self._again(connection, lambda: connection.send(refusal, 0.0))
+
+    def _serve_one(self, connection: NodeConnection, received: Received) -> None:
+        traffic = connection.traffic
+        came, went, began = traffic.received, traffic.sent, time.monotonic()
+        message = self._again(connection, lambda: connection.fetch(received, _SLOWEST))
+        if message is None:
             return
+        at, round = time.monotonic(), roll_call.round_of(message)
+        reply = self._answers.to(message, connection.node_id)
+        seconds = time.monotonic() - at
+        self._again(connection, lambda: connection.send(reply, seconds))
         if message.metadata.message_type != MessageType.QUERY or reply.has_error():
             self._say(round, reply, time.monotonic() - began, traffic.received - came, traffic.sent - went)
 
@@ -180,43 +203,13 @@ class Site:
                 time.sleep(1.0)
         return None
 
-    def _answer(self, message: Message, node_id: int) -> Message:
-        """Make the reply; an exception is one."""
-        try:
-            if message.metadata.message_type == MessageType.QUERY:
-                self._require_same_form(message)
-            kept = roll_call.take_kept(message.content)
-            if kept is not None and self._last is not None and kept == self._last[0]:
-                # The server does not know whether the SuperLink, which was away, has lost the reply.
-                return Message(self._last[1], reply_to=message)
-            base = self._states.load(kept.base) if kept else RecordDict()
-            packing.unpack_tensors(message.content)
-            config: dict[str, Any] = {messages.CLIENT: self._member.client}
-            context = Context(message.metadata.run_id, node_id, config, messages.copy_for_delivery(base), {})
-            reply = self._app(message, context)
-        except Exception as exception:
-            return messages.error_reply(message, exception)
-        if reply.has_error():
-            return reply
-        if kept is not None and context.state != base:
-            self._states.save(kept.mark, context.state)
-            roll_call.say_kept(reply.content)
-        reply.content = packing.Packer().pack(reply.content)
-        self._last = None if kept is None else (kept, reply.content)
-        return reply
-
-    def _require_same_form(self, message: Message) -> None:
-        server = roll_call.take_form(message.content)
-        if not server:
-            return
-        if differs := difference(server, self._form(messages.read_seed(message))):
-            raise ClientError(
-                f"client {self._member.client} has another module than the server: {differs}. Both have to build the"
-                " same module, with the same pretrained weights where some are not trained."
-            )
+    def _say_unreadable(self, error: Exception) -> str:
+        said = one_line(words(error))
+        rank_zero_warn(f"Client {self._member.client} cannot read or answer a message: {said}")
+        return said
 
     def _say(self, round: int, reply: Message, seconds: float, came: int, went: int) -> None:
-        what = f"Round {round}, {reply.metadata.message_type}"
+        what = f"Round {round}, {one_line(reply.metadata.message_type)}"
         if reply.has_error():
             rank_zero_warn(f"{what}: client {self._member.client} failed: {messages.raised(reply)[0]}")
             return

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 
+from lightning_fed._compat.flower import make_message
 from lightning_fed._compat.flower_address import Address, LinkLost
 from lightning_fed._compat.flower_link import Traffic
 from lightning_fed._compat.flower_node import Received
@@ -22,8 +24,11 @@ from tests.helpers import in_flower
 RUN = "0123456789abcdef"
 
 
-def work(round: int, stage: str = "train", run: str = RUN) -> Received:
-    return Received(1, roll_call.mark_of(run, round, stage), None)  # type: ignore[arg-type]
+def work(round: int, stage: str = "train", run: str = RUN, message: Any = None) -> Received:
+    """A message to the site: what it is when it is fetched, or the exception that fetching it raises."""
+    mark = roll_call.mark_of(run, round, stage)
+    bare = make_message(Metadata(1, mark, 1, 7, "", mark, time.time(), 60.0, stage), content=RecordDict())
+    return Received(1, mark, message, bare)
 
 
 class Link:
@@ -31,7 +36,7 @@ class Link:
 
     def __init__(self, *gives: Any) -> None:
         self.gives = list(gives)
-        self.joined, self.left, self.done = 0, 0, list[str]()
+        self.joined, self.left, self.done, self.refused = 0, 0, list[str](), list[str]()
 
     def connection(self, *_: Any) -> Any:
         return Connection(self)
@@ -55,14 +60,21 @@ class Connection:
         return given
 
     def fetch(self, received: Received, seconds: float) -> Message:
+        if isinstance(received.tree, Exception):
+            raise received.tree
+        if received.tree is not None:
+            return received.tree  # type: ignore[return-value]
         config = messages.round_config(int(received.group.split("-")[1]), 0)
         message = Message(RecordDict({"config": config, "mark": ConfigRecord({"mark": received.group})}), 7, "train")
         message.metadata.__dict__["_message_id"] = received.group
         return message
 
     def send(self, reply: Message, seconds: float) -> None:
-        assert not reply.has_error(), reply.error
-        self.link.done.append(reply.metadata.reply_to_message_id.removeprefix(f"{RUN}-"))
+        to = reply.metadata.reply_to_message_id.removeprefix(f"{RUN}-")
+        if reply.has_error():
+            self.link.refused.append(f"{to}: {messages.raised(reply)[0]}")
+        else:
+            self.link.done.append(to)
 
     def close(self, *, forget: bool) -> None:
         self.link.left += 1
@@ -92,6 +104,7 @@ def served(tmp_path, monkeypatch):
 def test_a_site_that_was_busy_for_long_does_what_the_server_waits_for_and_not_what_it_has_given_up(served):
     link = served(work(1), None, work(1, "evaluate"), work(2), work(2, "evaluate"), work(4), None, None)
     assert link.done == ["1-train", "4-train"]
+    assert link.refused == []
 
 
 def test_work_of_other_runs_and_the_same_once_more_is_no_work_given_up(served):
@@ -105,3 +118,39 @@ def test_a_site_whose_question_gets_no_answer_joins_again_for_it_may_have_been_g
     link = served(work(1), LinkLost("in the middle of it"), None, work(1), None, None)
     assert (link.joined, link.left) == (2, 2)
     assert link.done == ["1-train"]
+
+
+def of(content: Any) -> Message:
+    """A message with a content that Flower itself would not put there."""
+    message = make_message(work(1).bare.metadata, content=RecordDict())
+    message.__dict__["_content"] = content
+    return message
+
+
+UNREADABLE = {
+    "parts that are no message": (IndexError("list index out of range"), "IndexError: list index out of range"),
+    "a part that is missing": (KeyError("ab" * 32), "KeyError: 'abab"),
+    "terminal escapes": (ValueError("\x1b[2J\n" + "x" * 10_000), r"ValueError: \?\[2J x{200}"),
+    "no content": (of(None), "Message content is None"),
+    "a number in place of records": (of(5), "AttributeError: 'int' object has no attribute 'values'"),
+}
+
+
+@pytest.mark.parametrize(("message", "said"), UNREADABLE.values(), ids=UNREADABLE)
+def test_a_message_that_cannot_be_read_is_refused_in_a_line_and_the_site_stays(served, message, said, recwarn):
+    link = served(work(1, message=message), None, work(2), None)
+    assert link.done == ["2-train"]
+    assert link.joined == 1
+    [refused] = link.refused
+    assert re.match(f"1-train: .*{said}", refused)
+    [line] = [str(one.message) for one in recwarn]
+    assert re.search(said, line)
+    assert line.isprintable()
+    assert len(line) < 400
+
+
+def test_what_the_superlink_gives_that_cannot_be_read_costs_a_question(served):
+    with pytest.warns(UserWarning, match=r"Client 3 cannot read or answer a message: ValueError: Invalid protobuf"):
+        link = served(ValueError("Invalid protobuf response payload"), work(1), None)
+    assert link.done == ["1-train"]
+    assert link.joined == 1

@@ -70,7 +70,7 @@ class Sites:
 
     def _at(self, client: int) -> Any:
         def site(message: Message) -> Message:
-            return self.sites[client]._answer(message, 11 + client)
+            return self.sites[client]._answers.to(message, 11 + client)
 
         return site
 

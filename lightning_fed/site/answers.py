@@ -1,0 +1,67 @@
+"""What a site makes of a message: its client's work, with what the client keeps before and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+
+from lightning_fed.errors import ClientError
+from lightning_fed.site.states import StateFolder
+from lightning_fed.values.module_form import Form, difference
+from lightning_fed.wire import messages, packing, roll_call
+
+
+class Answers:
+    """A client's replies.
+
+    Args:
+        app: What the client runs.
+        form: ``form(seed)`` tells the form of its module, which is set up for that.
+        client: The client.
+        states: What it keeps.
+    """
+
+    def __init__(self, app: ClientApp, form: Callable[[int], Form], client: int, states: StateFolder) -> None:
+        self._app, self._form, self._client, self._states = app, form, client, states
+        self._last: tuple[roll_call.WorkMarks, RecordDict] | None = None  # the last work and its reply
+
+    def to(self, message: Message, node_id: int) -> Message:
+        """Return the reply to a message; an exception is one."""
+        try:
+            return self._made(message, node_id)
+        except Exception as exception:
+            return messages.error_reply(message, exception)
+
+    def _made(self, message: Message, node_id: int) -> Message:
+        if message.metadata.message_type == MessageType.QUERY:
+            self._require_same_form(message)
+        kept = roll_call.take_kept(message.content)
+        if kept is not None and self._last is not None and kept == self._last[0]:
+            # The server does not know whether the SuperLink, which was away, has lost the reply.
+            return Message(self._last[1], reply_to=message)
+        base = self._states.load(kept.base) if kept else RecordDict()
+        packing.unpack_tensors(message.content)
+        config: dict[str, Any] = {messages.CLIENT: self._client}
+        context = Context(message.metadata.run_id, node_id, config, messages.copy_for_delivery(base), {})
+        reply = self._app(message, context)
+        if reply.has_error():
+            return reply
+        if kept is not None and context.state != base:
+            self._states.save(kept.mark, context.state)
+            roll_call.say_kept(reply.content)
+        reply.content = packing.Packer().pack(reply.content)
+        self._last = None if kept is None else (kept, reply.content)
+        return reply
+
+    def _require_same_form(self, message: Message) -> None:
+        server = roll_call.take_form(message.content)
+        if not server:
+            return
+        if differs := difference(server, self._form(messages.read_seed(message))):
+            raise ClientError(
+                f"client {self._client} has another module than the server: {differs}. Both have to build the"
+                " same module, with the same pretrained weights where some are not trained."
+            )
