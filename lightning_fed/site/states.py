@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import RecordDict
@@ -97,13 +98,25 @@ class StateFolder:
     def save(self, mark: str, state: RecordDict) -> None:
         """Keep what the client has after a piece of work, and forget the oldest.
 
-        An interrupted write leaves what was there before as it was.
+        An interrupted write leaves what was there before as it was. A folder that is gone is made again.
+
+        Raises:
+            ClientError: If it cannot be written.
         """
-        path = self._path(mark)
+        try:
+            self._write(self._path(mark), {"client": self._client, "mark": mark, "state": to_plain(state)})
+        except (OSError, RuntimeError) as error:  # torch has its own for a disk that is full
+            raise ClientError(
+                f"cannot keep in {self.folder} what it has after this work, which counts as not done: {error}. Is the"
+                " disk full, or the folder somebody else's?"
+            ) from error
+
+    def _write(self, path: Path, content: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(".new")
         try:
             with new.open("wb") as file:
-                torch.save({"client": self._client, "mark": mark, "state": to_plain(state)}, file)
+                torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(path)
@@ -123,12 +136,15 @@ class StateFolder:
         return 0
 
     def came(self, node_id: int) -> None:
-        """Remember the address under which the client is here."""
-        self._place.write_text(json.dumps({"host": socket.gethostname(), "node_id": node_id}))
+        """Remember the address under which the client is here, where that can be written: it saves a wait."""
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._place.write_text(json.dumps({"host": socket.gethostname(), "node_id": node_id}))
 
     def left(self) -> None:
         """Forget the address: the client is not here any more, and has said so."""
-        self._place.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._place.unlink()
 
     def _path(self, mark: str) -> Path:
         return self.folder / f"{mark}.state"

@@ -13,7 +13,7 @@ from flwr.app import Message
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_fed import ConfigurationError, FederatedTrainer
-from lightning_fed.callbacks import ClientData, FedAdam, FederatedCallback
+from lightning_fed.callbacks import ClientData, FaultTolerance, FedAdam, FederatedCallback
 from lightning_fed.errors import ClientError
 from lightning_fed.site.resident import Site
 from lightning_fed.site.states import StateFolder
@@ -150,6 +150,62 @@ def test_a_site_that_has_lost_what_it_kept_then_is_an_error_that_says_what_is_mi
     said = rf"Round 3, train: client 1 has nothing of [0-9a-f]{{16}}-2-\w+ in {re.escape(str(sites.state_dir(1)))}"
     with pytest.raises(ClientError, match=said):
         run(Linked(sites.link), left, ckpt_path=left / "epoch=1.ckpt", **options)
+
+
+def test_a_folder_that_vanishes_while_its_client_works_is_made_again_and_nothing_is_lost(
+    tmp_path, sites_of, whole, monkeypatch
+):
+    save = StateFolder.save
+
+    def lose_and_save(self: StateFolder, mark: str, state: Any) -> None:
+        shutil.rmtree(self.folder)
+        save(self, mark, state)
+
+    monkeypatch.setattr(StateFolder, "save", lose_and_save)
+    ended = run(Linked(sites_of(**WAYS["carry"]).link), tmp_path / "server", **WAYS["carry"])
+    torch.testing.assert_close(ended, whole["carry"], rtol=0, atol=0)
+
+
+class Loses(FederatedCallback):
+    """Does something after round 1."""
+
+    def __init__(self, do: Any) -> None:
+        self._do = do
+
+    def on_round_end(self, trainer: Any, round: int, metrics: Any) -> None:
+        if round == 1:
+            self._do()
+
+
+def test_a_folder_that_is_lost_between_rounds_is_an_error_in_each_round_until_it_is_back(tmp_path, sites_of):
+    """To go on with nothing would be another run, and nobody would know."""
+    sites, errors = sites_of(**WAYS["carry"]), []
+    folder, away = sites.state_dir(1), tmp_path / "away"
+
+    def tolerate(error: ClientError) -> None:
+        errors.append(error)
+        if error.round == 3:
+            shutil.move(away, folder)
+
+    lose = Loses(lambda: shutil.move(folder, away))
+    run(Linked(sites.link), tmp_path / "server", lose, FaultTolerance(on_error=tolerate), **WAYS["carry"])
+    assert [(error.round, error.stage, error.client) for error in errors] == [
+        (2, "train", 1),
+        (2, "evaluate", 1),
+        (3, "train", 1),
+    ]
+    for error in errors:
+        assert re.search(rf"has nothing of [0-9a-f]{{16}}-1-\w+ in {re.escape(str(folder))}", str(error))
+
+
+def test_a_folder_that_cannot_be_written_fails_the_works_that_change_what_is_kept(tmp_path, sites_of):
+    sites, errors = sites_of(**WAYS["carry"]), []
+    folder = sites.state_dir(1)
+    folder.rmdir()
+    folder.write_text("in the way")
+    run(Linked(sites.link), tmp_path / "server", FaultTolerance(on_error=errors.append), **WAYS["carry"])
+    assert [(error.round, error.stage) for error in errors] == [(round, "train") for round in range(1, ROUNDS + 1)]
+    assert all(re.search(f"client 1 cannot keep in {re.escape(str(folder))}", str(error)) for error in errors)
 
 
 @pytest.mark.parametrize("way", ["carry", "what callbacks keep"])

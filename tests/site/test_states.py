@@ -1,6 +1,7 @@
 """What a client keeps on its site's disk: found by its mark, named when it is lost, never unpickled."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_a_write_that_is_interrupted_leaves_what_was_there_before(tmp_path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ClientError, match=f"cannot keep in {tmp_path} .*counts as not done: .*No space left"):
         states.save(mark, state(b"after"))
     assert states.load(mark) == state(b"before")
     assert [path.name for path in tmp_path.iterdir()] == [f"{mark}.state"]
@@ -97,6 +98,24 @@ def test_a_write_that_is_interrupted_leaves_what_was_there_before(tmp_path, monk
     with states.locked():
         assert not list(tmp_path.glob("*.new"))
     assert states.load(mark) == state(b"before")
+
+
+def test_a_folder_that_is_gone_is_made_again_and_one_that_cannot_be_is_named(tmp_path):
+    mark, folder = roll_call.mark_of(RUN, 1, "train"), tmp_path / "a" / "b"
+    states = StateFolder(folder, 1)
+    shutil.rmtree(tmp_path / "a")
+    states.save(mark, state())
+    assert states.load(mark) == state()
+    shutil.rmtree(tmp_path / "a")
+    states.came(123)
+    assert states.left_behind() == 123
+    shutil.rmtree(tmp_path / "a")
+    states.left()
+    (tmp_path / "a").write_text("in the way")
+    states.came(124)
+    states.left()
+    with pytest.raises(ClientError, match=f"cannot keep in {folder}"):
+        states.save(mark, state())
 
 
 def test_what_was_kept_last_is_not_forgotten_whatever_the_clock_says(tmp_path):
