@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from lightning_fed.values.running_mean import RunningMean
-from lightning_fed.values.weights import Weights, is_finite
+from lightning_fed.values.weights import Weights
 from lightning_fed.wire import messages
 
 
@@ -29,21 +29,21 @@ class WeightedMean(FedAvg):
         minimums = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
         super().__init__(**{**minimums, **kwargs})
         self.uniform = uniform
-        self._infinite: set[str] = set()
+        self._weights: Weights = {}
         self._own = {stage: kwargs.get(f"{stage}_metrics_aggr_fn") for stage in ("train", "evaluate")}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Do as Flower's ``FedAvg``, and note what may be infinite, as the global weights are there."""
-        self._infinite = {name for name, tensor in messages.unpack(arrays).items() if not is_finite(tensor)}
+        """Do as Flower's ``FedAvg``, and remember the weights that the round starts from."""
+        self._weights = messages.unpack(arrays)
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the weighted means of the replies' arrays and metrics; ``(None, None)`` without a good reply."""
-        mean, metrics = RunningMean(self._infinite), RunningMetrics(self.weighted_by_key, self._own["train"])
+        mean, metrics = RunningMean(self._weights), RunningMetrics(self.weighted_by_key, self._own["train"])
         for reply in replies:
             if reply.has_error():
                 continue
@@ -56,7 +56,9 @@ class WeightedMean(FedAvg):
             del reply, arrays
         if not mean.total:
             return None, None
-        return messages.pack(self.apply_mean(mean.value())), metrics.value()
+        new = self.apply_mean(mean.value())
+        self._weights = {}
+        return messages.pack(new), metrics.value()
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the means of the metrics, each over the clients that report it; ``None`` without a good reply."""

@@ -9,17 +9,14 @@ Only parameters are stepped; floating buffers (BatchNorm's statistics) take the 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp import Grid
 from torch import Tensor
 
 from lightning_fed.strategies.mean import WeightedMean
 from lightning_fed.values.weights import Weights
-from lightning_fed.wire import messages
 
 
 class ServerOptimizer(WeightedMean):
@@ -33,14 +30,6 @@ class ServerOptimizer(WeightedMean):
         super().__init__(**kwargs)
         self.parameters: Collection[str] | None = None
         self.moments: dict[str, Weights] = {}
-        self._weights: Weights = {}
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Do as FedAvg, and remember the weights that the round starts from."""
-        self._weights = messages.unpack(arrays)
-        return super().configure_train(server_round, arrays, config, grid)
 
     def apply_mean(self, mean: Weights) -> Weights:
         """Step the parameters, and leave buffers at their mean."""
@@ -53,7 +42,6 @@ class ServerOptimizer(WeightedMean):
             wide = torch.promote_types(value.dtype, torch.float32)
             x = self._weights[name].to(device=value.device, dtype=wide)
             stepped[name] = self.step(name, x, value.to(wide) - x).to(value.dtype)
-        self._weights = {}
         return stepped
 
     @abstractmethod

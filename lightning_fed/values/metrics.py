@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -249,7 +249,9 @@ def _exact(entries: Sequence[tuple[float, MetricState]], module: nn.Module) -> f
         if len(states) == 1 and states[0].own is not None:
             return states[0].own
         try:
-            metric = cast(Metric, module.get_submodule(states[0].attribute))
+            metric = module.get_submodule(states[0].attribute)
+            if not isinstance(metric, Metric):  # of which a copy may be large
+                return None
             clients = [States(state.tensors, state.updates, state.own, count) for count, state in entries]
             return value_over(metric, clients)
         except Exception:  # of the metric's own code, which may not be written for the states of several clients

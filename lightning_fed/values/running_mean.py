@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ class RunningMean:
     not grow with the number of clients, and the mean of one client is that client, bit for bit.
 
     Args:
-        infinite: Names of tensors that may hold infinities; else those are known of which the first client's does.
+        like: The global weights. They tell each tensor's dtype, and which ones may hold infinities; of others the first
+            client's does.
 
     >>> mean = RunningMean()
     >>> mean.add({"w": torch.tensor([0.0])}, 1)
@@ -30,13 +31,13 @@ class RunningMean:
     {'w': tensor([2.])}
     """
 
-    def __init__(self, infinite: Iterable[str] = ()) -> None:
+    def __init__(self, like: Mapping[str, Tensor] | None = None) -> None:
         self.total = 0.0
         self._mean: Weights = {}
         self._order: dict[str, tuple[int, ...]] = {}
-        self._dtype: dict[str, torch.dtype] = {}
+        self._dtype = {name: tensor.dtype for name, tensor in (like or {}).items()}
         self._origin: Weights = {}
-        self._infinite = set(infinite)
+        self._infinite = {name for name, tensor in (like or {}).items() if not is_finite(tensor)}
 
     def add(self, weights: Mapping[str, Tensor], coefficient: float) -> None:
         """Take one client's ``weights`` in with the averaging ``coefficient`` (> 0), such as its ``num_examples``."""
@@ -63,7 +64,7 @@ class RunningMean:
                     self._infinite.add(name)
 
     def value(self) -> Weights:
-        """Return the mean, each tensor in the dtype of the first client's; integers and bools rounded, halves up."""
+        """Return the mean, each tensor in its dtype; integers and bools rounded, halves up."""
         means = {name: mean.permute(_inverse(self._order[name])) for name, mean in self._mean.items()}
         return {name: _narrow(mean, self._dtype[name], self._origin.get(name)) for name, mean in means.items()}
 

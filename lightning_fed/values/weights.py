@@ -134,10 +134,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Return whether all of a tensor's elements are finite."""
     if not is_averaged(tensor) or tensor.numel() == 0:
         return True
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if tensor.element_size() == 1:  # float8 has no aminmax
-        tensor = tensor.float()
+    tensor = _real(tensor)
     if math.isfinite(tensor.sum().item()):  # NaN and Inf would show in it; the other way round it may only overflow
         return True
     # aminmax carries NaN and Inf through and needs no scratch memory, which isfinite().all() does.
@@ -145,10 +142,35 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
-def _is_finite_where(tensor: Tensor, reference: Tensor) -> bool:
-    """Return whether a tensor is finite where the global one is: masks have -Inf, and some tensors are NaN at first."""
-    tensor, reference = (one.double() if one.element_size() == 1 else one for one in (tensor, reference))
-    return not bool((torch.isfinite(reference.to(tensor.device)) & ~torch.isfinite(tensor)).any())
+def _most(dtype: torch.dtype) -> float:
+    """Return the greatest number that a weight may be: with a square, which norms and second moments are made of."""
+    return 1e150 if dtype in (torch.float64, torch.complex128) else min(1e18, torch.finfo(dtype).max)
+
+
+def _is_usable(tensor: Tensor, reference: Tensor) -> bool:
+    """Return whether a tensor has neither NaN nor Inf nor numbers that are too large, where the global one has none.
+
+    Masks have -Inf or the least float, and some tensors are NaN at first.
+    """
+    if not is_averaged(tensor) or tensor.numel() == 0:
+        return True
+    tensor = _real(tensor)
+    # torch compares in the tensor's own dtype, where a number beyond it is Inf.
+    most = min(_most(reference.dtype), torch.finfo(tensor.dtype).max)
+    norm = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)).item()
+    if norm <= most:  # which no NaN is
+        return True
+    reference = _real(reference.to(tensor.device))
+    size, known = tensor.abs(), reference.abs()
+    usable = (size <= most) | reference.isnan() | (size.isfinite() & (known > most)) | (tensor == reference)
+    return bool(usable.all())
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return a tensor of real numbers with which torch computes: complex ones as two, float8 as float32."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
+    return tensor.float() if tensor.element_size() == 1 else tensor
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -158,6 +180,22 @@ def dtype_name(dtype: torch.dtype) -> str:
     'float32'
     """
     return str(dtype).removeprefix("torch.")
+
+
+def as_global(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Weights:
+    """Return a client's floating and complex weights in the order of the global ones, none of them narrower.
+
+    Strategies go by position, and add up in the dtype that they get.
+    """
+    return {name: _widened(weights[name], tensor.dtype) for name, tensor in reference.items() if name in weights}
+
+
+def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.dtype == dtype:
+        return tensor
+    if tensor.element_size() == 1:  # float8, of which torch knows no common dtype with others
+        tensor = tensor.float()
+    return tensor.to(torch.promote_types(tensor.dtype, dtype if dtype.itemsize > 1 else torch.float32))
 
 
 def _is_alike(dtype: torch.dtype, other: torch.dtype) -> bool:
@@ -170,8 +208,8 @@ def check_update(update: Mapping[str, Tensor], reference: Mapping[str, Tensor]) 
     """Check a client's weights against the global ones.
 
     Raises:
-        InvalidUpdateError: If a name is missing or unknown, a shape or kind of dtype differs, or a value is NaN or Inf
-            where the global one is neither; it names the first such tensor.
+        InvalidUpdateError: If a name is missing or unknown, a shape or kind of dtype differs, or a value is NaN, Inf or
+            too large to have a square where the global one is not; it names the first such tensor.
     """
     for name in reference:
         if name not in update:
@@ -195,8 +233,9 @@ def check_update(update: Mapping[str, Tensor], reference: Mapping[str, Tensor]) 
                 " keep their dtype.",
                 tensor=name,
             )
-        if not is_finite(tensor) and not _is_finite_where(tensor, reference[name]):
-            raise InvalidUpdateError(f"sent {name!r} with NaN or Inf in it. {_way_out(reference)}", tensor=name)
+        if not _is_usable(tensor, reference[name]):
+            what = f"numbers beyond {_most(reference[name].dtype):g}" if is_finite(tensor) else "NaN or Inf"
+            raise InvalidUpdateError(f"sent {name!r} with {what} in it. {_way_out(reference)}", tensor=name)
 
 
 def _way_out(reference: Mapping[str, Tensor]) -> str:

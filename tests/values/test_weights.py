@@ -326,6 +326,51 @@ def test_nan_and_inf_are_refused_in_every_dtype(dtype, bad):
         check_update(update, known)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "sent", "value"),
+    [
+        (torch.float32, torch.float32, 1e20),
+        (torch.float32, torch.float64, 1e30),
+        (torch.float16, torch.float32, 7e4),
+        (torch.float64, torch.float64, -1e200),
+        (torch.complex64, torch.complex64, 1e20j),
+    ],
+)
+def test_numbers_without_a_square_are_refused(dtype, sent, value):
+    known = {"w": torch.zeros(3, dtype=dtype)}
+    check_update({"w": torch.full((3,), 100, dtype=sent)}, known)
+    with pytest.raises(InvalidUpdateError, match=r"sent 'w' with numbers beyond (1e\+18|65504|1e\+150) in it"):
+        check_update({"w": torch.tensor([1, value, 1], dtype=sent)}, known)
+
+
+def test_many_large_numbers_are_taken_though_their_norm_is_beyond_what_one_may_be():
+    check_update({"w": torch.full((10_000,), 1e17)}, {"w": torch.zeros(10_000)})
+
+
+def test_masks_of_the_least_float_are_taken():
+    mask = torch.full((3,), torch.finfo(torch.float32).min)
+    check_update({"mask": mask.clone()}, {"mask": mask})
+    with pytest.raises(InvalidUpdateError, match="NaN or Inf"):
+        check_update({"mask": mask * 2}, {"mask": mask})
+
+
+@pytest.mark.parametrize("known", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sent", [torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_nan_and_inf_are_refused_in_whatever_width_they_come(known, sent, bad):
+    update = {"w": torch.tensor([1.0, bad, 2.0]).to(sent)}
+    with pytest.raises(InvalidUpdateError, match="sent 'w' with NaN or Inf"):
+        check_update(update, {"w": torch.zeros(3, dtype=known)})
+    check_update({"w": torch.full((3,), 2.0).to(sent)}, {"w": torch.zeros(3, dtype=known)})
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_an_infinity_is_met_by_itself_or_by_numbers_alone(bad):
+    known = {"mask": torch.tensor([0.0, -math.inf])}
+    with pytest.raises(InvalidUpdateError, match="sent 'mask' with NaN or Inf in it"):
+        check_update({"mask": torch.tensor([0.0, bad])}, known)
+
+
 def test_nan_in_the_imaginary_part_is_refused():
     known = {"z": torch.zeros(2, 3, dtype=torch.complex64)}
     update = {"z": torch.complex(torch.zeros(2, 3), torch.full((2, 3), float("nan")))}
@@ -465,6 +510,14 @@ def test_mean_neither_changes_nor_keeps_what_a_client_sent():
     assert client["w"].tolist() == [5, 5, 5]
 
 
+@pytest.mark.parametrize("first", [torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float64])
+def test_mean_has_the_dtype_of_the_global_weights_whoever_comes_first(first):
+    mean = RunningMean({"w": torch.zeros(1)})
+    mean.add({"w": torch.zeros(1, dtype=first)}, 1)
+    mean.add({"w": torch.tensor([10_001.0])}, 3)
+    torch.testing.assert_close(mean.value()["w"], torch.tensor([7500.75]), rtol=0, atol=0)
+
+
 def test_value_given_out_is_not_changed_by_later_clients():
     mean = RunningMean()
     mean.add({"w": torch.zeros(2, dtype=torch.float64)}, 1)
@@ -520,7 +573,7 @@ def test_sparse_tensors_of_the_state_dict_are_refused():
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
 def test_mean_of_numbers_and_infinities_is_that_of_their_sum(order):
     sent = [torch.tensor([1.0, -math.inf, math.inf, 2.0]), torch.tensor([-math.inf] * 3 + [4.0]), torch.full((4,), 3.0)]
-    mean = RunningMean(infinite={"peak"})
+    mean = RunningMean({"peak": torch.tensor([0.0, -math.inf, math.inf, 0.0])})
     for i in order:
         mean.add({"peak": sent[i]}, i + 1)
     expected = weighted_mean([{"peak": one} for one in sent], [1, 2, 3])
