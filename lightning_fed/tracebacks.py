@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, TypeVar
+from unicodedata import category
 
 E = TypeVar("E", bound=BaseException)
 
@@ -36,7 +37,17 @@ def words(error: BaseException) -> str:
 
 def plain(text: str, most: int) -> str:
     """Return a text from elsewhere as it may go to a terminal: no control characters, and no longer than ``most``."""
-    return "".join(one if one.isprintable() or one in "\n\t" else "?" for one in text[:most])
+    return "".join(one if one in "\n\t" or is_printable(one) else "?" for one in text[:most])
+
+
+def is_printable(text: str) -> bool:
+    r"""Return whether nothing in a text moves a cursor or turns the direction of writing.
+
+    >>> is_printable("val\u00a0loss"), is_printable("\u202eval_loss"), is_printable("\x1b[2Jloss")
+    (True, False, False)
+    """
+    # Spaces of any width, and the joiners within emoji and the words of some languages, are not "printable" in Python.
+    return all(one.isprintable() or one in "\u200c\u200d" or category(one) == "Zs" for one in text)
 
 
 def one_line(text: str, most: int = 300) -> str:

@@ -6,11 +6,15 @@ again.
 
 from __future__ import annotations
 
+import json
+import math
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import httpx
@@ -22,6 +26,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
+    get_object_head_values_from_object_content,
     get_object_tree,
     iterate_object_tree,
     no_object_id_recompute,
@@ -114,17 +119,33 @@ def download(
     return tree.object_id, parts
 
 
-def assembled(name: str, parts: dict[str, bytes]) -> Message:
+def assembled(name: str, parts: dict[str, bytes], most: float = math.inf) -> Message:
     """Make a message of its parts, which are used up.
+
+    Args:
+        name: The message's name.
+        parts: Its parts by name.
+        most: How many bytes its arrays may have; a part may stand in several.
 
     Raises:
         Exception: Of any kind, if the parts are no message.
     """
+    if math.isfinite(most) and (size := sum(map(_size, parts.values(), repeat(parts)))) > most:
+        raise ValueError(f"arrays of {size:,} bytes; at most {most:,.0f} are taken")
     message = inflate_object_from_contents(name, parts)
     if not isinstance(message, Message):
         raise TypeError(f"a {type(message).__name__} and no message")
     message.metadata.__dict__["_message_id"] = name
     return message
+
+
+def _size(part: bytes, parts: Mapping[str, bytes]) -> int:
+    """Return how many bytes an array will have; 0 for a part that is none."""
+    kind, names, length = get_object_head_values_from_object_content(part)
+    if kind != "Array":
+        return 0
+    times = Counter(json.loads(part[len(part) - length :])["arraychunk_ids"])
+    return sum(len(parts[names[index]]) * count for index, count in times.items())
 
 
 def upload(

@@ -14,6 +14,7 @@ from lightning_fed.callbacks.base import ClientReport, FailureOwner, Stage
 from lightning_fed.errors import ClientError, FederationError, RoundError
 from lightning_fed.server.roster import CohortGrid, Roster
 from lightning_fed.strategies import WeightedMean
+from lightning_fed.strategies.needs import needed_numbers, needs_change
 from lightning_fed.strategies.own_metrics import all_inside, is_users
 from lightning_fed.tracebacks import release_frames, words
 from lightning_fed.values import metrics
@@ -77,7 +78,7 @@ class Exchange:
         self.weights = weights
         self._apart = IntegerTensors(weights)
         inside = list(all_inside(terms.strategy))
-        self._expected = _expected(inside, terms.max_examples, weights if stage == "train" else None)
+        self._expected = _expected(inside, terms.max_examples, weights, stage == "train")
         # Where a strategy of ours weighs all clients alike, integer tensors are weighed so, too.
         self._alike = any(isinstance(one, WeightedMean) and one.uniform for one in inside)
         self.states: list[tuple[float, list[metrics.MetricState]]] = []
@@ -242,12 +243,15 @@ class Exchange:
         release_frames(error)  # the user may keep it, and its frames have the client's weights and batches
 
 
-def _expected(inside: Sequence[Strategy], max_examples: float, weights: Weights | None) -> Expected:
+def _expected(inside: Sequence[Strategy], max_examples: float, weights: Weights, trains: bool) -> Expected:
     return Expected(
         weights,
+        trains,
         frozenset(key for one in inside if isinstance(key := getattr(one, "weighted_by_key", None), str)),
         max_examples,
         records=not any(is_users(type(one), f"aggregate_{stage}") for one in inside for stage in ("train", "evaluate")),
+        needed=needed_numbers(inside),
+        needs_change=needs_change(inside),
     )
 
 

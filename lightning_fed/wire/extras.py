@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
@@ -22,6 +23,10 @@ from lightning_fed.values.weights import Weights, is_averaged
 from lightning_fed.wire.messages import pack, unpack
 
 Kind = TypeVar("Kind", ArrayRecord, ConfigRecord)
+
+# Those with which torchmetrics and the merge compute.
+_DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 _INTEGERS, _STATES, _SPECS = "lightning-fed.integers", "lightning-fed.states", "lightning-fed.specs"
 _NOTES = "lightning-fed.notes"
@@ -145,12 +150,16 @@ def _state(spec: Any, tensors: Weights) -> MetricState:
     name, kind, attribute, updates, logged, on_bar = spec
     words = all(isinstance(word, str) for word in (name, attribute)) and kind in KINDS
     _require(words and isinstance(updates, int) and 0 <= updates < 2**53, f"{spec} for the name of a metric state")
+    other = next((t.dtype for t in tensors.values() if t.dtype not in _DTYPES), None)
+    _require(other is None, f"{name!r} as {other}")
     if kind != METRIC:
         _require("value" in tensors and (kind != MEAN or "weight" in tensors), f"half of {name!r}")
         _require(not any(tensor.is_complex() for tensor in tensors.values()), f"{name!r} as a complex number")
         single = [part for part in tensors if part == "weight" or kind in MERGED]
         _require(all(tensors[part].numel() == 1 for part in single), f"several numbers for {name!r}")
         tensors = {**tensors, **{part: tensors[part].reshape(()) for part in single}}
+    if kind == MEAN and tensors["weight"] == 0:
+        _require(not tensors["value"].abs() > 0, f"{name!r} as a sum over no examples that is not 0")
     return MetricState(name, kind, tensors, attribute, updates, logged=bool(logged), on_bar=bool(on_bar))
 
 

@@ -20,6 +20,8 @@ from lightning_fed.wire.tensor_array import TensorArray, decoded
 
 Kind = TypeVar("Kind", ArrayRecord, MetricRecord, ConfigRecord)
 
+Made = dict[int, tuple[bytes, Tensor]]
+
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NUM_EXAMPLES, ROUND, SEED = "num-examples", "server-round", "run-seed"
 CLIENT = "partition-id"
@@ -34,17 +36,28 @@ def pack(weights: Mapping[str, Tensor]) -> ArrayRecord:
 
 def unpack(record: ArrayRecord) -> Weights:
     """Return the tensors of a record, to be read and not written: within a process they are the sender's own."""
-    return {name: tensor_of(array) for name, array in record.items()}
+    # The bytes that came once may stand under many names: they take memory once.
+    made: Made = {}
+    return {name: tensor_of(array, made) for name, array in record.items()}
 
 
-def tensor_of(array: Array) -> Tensor:
+def tensor_of(array: Array, made: Made | None = None) -> Tensor:
     """Return an array's tensor, to be read and not written.
+
+    Args:
+        array: An array.
+        made: Tensors by the ``id`` of their bytes, and these; takes in what is made here.
 
     Raises:
         ValueError: If its bytes are not what its header says.
     """
     tensor = array.__dict__.get("tensor")
-    return decoded(array) if tensor is None else tensor
+    if tensor is None:
+        made, data = {} if made is None else made, array.data
+        if id(data) not in made:
+            made[id(data)] = data, decoded(array)
+        tensor = made[id(data)][1]
+    return tensor
 
 
 def first(content: RecordDict, kind: type[Kind]) -> Kind | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,12 +24,14 @@ from lightning_fed.wire.tensor_array import TensorArray, of_bytes
 
 _PACKED, _INDEX = "lightning-fed.packed", "lightning-fed.index"
 _ALIGNED = 64
+# Far beyond any tensor: what says more is wrong, and its product would take long to find.
+_MOST_DIMENSIONS, _MOST_ELEMENTS = 64, 2**48
 _KINDS = ("bool", "uint", "int", "float", "bfloat", "complex")
 _DTYPES = {
     name: dtype
     for name in dir(torch)
     if isinstance(dtype := getattr(torch, name), torch.dtype) and name == dtype_name(dtype)
-    if name.rstrip("0123456789").partition("8_")[0] in _KINDS
+    if name.rstrip("0123456789").partition("8_")[0] in _KINDS and not re.fullmatch(r"u?int[1-7]", name)
 }
 
 
@@ -104,8 +107,10 @@ def unpack_tensors(content: RecordDict) -> None:
 
 def _tensor(memory: Tensor, start: int, name: str, shape: Any) -> Tensor:
     dtype = _DTYPES.get(name)
-    if dtype is None or not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise ValueError(f"{name} {shape} for a tensor")
+    if dtype is None or not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"{name[:50]} {str(shape)[:200]} for a tensor")
+    if not all(isinstance(size, int) and 0 <= size < _MOST_ELEMENTS for size in shape):
+        raise ValueError(f"sizes for a {name} tensor that are none")
     size = math.prod(shape) * dtype.itemsize
     if start + size > len(memory):
         raise ValueError(f"too few bytes for a {name} tensor of shape {shape}")

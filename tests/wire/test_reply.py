@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import tracemalloc
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,59 +12,25 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import (
+    FedAvg,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_fed._compat.flower_link import assembled
-from lightning_fed.callbacks import FaultTolerance
 from lightning_fed.callbacks.flower_strategy import FlowerStrategy
 from lightning_fed.errors import ClientError
-from lightning_fed.testing import toy_weights
+from lightning_fed.tracebacks import plain
 from lightning_fed.values.metrics import KINDS, MEAN, SUM, MetricState
 from lightning_fed.wire import extras, messages
 from lightning_fed.wire.packing import Packer
 from lightning_fed.wire.tensor_array import decoded
-from tests.server.round_runs import Diary, client, run
+from tests.server.round_runs import run
 from tests.wire.parts import parts_of
+from tests.wire.replies import HOSTILE, WEIGHTS, app, content, ended, metrics, same, tensors
 
-WEIGHTS = {**toy_weights(), "steps": torch.tensor(10), "on": torch.tensor([True, False])}
 SPECS, STATES, NOTES = (f"lightning-fed.{kind}" for kind in ("specs", "states", "notes"))
-HOSTILE = 2
-
-
-def honest(k: int, message: Message) -> Message:
-    """Client k adds k to all floating weights, and logs its number."""
-    integers = extras.detach_integers(message)
-    new = {name: tensor + k for name, tensor in messages.read_instruction(message).weights.items()}
-    reply = messages.train_reply(message, new, k + 1, {"loss": float(k)})
-    loss = MetricState("loss", MEAN, {"value": torch.tensor(float(k)), "weight": torch.tensor(1.0)})
-    extras.attach(reply, extras.Extras(integers, [loss], ["said: by a client"]))
-    return reply
-
-
-def app(spoil: Callable[[Message], Message]):
-    return client(lambda k, message: spoil(honest(k, message)) if k == HOSTILE else honest(k, message))
-
-
-def ended(spoil: Callable[[Message], Message], strategy: Any = None, **options: Any) -> Any:
-    """What a round gives, and which clients failed."""
-    diary = Diary()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        result = run(
-            app(spoil),
-            strategy,
-            weights=WEIGHTS,
-            failures=FaultTolerance(min_results=3, on_error="ignore"),
-            callbacks=[diary],
-            **options,
-        )
-    return result, diary.errors
-
-
-def same(result: Any, other: Any) -> bool:
-    return all(torch.equal(result.weights[name], other.weights[name]) for name in WEIGHTS)
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +50,6 @@ def without():
     return result
 
 
-def content(change: Callable[[RecordDict], Any]) -> Callable[[Message], Message]:
-    def spoil(reply: Message) -> Message:
-        change(reply.content)
-        return reply
-
-    return spoil
-
-
 def npy(header: str, values: bytes, version: bytes = b"\x01\x00") -> Array:
     head = header.encode() + b"\n"
     return Array(
@@ -104,16 +61,31 @@ def array(made: Array) -> Callable[[Message], Message]:
     return content(lambda c: c["arrays"].__setitem__("matrix", made))
 
 
-def metrics(**numbers: Any) -> Callable[[Message], Message]:
-    return content(lambda c: c["metrics"].update(numbers))
-
-
 def states(*specs: Any, **tensors: torch.Tensor) -> Callable[[Message], Message]:
     def change(c: RecordDict) -> None:
         c[SPECS] = ConfigRecord({"json": json.dumps(specs)})
         c[STATES] = messages.pack({key[1:].replace("_", "/", 1): tensor for key, tensor in tensors.items()})
 
     return content(change)
+
+
+def packed(spoil: Callable[[Message], Message]) -> Callable[[Message], Message]:
+    """The same on the way to a SuperLink, where each dtype travels as it is."""
+    return lambda reply: content(lambda c: setattr(reply, "content", Packer().pack(c)))(spoil(reply))
+
+
+def index(of_matrix: str) -> Callable[[Message], Message]:
+    """The index of all tensors as one piece says something else of one of them."""
+
+    def spoil(reply: Message) -> Message:
+        reply.content = Packer().pack(reply.content)
+        found = json.loads(str(reply.content["lightning-fed.index"]["json"]))
+        found[0][1][0] = "HERE"
+        said = json.dumps(found).replace('"HERE"', of_matrix)
+        reply.content["lightning-fed.index"] = ConfigRecord({"json": said})
+        return reply
+
+    return spoil
 
 
 def pickled() -> Array:
@@ -126,7 +98,8 @@ def pickled() -> Array:
     return Array("object", (1,), "numpy.ndarray", buffer.getvalue())
 
 
-VALUE = torch.tensor(1.0)
+VALUE, NARROW = torch.tensor(1.0), torch.tensor(1, dtype=torch.uint8).view(torch.float8_e4m3fn)
+LOSS = ["loss", SUM, "", 0, True, False]
 HOSTILE_REPLIES: dict[str, tuple[Callable[[Message], Message], str]] = {
     "a header without bytes": (
         array(npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }", b"")),
@@ -157,7 +130,7 @@ HOSTILE_REPLIES: dict[str, tuple[Callable[[Message], Message], str]] = {
     "deep JSON": (content(lambda c: c.update({SPECS: ConfigRecord({"json": "[" * 100_000})})), "RecursionError"),
     "infinitely many examples": (metrics(**{"num-examples": float("inf")}), "inf examples; .* at most 1e\\+09"),
     "more examples than there are": (metrics(**{"num-examples": 2**62}), "4.61169e\\+18 examples; .*max_examples"),
-    "10,000 names": (metrics(**{f"m{i}": 1.0 for i in range(10_000)}), "10001 names; at most 2000"),
+    "10,000 names": (metrics(**{f"m{i}": 1.0 for i in range(10_000)}), "10001 names; at most 2050"),
     "a long name": (metrics(**{"n" * 100_000: 1.0}), "the name 'nnn"),
     "a name that moves the cursor": (metrics(**{"\x1b[2Jloss": 1.0}), r"the name '\\x1b\[2Jloss'"),
     "a tensor of a long name": (
@@ -166,13 +139,13 @@ HOSTILE_REPLIES: dict[str, tuple[Callable[[Message], Message], str]] = {
     ),
     "a second record of tensors": (
         content(lambda c: c.update({"more": messages.pack({})})),
-        "records arrays, metrics, more",
+        r"3 records \(arrays, metrics, more\)",
     ),
     "a second record of numbers": (
         content(lambda c: c.update({"more": MetricRecord()})),
-        "records arrays, metrics, more",
+        r"3 records \(arrays, metrics, more\)",
     ),
-    "records of other names": (content(lambda c: c.update({"x": c.pop("metrics")})), "records arrays, x"),
+    "records of other names": (content(lambda c: c.update({"x": c.pop("metrics")})), r"2 records \(arrays, x\)"),
     "no record of numbers": (content(lambda c: c.pop("metrics")), "0 examples"),
     "a state of no kind": (
         states(["loss", "share_memory_", "", 0, True, False], _0_value=VALUE),
@@ -197,6 +170,42 @@ HOSTILE_REPLIES: dict[str, tuple[Callable[[Message], Message], str]] = {
         states(*([f"n{i}", SUM, "", 0, True, False] for i in range(3000))),
         "cannot be read|names",
     ),
+    "a state sent twice": (states(LOSS, LOSS, _0_value=VALUE, _1_value=VALUE), "2 states of 'loss'"),
+    "a state of float8": (packed(states(LOSS, _0_value=NARROW)), "'loss' as torch.float8_e4m3fn"),
+    "a weight of float8": (
+        packed(states(["loss", MEAN, "", 0, True, False], _0_value=VALUE, _0_weight=NARROW)),
+        "'loss' as torch.float8_e4m3fn",
+    ),
+    "a mean of nothing that is something": (
+        states(["loss", MEAN, "", 0, True, False], _0_value=VALUE * 1e30, _0_weight=VALUE * 0),
+        "'loss' as a sum over no examples",
+    ),
+    "an infinite step": (metrics(step=float("inf")), "logged 'step' as inf: .* x axis"),
+    "a step beyond all integers": (
+        states(["step", *LOSS[1:]], _0_value=VALUE * 1e30),
+        "'step' as 1e\\+30",
+    ),
+    "a step that is no number": (
+        states(["step", *LOSS[1:]], _0_value=VALUE * torch.nan),
+        "'step' as nan",
+    ),
+    "a number without a square": (
+        tensors(lambda w: {**w, "matrix": w["matrix"] * 1e30}),
+        "'matrix' with numbers beyond",
+    ),
+    "sizes of thousands of digits": (
+        index(f'["matrix", "float32", [{", ".join(["9" * 4299] * 60)}]]'),
+        "sizes for a float32 tensor that are none",
+    ),
+    "many dimensions": (index(f'["matrix", "float32", [{", ".join(["1"] * 9999)}]]'), "for a tensor"),
+    "a size that is a word": (index('["matrix", "float32", "23"]'), "float32 23 for a tensor"),
+    "a dtype that moves the cursor": (index('["matrix", "\\u001b[2J", [2, 3]]'), r"\?\[2J \[2, 3\] for a tensor"),
+    "a dtype of half a byte": (index('["matrix", "int4", [2, 3]]'), r"int4 \[2, 3\] for a tensor"),
+    "a record whose name moves the cursor": (
+        content(lambda c: c.update({"\x1b[2J": MetricRecord()})),
+        r"3 records \(\?\[2J, arrays, metrics\)",
+    ),
+    "many records": (content(lambda c: c.update({f"{i}": MetricRecord() for i in range(9999)})), "10001 records"),
 }
 
 
@@ -213,7 +222,8 @@ def test_hostile_reply_is_a_failure_of_its_client(what, flowers, without):
     build = (lambda: FlowerStrategy(FedAvg()).server_strategy(None)) if flowers else lambda: None
     with pytest.raises(ClientError, match=rf"Round 1, train: client {HOSTILE} .*{text}") as caught:
         run(app(spoil), build(), weights=WEIGHTS, max_examples=1e9)
-    assert (caught.value.client, len(str(caught.value)) < 2000) == (HOSTILE, True)
+    said = str(caught.value)
+    assert (caught.value.client, len(said) < 2000, plain(said, 2000)) == (HOSTILE, True, said)
     result, errors = ended(spoil, build(), max_examples=1e9)
     assert [error.client for error in errors] == [HOSTILE]
     assert flowers or same(result, without)
