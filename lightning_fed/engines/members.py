@@ -10,9 +10,11 @@ from flwr.app import ConfigRecord, Message, MessageType
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed._compat.flower_server import ServedRun
-from lightning_fed.errors import ConfigurationError
+from lightning_fed.errors import ClientError, ConfigurationError
+from lightning_fed.tracebacks import one_line, words
 from lightning_fed.wire import messages, roll_call
 
+_OWN = f"{ClientError.__module__}.{ClientError.__qualname__}: "
 # Seconds between two looks at the nodes.
 LOOK = 1.0
 # Seconds that a node has to say who it is, before nobody waits for its answer: it may be busy for an earlier run.
@@ -29,6 +31,18 @@ class Place(NamedTuple):
 
     since: str
     node_id: int
+
+
+class Refusal(NamedTuple):
+    """Why the site at a node cannot be a client of this run.
+
+    Attributes:
+        why: A sentence, with what the site says of it: one line, cut.
+        is_mistake: Whether it looks like a client of this run that is set up otherwise, and not like a stranger.
+    """
+
+    why: str
+    is_mistake: bool
 
 
 class Members:
@@ -50,7 +64,7 @@ class Members:
         self._seen: dict[int, float] = dict.fromkeys(range(num_clients), time.monotonic())
         self._twice: set[tuple[Place, Place]] = set()
         self._looked = 0.0
-        self.refusals: list[str] = []
+        self._refused: dict[Place, Refusal] = {}
 
     def place_of(self, client: int) -> Place | None:
         """Return where a client is, or ``None``."""
@@ -80,6 +94,7 @@ class Members:
         self._hear()
         self._looked = now = time.monotonic()
         self._seen.update(dict.fromkeys(self._here, now))
+        self._refused = {place: refusal for place, refusal in self._refused.items() if place in places}
         here: dict[int, Place] = {}
         for place in sorted(places):  # the one that came last counts
             if (client := self._said.get(place)) is not None:
@@ -112,37 +127,40 @@ class Members:
             place, _ = self._asked.pop(name)
             if roll_call.is_lost(reply):
                 self._said.pop(place, None)  # if it is still there, it is asked again
+            elif isinstance(said := self._read(reply), Refusal):
+                self._refuse(place, said)
             else:
-                self._said[place] = self._read(place, reply)
+                self._said[place] = said
 
-    def _read(self, place: Place, reply: Message | Exception) -> int | None:
-        if isinstance(reply, Exception):
-            self._refuse(f"The site at node {place.node_id} gives an answer that cannot be read: {reply}")
-            return None
-        if reply.has_error():
-            said, _ = messages.raised(reply)
-            self._refuse(f"The site at node {place.node_id} cannot take part: {said}")
-            return None
-        config = messages.first(reply.content, ConfigRecord) or ConfigRecord()
-        client = config.get(messages.CLIENT)
-        if not isinstance(client, int) or not 0 <= client < self._num_clients:
-            self._refuse(
-                f"The site at node {place.node_id} says that it is client {client!r}, and the run has clients 0 to"
-                f" {self._num_clients - 1}."
-            )
-            return None
-        return client
+    def _refuse(self, place: Place, refusal: Refusal) -> None:
+        """Say and note why a site cannot be a client of this run."""
+        self._refused[place] = refusal = refusal._replace(why=f"The site at node {place.node_id} {refusal.why}")
+        rank_zero_warn(refusal.why)
 
-    def _refuse(self, why: str) -> None:
-        """Note why a site cannot be a client of this run."""
-        self.refusals.append(why)
-        rank_zero_warn(why)
+    def _read(self, reply: Message | Exception) -> int | Refusal:
+        """Return which client a site says that it is; what it sends can be anything."""
+        try:
+            if isinstance(reply, Exception):
+                raise reply
+            if reply.has_error():
+                said = messages.raised(reply)[0].partition(messages.TRACEBACK)[0]
+                return Refusal(f"cannot take part: {one_line(said.removeprefix(_OWN))}", is_mistake=True)
+            client = (messages.first(reply.content, ConfigRecord) or ConfigRecord()).get(messages.CLIENT)
+        except Exception as error:
+            return Refusal(f"gives an answer that cannot be read: {one_line(words(error))}", is_mistake=False)
+        if type(client) is int and 0 <= client < self._num_clients:
+            return client
+        return Refusal(
+            f"says that it is client {one_line(repr(client))}, and the run has clients 0 to {self._num_clients - 1}.",
+            is_mistake=type(client) is int and client > 0,
+        )
 
     def wait(self, least: int, seconds: float) -> None:
         """Wait until so many clients are here, and say for whom.
 
         Raises:
-            ConfigurationError: If they are not within so many seconds, or if one of them is refused.
+            ConfigurationError: If they are not within so many seconds, or if as many sites as are missing have come and
+                were refused for what looks like a mistake: nobody else is to come.
         """
         began, said, total = time.monotonic(), None, self._num_clients
         while True:
@@ -152,15 +170,21 @@ class Members:
                 return
             who = f"client{'' if len(missing) == 1 else 's'} {', '.join(map(str, missing))}"
             state = f"{total - len(missing)} of {total} clients are here: waiting for {who}"
-            if self.refusals:
-                raise ConfigurationError(self.refusals[0])
+            mistakes = [refusal.why for refusal in self._refused.values() if refusal.is_mistake]
+            if len(mistakes) >= len(missing):
+                raise ConfigurationError(_listed(mistakes))
             if waited > seconds:
                 raise ConfigurationError(
                     f"{state}, for {seconds:g} s by now. Each site runs trainer.join(address, model, client=k); with"
                     " SuperLink(min_clients=...) the run begins with fewer, and with SuperLink(connect_timeout=...) it"
-                    " waits longer."
+                    f" waits longer. {_listed([refusal.why for refusal in self._refused.values()])}".rstrip()
                 )
             if waited > LOOK and state != said:
                 rank_zero_info(state)
                 said = state
             time.sleep(0.1)
+
+
+def _listed(refusals: list[str]) -> str:
+    more = [f"And {len(refusals) - 3} more."] if len(refusals) > 3 else []
+    return " ".join([*refusals[:3], *more])

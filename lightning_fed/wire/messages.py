@@ -26,6 +26,7 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NUM_EXAMPLES, ROUND, SEED = "num-examples", "server-round", "run-seed"
 CLIENT = "partition-id"
 _FIT_STATE, _CALLBACK_STATES = "lightning-fed.fit-state", "lightning-fed.callback-states"
+TRACEBACK = "\nThe client's traceback:\n"  # between the two parts of what an error reply says
 CLIENT_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
@@ -138,7 +139,7 @@ def evaluate_reply(message: Message, num_examples: int, scalars: Mapping[str, fl
 def error_reply(message: Message, exception: BaseException) -> Message:
     """Return the reply of a client that raised: what it says, as text; within a process also the exception itself."""
     trace = frames(exception)
-    error = Error(CLIENT_RAISED, "\nThe client's traceback:\n".join([words(exception), *([trace] if trace else [])]))
+    error = Error(CLIENT_RAISED, TRACEBACK.join([words(exception), *([trace] if trace else [])]))
     error.__dict__["exception"] = exception
     return Message(error, reply_to=message)
 

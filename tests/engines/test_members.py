@@ -6,11 +6,12 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from torch import nn
 
+from lightning_fed._compat.flower import make_message
 from lightning_fed._compat.flower_address import LinkLost
 from lightning_fed.engines.in_process import InProcessGrid
 from lightning_fed.engines.members import Members, Place
 from lightning_fed.engines.superlink_grid import Patience, SuperLinkGrid
-from lightning_fed.errors import ConfigurationError
+from lightning_fed.errors import ClientError, ConfigurationError
 from lightning_fed.testing import counting_client
 from lightning_fed.values.module_form import form_of
 from lightning_fed.wire import messages, roll_call
@@ -18,7 +19,7 @@ from tests.helpers import in_flower
 
 
 class Run:
-    """A SuperLink with some nodes; ``says`` is what each says when it is asked, a client's number or a reply."""
+    """A SuperLink with some nodes; ``says`` is what each says when asked: a client's number, a reply, or a function."""
 
     def __init__(self, **says):
         self.says = {int(name[1:]): said for name, said in says.items()}
@@ -39,9 +40,11 @@ class Run:
         for name in names:
             message = self.asked[int(name)]
             said = self.says.get(message.metadata.dst_node_id, Error(5, "gone"))
+            if callable(said):
+                said = said(message)
             if isinstance(said, int | str):
                 said = RecordDict({messages.CONFIG: ConfigRecord({messages.CLIENT: said})})
-            yield name, said if isinstance(said, Exception) else Message(said, reply_to=message)
+            yield name, said if isinstance(said, Exception | Message) else Message(said, reply_to=message)
 
 
 def looked(run: Run, clients: int = 2, times: int = 1) -> Members:
@@ -105,21 +108,92 @@ def test_a_node_that_could_not_be_asked_is_asked_when_the_superlink_answers_agai
     in_flower(main)
 
 
-REFUSED = {
-    "no client": ("zero", "says that it is client 'zero'"),
+def unreadable(question: Message) -> Message:
+    reply = make_message(question.metadata, content=RecordDict())
+    reply.__dict__["_content"] = 5
+    return reply
+
+
+def refusing(question: Message) -> Message:
+    """A site of ours; it is raised for the traceback, which is the site's business."""
+    try:
+        raise ClientError("client 1 has another module")
+    except ClientError as error:
+        return messages.error_reply(question, error)
+
+
+MISTAKES = {
+    "a refusal of its own": (refusing, "node 7 cannot take part: client 1 has another module$"),
     "a client that the run does not have": (5, "says that it is client 5, and the run has clients 0 to 1"),
     "an error": (Error(2, "another module"), "cannot take part: another module"),
-    "no message": (ValueError("garbage"), "gives an answer that cannot be read: garbage"),
 }
+STRANGE = {
+    "no client": ("zero", "says that it is client 'zero'"),
+    "a client below 0": (-1, "says that it is client -1"),
+    "a truth": (True, "says that it is client True"),
+    "nothing": (RecordDict(), "says that it is client None"),
+    "terminal escapes": ("\x1b[2J" * 100_000, r"says that it is client '\\x1b\[2J"),
+    "no message": (ValueError("garbage\x1b[2J\n" * 100_000), "gives an answer that cannot be read: ValueError: garb"),
+    "no records": (unreadable, "gives an answer that cannot be read: AttributeError"),
+}
+REFUSED = {**MISTAKES, **STRANGE}
 
 
 @pytest.mark.parametrize(("says", "said"), REFUSED.values(), ids=REFUSED)
-def test_a_site_is_refused_that_says_it_is(says, said):
-    with pytest.warns(UserWarning, match=said):
-        members = looked(Run(n7=says))
-    assert members.missing() == [0, 1]
+def test_a_site_is_refused_in_one_line_and_the_others_are_taken(says, said):
+    def main():
+        members = Members(run := Run(n7=says, n9=1), 2, {}, seed=1)
+        for _ in range(2):
+            members.look(at_once=True)
+        assert members.missing() == [0]
+        members.wait(1, 0.0)
+        run.says[8], run.since[8] = 0, "2026-01-02"
+        members.look(at_once=True)
+        assert members.missing() == []
+        members.wait(2, 0.0)
+
+    with pytest.warns(UserWarning, match=said) as warned:
+        in_flower(main)
+    [line] = [str(one.message) for one in warned]
+    assert line.isprintable()
+    assert len(line) < 450
+
+
+@pytest.mark.parametrize(("says", "said"), MISTAKES.values(), ids=MISTAKES)
+@pytest.mark.filterwarnings("ignore:The site at node")
+def test_the_start_ends_at_once_where_the_missing_client_is_the_one_that_is_set_up_otherwise(says, said):
+    members = looked(Run(n7=says, n9=1))
     with pytest.raises(ConfigurationError, match=said):
-        in_flower(lambda: members.wait(1, 0.0))
+        in_flower(lambda: members.wait(2, 600.0))
+
+
+@pytest.mark.parametrize(
+    ("says", "said", "clients"),
+    [*((*case, 2) for case in STRANGE.values()), (5, "says that it is client 5, and the run has clients 0 to 2", 3)],
+    ids=[*STRANGE, "a client that the run does not have, among two missing"],
+)
+@pytest.mark.filterwarnings("ignore:The site at node")
+def test_where_others_can_come_the_start_waits_for_them_and_says_in_the_end_who_was_refused(says, said, clients):
+    members = looked(Run(n7=says, n9=1), clients)
+    with pytest.raises(ConfigurationError, match=f"(?s)1 of {clients} clients are here: .* by now.*{said}") as error:
+        in_flower(lambda: members.wait(2, 0.2))
+    assert len(str(error.value)) < 1000
+
+
+def test_a_site_that_was_refused_and_left_is_forgotten():
+    run = Run(n7=5, n9=1)
+
+    def main():
+        members = Members(run, 2, {}, seed=1)
+        with pytest.warns(UserWarning, match="says that it is client 5"):
+            members.look(at_once=True)
+        del run.says[7]
+        members.look(at_once=True)
+        with pytest.raises(ConfigurationError, match="waiting for client 0") as error:
+            members.wait(2, 0.0)
+        assert "client 5" not in str(error.value)
+
+    in_flower(main)
 
 
 def test_states_of_one_kind_of_engine_are_none_of_the_others():
