@@ -75,14 +75,15 @@ def trainer(
     max_rounds: int = 5,
     callbacks: tuple[Callback, ...] = (),
     file: str | None = None,
+    clients: int = CLIENTS,
     **kwargs: Any,
-):
+) -> FederatedTrainer:
     return FederatedTrainer(
         max_rounds=max_rounds,
         engine=engine,
         client_state="carry",
         seed=3,
-        callbacks=[ClientData(partial(data, file=file), num_clients=CLIENTS), FedAdam(), *callbacks],
+        callbacks=[ClientData(partial(data, file=file), num_clients=clients), FedAdam(), *callbacks],
         **{**QUIET, **kwargs},
     )
 

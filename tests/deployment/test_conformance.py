@@ -16,7 +16,7 @@ from lightning_fed.site.states import StateFolder
 from lightning_fed.testing import ENGINE_CASES
 from lightning_fed.values.module_form import form_of
 from lightning_fed.wire.messages import CLIENT, CONFIG
-from tests.deployment.conftest import free_port
+from tests.deployment.processes import free_port
 
 pytestmark = [pytest.mark.landing, pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")]
 

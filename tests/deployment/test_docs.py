@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployment.conftest import ROOT, answers, free_port, wait_for
+from tests.deployment.processes import ROOT, answers, free_port, wait_for
 
 TEXT = (ROOT / "docs" / "deployment.md").read_text()
 STOCK = "Flower's own way"

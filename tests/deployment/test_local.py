@@ -11,8 +11,8 @@ from lightning_fed import FederatedTrainer
 from lightning_fed.engines import SuperLink
 from lightning_fed.engines.local_link import local_link
 from lightning_fed.errors import ConfigurationError
-from tests.deployment.conftest import answers, free_port, wait_for
 from tests.deployment.federation import CLIENTS, fitted, module, site, trainer
+from tests.deployment.processes import answers, free_port, wait_for
 from tests.helpers import QUIET
 
 PORT = free_port()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.deployment.conftest import free_port
 from tests.deployment.federation import CLIENTS, Outcome, examples, fitted
+from tests.deployment.processes import free_port
 from tests.deployment.stock import PROJECT
 
 

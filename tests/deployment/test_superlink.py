@@ -11,8 +11,8 @@ from lightning.pytorch import Callback
 from lightning_fed.callbacks import FaultTolerance, FederatedCallback
 from lightning_fed.engines import SuperLink
 from lightning_fed.errors import ConfigurationError
-from tests.deployment.conftest import SITES, wait_for
 from tests.deployment.federation import Outcome, data, fitted, module, trainer
+from tests.deployment.processes import SITES, wait_for
 
 
 @pytest.fixture(scope="module")
