@@ -181,3 +181,16 @@ class NodeConnection:
                 if forget:
                     self._client.UnregisterNode(UnregisterNodeFleetRequest(node_id=self.node_id))
         self._client.close()
+
+
+def admits_strangers(address: Address) -> bool:
+    """Return whether a SuperLink takes in nodes whose keys nobody has registered there: one tries, and leaves."""
+    stranger = NodeConnection(address, new_key())
+    try:
+        stranger.register()
+        stranger.activate()
+    except LinkRefuses as error:
+        return error.code != NO_STRANGERS
+    finally:
+        stranger.close(forget=True)
+    return True

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 from flwr.app import Message
@@ -39,6 +40,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from lightning_fed._compat.flower import server_identity
 from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses
 from lightning_fed._compat.flower_link import Traffic, assembled, client_at, download, talking, upload
+from lightning_fed._compat.flower_node import admits_strangers
 
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _PULSE = 10.0  # seconds between signs of life
@@ -191,6 +193,11 @@ class ServedRun:
         """Return the nodes that are there now."""
         with talking(self._address):
             return list(self._client.GetNodes(GetNodesRequest()).nodes)
+
+    @cached_property
+    def admits_strangers(self) -> bool:
+        """Whether the SuperLink takes in nodes whose keys nobody has registered: then a key tells not who one is."""
+        return admits_strangers(self._address)
 
     def push(self, messages: Sequence[Message]) -> list[str]:
         """Send messages; return the name of each, empty for one that the SuperLink does not take: its node has gone."""

@@ -62,6 +62,8 @@ class Members:
         self._said: dict[Place, int | None] = {}  # by place its client; None where that is not known, or it is refused
         self._here: dict[int, Place] = {}
         self._seen: dict[int, float] = dict.fromkeys(range(num_clients), time.monotonic())
+        self._owners: dict[int, int] = {}  # the first node that was a client, by client
+        self._names: dict[int, str] = {}
         self._twice: set[tuple[Place, Place]] = set()
         self._looked = 0.0
         self._refused: dict[Place, Refusal] = {}
@@ -89,7 +91,9 @@ class Members:
         """Look who is there, unless that was done just now."""
         if not at_once and time.monotonic() < self._looked + LOOK:
             return
-        places = [Place(node.last_activated_at or "", node.node_id) for node in self._run.nodes()]
+        nodes = self._run.nodes()
+        self._names.update({node.node_id: node.name for node in nodes if node.name})
+        places = [Place(node.last_activated_at or "", node.node_id) for node in nodes]
         self._ask([place for place in places if place not in self._said])
         self._hear()
         self._looked = now = time.monotonic()
@@ -97,12 +101,31 @@ class Members:
         self._refused = {place: refusal for place, refusal in self._refused.items() if place in places}
         here: dict[int, Place] = {}
         for place in sorted(places):  # the one that came last counts
-            if (client := self._said.get(place)) is not None:
+            if (client := self._said.get(place)) is not None and self._owns(place, client):
                 self._say_of_two(client, here.get(client), place)
                 here[client] = place
         for client in sorted(self._here.keys() - here.keys()):
             rank_zero_info(f"Client {client} has left.")
         self._here = here
+
+    def _owns(self, place: Place, client: int) -> bool:
+        """Return whether a client may be at a node; where nodes are known by their keys, it is the first's that was it.
+
+        Without, a site that was started again has a new key, and is another node to Flower.
+        """
+        owner = self._owners.setdefault(client, place.node_id)
+        if owner == place.node_id or self._run.admits_strangers:
+            return True
+        self._said[place] = None
+        self._refuse(
+            place,
+            Refusal(f"says that it is client {client}, which {self._called(owner)}, with another key, is.", False),
+        )
+        return False
+
+    def _called(self, node_id: int) -> str:
+        name = self._names.get(node_id)
+        return f"node {node_id} ({one_line(name, 60)})" if name else f"node {node_id}"
 
     def _say_of_two(self, client: int, earlier: Place | None, later: Place) -> None:
         """Say once that a client is at two nodes; the first may be of a process that is gone."""
@@ -134,7 +157,9 @@ class Members:
 
     def _refuse(self, place: Place, refusal: Refusal) -> None:
         """Say and note why a site cannot be a client of this run."""
-        self._refused[place] = refusal = refusal._replace(why=f"The site at node {place.node_id} {refusal.why}")
+        self._refused[place] = refusal = refusal._replace(
+            why=f"The site at {self._called(place.node_id)} {refusal.why}"
+        )
         rank_zero_warn(refusal.why)
 
     def _read(self, reply: Message | Exception) -> int | Refusal:

@@ -243,7 +243,7 @@ FIELDS = {
     "heartbeat_pb2.SendNodeHeartbeatResponse": "success",
     "message_pb2.ConfirmMessageReceivedRequest": "node run_id message_object_id",
     "message_pb2.ObjectTree": "object_id children",
-    "node_pb2.NodeInfo": "node_id last_activated_at",
+    "node_pb2.NodeInfo": "node_id last_activated_at name",
     "runtime_pb2.AcquireTaskRequest": "supported_task_types",
     "runtime_pb2.AcquireTaskResponse": "task token",
     "runtime_pb2.GetNodesResponse": "nodes",

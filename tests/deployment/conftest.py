@@ -26,7 +26,7 @@ def scripts(tmp_path_factory) -> Iterator[Scripts]:
 @pytest.fixture(scope="session")
 def keys(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("keys")
-    make_keys(folder / "good", ["localhost", "127.0.0.1"], [*SITES, "stranger"])
+    make_keys(folder / "good", ["localhost", "127.0.0.1"], [*SITES, "stranger", "insider"])
     make_keys(folder / "other", ["localhost"], ["nobody"])
     return folder
 

@@ -8,6 +8,9 @@ import sys
 import pytest
 
 from lightning_fed import FederatedTrainer
+from lightning_fed._compat.flower_address import Address
+from lightning_fed._compat.flower_node import NodeConnection, new_key
+from lightning_fed._compat.flower_server import served_run
 from lightning_fed.engines import SuperLink
 from lightning_fed.engines.local_link import local_link
 from lightning_fed.errors import ConfigurationError
@@ -74,6 +77,18 @@ def link():
 def test_tls_to_a_superlink_without_is_refused(link, keys):
     with pytest.raises(ConfigurationError, match="no trusted connection"):
         trainer(SuperLink(f"localhost:{link}", root_certificates=keys / "good" / "ca.pem")).fit(module())
+
+
+def test_a_superlink_that_takes_in_anybody_is_known_by_a_try_that_leaves_nobody_there(link):
+    address = Address(f"127.0.0.1:{link}", insecure=True)
+    node = NodeConnection(address, new_key())
+    node.register()
+    node.activate()
+    with served_run(address, None, {}) as run:
+        [before] = run.nodes()
+        assert run.admits_strangers
+        assert [one.node_id for one in run.nodes()] == [before.node_id] == [node.node_id]
+    node.close(forget=True)
 
 
 @pytest.mark.landing

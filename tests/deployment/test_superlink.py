@@ -8,11 +8,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from lightning_fed._compat.flower_address import Address
 from lightning_fed.callbacks import FaultTolerance, FederatedCallback
 from lightning_fed.engines import SuperLink
 from lightning_fed.errors import ConfigurationError
 from tests.deployment.federation import Outcome, data, fitted, module, trainer
-from tests.deployment.processes import SITES, wait_for
+from tests.deployment.processes import SITES, register, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,18 @@ def test_a_link_that_is_killed_and_comes_back_with_its_database_costs_nothing(se
     with meanwhile(kill_and_restart):
         fitted(SuperLink(secure.address, **secure.engine)).assert_same(in_process)
     assert all(site.process.poll() is None for site in secure.sites)
+
+
+def test_a_registered_site_that_says_it_is_anothers_client_is_refused_by_name(secure, in_process):
+    good = secure.keys / "good"
+    register(Address(secure.address, False, (good / "ca.pem").read_bytes()), good / "insider.pub")
+    insider = secure.join(0, "insider", private_key=str(good / "insider.key"))
+    insider.says("has joined")
+    with pytest.warns(
+        UserWarning, match=r"\(insider\) says that it is client 0, which node \d+ \(site-0\), with another"
+    ):
+        fitted(SuperLink(secure.address, **secure.engine)).assert_same(in_process)
+    insider.end()
 
 
 # ------------------------------------------------------------------------------------------------- refusals

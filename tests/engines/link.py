@@ -34,6 +34,7 @@ class Link:
     """
 
     is_stopped = False
+    admits_strangers = True
 
     def __init__(self, sites: dict[int, Site]) -> None:
         self.run, self.sites = new_run(), sites
@@ -50,7 +51,7 @@ class Link:
 
     def nodes(self) -> list[Any]:
         self._answer()
-        return [SimpleNamespace(node_id=node, last_activated_at=since) for node, since in self.since.items()]
+        return [SimpleNamespace(node_id=node, last_activated_at=since, name="") for node, since in self.since.items()]
 
     def push(self, sent: Sequence[Message]) -> list[str]:
         self._answer()

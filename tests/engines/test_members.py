@@ -26,9 +26,10 @@ class Run:
         self.since = dict.fromkeys(self.says, "2026-01-01")
         self.asked: list[Message] = []
         self.is_away = False
+        self.admits_strangers = True
 
     def nodes(self):
-        return [SimpleNamespace(node_id=node, last_activated_at=self.since[node]) for node in self.says]
+        return [SimpleNamespace(node_id=node, last_activated_at=self.since[node], name="") for node in self.says]
 
     def push(self, sent):
         if self.is_away:
@@ -73,6 +74,41 @@ def test_the_node_that_came_last_counts_and_that_is_said_once():
         members = looked(run, times=3)
     assert members.place_of(1) == Place("2026-01-02", 7)
     assert len(said) == 1
+
+
+def test_where_nodes_are_known_by_their_keys_a_client_is_the_first_that_was_it():
+    """A site that says that it is another's client is refused by its name, also where the other has left."""
+    run = Run(n7=0)
+    run.admits_strangers = False
+
+    def nodes():
+        names = {7: "hospital-a", 9: "hospital-b"}
+        return [SimpleNamespace(node_id=n, last_activated_at=run.since[n], name=names[n]) for n in run.says]
+
+    run.nodes = nodes
+
+    said = r"The site at node 9 \(hospital-b\) says that it is client 0, which node 7 \(hospital-a\), with another key"
+
+    def main():
+        members = Members(run, 2, {}, seed=1)
+
+        def place():
+            members.look(at_once=True)
+            return members.place_of(0)
+
+        assert place() == (first := Place("2026-01-01", 7))
+        run.says[9], run.since[9] = 0, "2026-01-02"
+        assert place() == place() == first
+        del run.says[7]
+        assert place() is None
+        run.says[7], run.since[7] = 0, "2026-01-03"
+        assert place() == Place("2026-01-03", 7)
+        with pytest.raises(ConfigurationError, match=f"(?s)waiting for client 1, .*{said}"):
+            members.wait(2, 0.0)
+
+    with pytest.warns(UserWarning, match=said) as warned:
+        in_flower(main)
+    assert len(warned) == 1
 
 
 def test_a_node_that_comes_anew_is_asked_anew():
