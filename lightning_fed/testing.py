@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_fed.engines import Engine
 from lightning_fed.trainer import FederatedTrainer
 from lightning_fed.values.weights import Weights
-from lightning_fed.wire import messages, packing
+from lightning_fed.wire import messages
 
 
 class ToyModule(LightningModule):
@@ -74,7 +74,6 @@ def toy_weights() -> Weights:
 
 
 def _weights_in(message: Message) -> Weights:
-    packing.unpack_tensors(message.content)  # as the server does that reads it
     record = messages.first(message.content, ArrayRecord)
     assert record is not None
     return messages.unpack(record)

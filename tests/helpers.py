@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_fed._compat.flower import server_identity
 from lightning_fed.engines import Engine, InProcess
 from lightning_fed.engines.in_process import InProcessGrid
+from lightning_fed.wire.packing import unpack_content
 
 T = TypeVar("T")
 
@@ -136,6 +137,10 @@ class SuperLinkLike(Grid):
             return Message(Error(2, f"{type(exception).__name__}: {exception}"), reply_to=delivered)
         if not reply.has_error():
             reply.content = over_the_wire(reply.content)
+            try:
+                unpack_content(reply.content)  # as a SuperLink's grid does
+            except Exception as exception:
+                return Message(Error(2, f"{type(exception).__name__}: {exception}"), reply_to=delivered)
         return reply
 
     def get_node_ids(self) -> list[int]:

@@ -14,7 +14,7 @@ from lightning_fed._compat.flower_link import readdress
 from lightning_fed.engines.members import Place
 from lightning_fed.engines.remote import AHEAD, Deadline
 from lightning_fed.errors import ClientError
-from lightning_fed.tracebacks import words
+from lightning_fed.tracebacks import plain, words
 from lightning_fed.wire import messages, packing, roll_call
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class SiteDelivery:
 
     def _addressed(self, work: Work, place: Place) -> Message:
         work.kept = self.grid.kept_by(work.client, work.message)
-        content = roll_call.with_kept(self.packer.pack(work.message.content), work.kept)
+        content = self.packer.pack(roll_call.with_kept(work.message.content, work.kept))
         of = work.message.metadata
         metadata = Metadata(
             run_id=self.grid.served.run.run_id,
@@ -150,12 +150,18 @@ class SiteDelivery:
         work.names.discard(name)
         if roll_call.is_lost(reply):
             self.grid.members.look(at_once=True)
-        elif isinstance(reply, Exception):
-            self._fail(work, f"sent what cannot be read: {words(reply)}")
-        else:
-            if not reply.has_error() and roll_call.takes_kept(reply.content) and work.kept is not None:
-                self.grid.keep(work.client, work.kept.mark)
-            work.end(readdress(reply, sender=work.message.metadata.dst_node_id))
+            return
+        try:
+            if isinstance(reply, Exception):
+                raise reply
+            if not reply.has_error():
+                packing.unpack_content(reply.content)
+        except Exception as error:
+            self._fail(work, f"sent what cannot be read: {plain(words(error), 1000)}")
+            return
+        if not reply.has_error() and roll_call.takes_kept(reply.content) and work.kept is not None:
+            self.grid.keep(work.client, work.kept.mark)
+        work.end(readdress(reply, sender=work.message.metadata.dst_node_id))
 
     def _fail(self, work: Work, why: str) -> None:
         work.end(messages.error_reply(work.message, ClientError(why)))

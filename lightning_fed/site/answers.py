@@ -36,6 +36,7 @@ class Answers:
             return messages.error_reply(message, exception)
 
     def _made(self, message: Message, node_id: int) -> Message:
+        packing.unpack_content(message.content)
         if message.metadata.message_type == MessageType.QUERY:
             self._require_same_form(message)
         kept = roll_call.take_kept(message.content)
@@ -43,16 +44,15 @@ class Answers:
             # The server does not know whether the SuperLink, which was away, has lost the reply.
             return Message(self._last[1], reply_to=message)
         base = self._states.load(kept.base) if kept else RecordDict()
-        packing.unpack_tensors(message.content)
         config: dict[str, Any] = {messages.CLIENT: self._client}
         context = Context(message.metadata.run_id, node_id, config, messages.copy_for_delivery(base), {})
         reply = self._app(message, context)
-        if reply.has_error():
+        if reply.has_error() or message.metadata.message_type == MessageType.QUERY:
             return reply
+        reply.content = packing.Packer().pack(reply.content)
         if kept is not None and context.state != base:
             self._states.save(kept.mark, context.state)
             roll_call.say_kept(reply.content)
-        reply.content = packing.Packer().pack(reply.content)
         self._last = None if kept is None else (kept, reply.content)
         return reply
 

@@ -181,9 +181,9 @@ class Site:
         message = self._again(connection, lambda: connection.fetch(received, _SLOWEST))
         if message is None:
             return
-        at, round = time.monotonic(), roll_call.round_of(message)
+        at = time.monotonic()
         reply = self._answers.to(message, connection.node_id)
-        seconds = time.monotonic() - at
+        seconds, round = time.monotonic() - at, roll_call.round_of(message)
         self._again(connection, lambda: connection.send(reply, seconds))
         if message.metadata.message_type != MessageType.QUERY or reply.has_error():
             self._say(round, reply, time.monotonic() - began, traffic.received - came, traffic.sent - went)

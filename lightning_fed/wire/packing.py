@@ -1,7 +1,8 @@
-"""All tensors of a message as one piece of bytes, as they are in memory.
+"""A content as few pieces of bytes: its tensors as they are in memory, and its numbers and texts as JSON.
 
-Flower sends each array of a message by calls of its own, in NumPy's format, which has no narrow floats. Between our own
-server and sites all go as one array, bfloat16 and float8 as they are. What comes off the wire are ``TensorArray``, as
+Flower sends each record and each array of a message as an object of its own, with a request for each on each of its
+ways, and arrays in NumPy's format, which has no narrow floats. Between our own server and sites all tensors go as one
+object, bfloat16 and float8 as they are, and all else as another. What comes off the wire are ``TensorArray``, as
 everywhere within a process: Flower's strategies and mods ask these for NumPy's form.
 """
 
@@ -15,42 +16,49 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from lightning_fed._compat.flower import filled
 from lightning_fed.values.weights import dtype_name
 from lightning_fed.wire.tensor_array import TensorArray, of_bytes
 
-_PACKED, _INDEX = "lightning-fed.packed", "lightning-fed.index"
+_TENSORS, _REST = "lightning-fed.tensors", "lightning-fed.rest"
 _ALIGNED = 64
+# Bytes beyond which tensors go as one of Flower's arrays, whose pieces travel side by side.
+_SMALL = 1 << 20
 # Far beyond any tensor: what says more is wrong, and its product would take long to find.
 _MOST_DIMENSIONS, _MOST_ELEMENTS = 64, 2**48
-_KINDS = ("bool", "uint", "int", "float", "bfloat", "complex")
+_DTYPE_KINDS = ("bool", "uint", "int", "float", "bfloat", "complex")
 _DTYPES = {
     name: dtype
     for name in dir(torch)
     if isinstance(dtype := getattr(torch, name), torch.dtype) and name == dtype_name(dtype)
-    if name.rstrip("0123456789").partition("8_")[0] in _KINDS and not re.fullmatch(r"u?int[1-7]", name)
+    if name.rstrip("0123456789").partition("8_")[0] in _DTYPE_KINDS and not re.fullmatch(r"u?int[1-7]", name)
 }
+_RECORDS: dict[str, type[ConfigRecord] | type[MetricRecord]] = {"config": ConfigRecord, "metrics": MetricRecord}
+_NAMES: dict[type, str] = {kind: name for name, kind in _RECORDS.items()}
 
 
 class Packer:
     """Packs contents that share their arrays once, so that Flower, too, finds them to be the same."""
 
     def __init__(self) -> None:
-        self._packed: dict[tuple[int, ...], tuple[list[Any], RecordDict]] = {}
+        self._packed: dict[tuple[int, ...], tuple[list[Any], Any]] = {}
 
     def pack(self, content: RecordDict) -> RecordDict:
-        """Return the same records, their tensors as one piece; the content itself stays as it is."""
-        records = {key: record for key, record in content.items() if _is_plain(record)}
-        if not records:
-            return content
-        key = tuple(map(id, records.values()))
-        if key not in self._packed:
-            self._packed[key] = list(records.values()), _pack(records)  # the records, that no other gets their number
-        others = {name: record for name, record in content.items() if name not in records}
-        return filled(RecordDict(), {**others, **self._packed[key][1]})
+        """Return the same records in few; the content itself stays as it is."""
+        tensors = {key: record for key, record in content.items() if _is_plain(record)}
+        simple = {key: record for key, record in content.items() if _is_simple(record)}
+        packed = {key: record for key, record in content.items() if key not in tensors and key not in simple}
+        if tensors:
+            ids = tuple(map(id, tensors.values()))
+            if ids not in self._packed:  # with the records, that no other gets their number
+                self._packed[ids] = list(tensors.values()), _pack(tensors)
+            packed[_TENSORS] = self._packed[ids][1]
+        rest = [[key, _NAMES[type(record)], dict(record)] for key, record in simple.items()]
+        packed[_REST] = ConfigRecord({"json": json.dumps([list(content), rest])})
+        return filled(RecordDict(), packed)
 
 
 def _is_plain(record: Any) -> bool:
@@ -61,7 +69,15 @@ def _is_plain(record: Any) -> bool:
     return all(t is not None and t.layout == torch.strided and dtype_name(t.dtype) in _DTYPES for t in tensors)
 
 
-def _pack(records: Mapping[str, Any]) -> RecordDict:
+def _is_simple(record: Any) -> bool:
+    """Return whether a record holds what JSON has: numbers and texts, and no bytes."""
+    if type(record) not in _NAMES:
+        return False
+    return not any(isinstance(one, bytes) for v in record.values() for one in (v if isinstance(v, list) else [v]))
+
+
+def _pack(records: Mapping[str, Any]) -> ConfigRecord | ArrayRecord:
+    """Return records of tensors as one: the length of an index, the index, and the bytes that it tells of."""
     parts, index, size = [], [], 0
     for key, record in records.items():
         entries = []
@@ -71,38 +87,64 @@ def _pack(records: Mapping[str, Any]) -> RecordDict:
             parts.append((size, tensor))
             size += _room(tensor.nbytes)
         index.append([key, entries])
-    memory = np.zeros(size, dtype=np.uint8)
+    text = json.dumps(index).encode()
+    begin = _room(8 + len(text))
+    memory = np.zeros(begin + size, dtype=np.uint8)
+    memory[: 8 + len(text)] = np.frombuffer(len(text).to_bytes(8, "little") + text, dtype=np.uint8)
     for start, tensor in parts:
-        memory[start : start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8).numpy()
-    packed = ArrayRecord({"": Array("uint8", (size,), _PACKED, memory.tobytes())})
-    return RecordDict({_PACKED: packed, _INDEX: ConfigRecord({"json": json.dumps(index)})})
+        memory[begin + start : begin + start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8).numpy()
+    if len(memory) <= _SMALL:
+        return ConfigRecord({"bytes": memory.tobytes()})
+    return ArrayRecord({"": Array("uint8", (len(memory),), _TENSORS, memory.tobytes())})
 
 
-def unpack_tensors(content: RecordDict) -> None:
+def unpack_content(content: RecordDict) -> None:
     """Make of what ``Packer.pack`` gave the records that they were; a content that nobody packed stays as it is.
 
     Raises:
-        ValueError: If the index does not describe the bytes.
+        ValueError: If it does not describe itself.
+        Exception: Of any kind, if it is something else.
     """
-    packed, index = content.pop(_PACKED, None), content.pop(_INDEX, None)
-    if packed is None and index is None:
+    packed, rest = content.pop(_TENSORS, None), content.pop(_REST, None)
+    if packed is None and rest is None:
         return
-    if not isinstance(packed, ArrayRecord) or not isinstance(index, ConfigRecord) or list(packed) != [""]:
-        raise ValueError("half of its tensors")
-    memory = torch.frombuffer(bytearray(packed[""].data) or bytearray(1), dtype=torch.uint8)
-    start, end = 0, len(packed[""].data)
-    for key, entries in json.loads(str(index["json"])):
-        if not isinstance(key, str) or key in content:
-            raise ValueError(f"tensors for {key!r}, which is there already")
-        tensors = {}
+    found, order = dict(content.items()), []
+    if packed is not None:
+        _unpack_tensors(packed, found)
+    if rest is not None:
+        order = _unpack_rest(rest, found)
+    for key in list(content):
+        del content[key]
+    content.update({key: found[key] for key in [*(key for key in order if key in found), *found]})
+
+
+def _unpack_tensors(packed: Any, found: dict[str, Any]) -> None:
+    data: bytes = packed["bytes"] if isinstance(packed, ConfigRecord) else packed[""].data  # type: ignore[assignment]
+    memory, length = torch.frombuffer(bytearray(data), dtype=torch.uint8), int.from_bytes(data[:8], "little")
+    start, end = _room(8 + length), len(data)
+    for key, entries in json.loads(data[8 : 8 + length]):
+        tensors: dict[str, TensorArray] = {}
         for name, dtype, shape in entries:
-            if name in tensors:
-                raise ValueError(f"two tensors {name!r}")
-            tensors[str(name)] = TensorArray(_tensor(memory[:end], start, str(dtype), shape))
-            start += _room(tensors[str(name)].__dict__["tensor"].nbytes)
-        content[key] = filled(ArrayRecord(), tensors)
+            if not isinstance(name, str) or name in tensors:
+                raise ValueError(f"two tensors {name!r:.100}")
+            tensors[name] = TensorArray(_tensor(memory, start, str(dtype), shape))
+            start += _room(tensors[name].__dict__["tensor"].nbytes)
+        _add(found, key, filled(ArrayRecord(), tensors))
     if start != end:
         raise ValueError(f"{end} bytes for tensors of {start}")
+
+
+def _unpack_rest(rest: Any, found: dict[str, Any]) -> list[str]:
+    order, records = json.loads(str(rest["json"]))
+    for key, kind, values in records:
+        _add(found, key, _RECORDS[kind](values))
+    return [str(key) for key in order]
+
+
+def _add(found: dict[str, Any], key: Any, record: Any) -> None:
+    if not isinstance(key, str) or key in found:
+        raise ValueError(f"a record {key!r:.100}, which is there already")
+    found[key] = record
 
 
 def _tensor(memory: Tensor, start: int, name: str, shape: Any) -> Tensor:

@@ -19,7 +19,6 @@ from lightning_fed.errors import ClientError, InvalidUpdateError
 from lightning_fed.tracebacks import is_printable, plain, words
 from lightning_fed.values.metrics import LAST, RATE, MetricState, scalar
 from lightning_fed.values.weights import Weights, as_global, check_update, dtype_name, is_averaged
-from lightning_fed.wire import packing
 from lightning_fed.wire.extras import Extras, detach
 from lightning_fed.wire.messages import ARRAYS, METRICS, NUM_EXAMPLES, first, pack, reply_scalars, unpack
 
@@ -71,7 +70,6 @@ def read_reply(reply: Message, expected: Expected) -> Reply:
         InvalidUpdateError: If a tensor came in the wrong part, or as ``check_update`` says.
     """
     try:
-        packing.unpack_tensors(reply.content)
         extras, scalars = detach(reply), reply_scalars(reply)
         _decode(reply.content)
     except Exception as error:  # whatever it was that the client sent

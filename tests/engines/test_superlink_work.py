@@ -24,8 +24,8 @@ def counting(client: int, first: Callable[[], Any] = lambda: None) -> Site:
     def work(message: Message) -> Message | None:
         if first() is False:
             return None
+        packing.unpack_content(message.content)
         roll_call.take_kept(message.content)
-        packing.unpack_tensors(message.content)
         return app(message, Context(1, 1, config, RecordDict(), {}))
 
     return site_of(client, work)
@@ -80,6 +80,8 @@ def test_what_is_sent_twice_in_a_round_has_marks_of_its_own() -> None:
     """By its mark a site knows work that it has done, and gives the same reply again."""
     link = link_of(2)
     assert who(link, 2, rounds=2) == [[0, 1]] * 2
+    for message in link.sent:
+        packing.unpack_content(message.content)
     marks = [kept.mark for message in link.sent if (kept := roll_call.take_kept(message.content))]
     assert len(marks) == 4
     assert marks[0] == marks[1] != marks[2] == marks[3]

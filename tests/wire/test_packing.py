@@ -6,11 +6,12 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from lightning_fed.wire import messages
-from lightning_fed.wire.packing import Packer, unpack_tensors
-from tests.helpers import over_the_wire
+from lightning_fed.wire.packing import Packer, unpack_content
+from tests.helpers import in_flower, over_the_wire
+from tests.wire.parts import parts_of
 
 TENSORS = {
     "float": torch.randn(3, 5),
@@ -35,8 +36,8 @@ def content() -> RecordDict:
 
 def test_what_is_packed_comes_out_bit_for_bit_over_the_wire():
     packed = over_the_wire(Packer().pack(content()))
-    assert sum(isinstance(record, ArrayRecord) for record in packed.values()) == 1
-    unpack_tensors(packed)
+    assert len(packed) == 2
+    unpack_content(packed)
     assert list(packed) == ["config", "arrays", "more"]
     got = {**messages.unpack(packed["arrays"]), **messages.unpack(packed["more"])}
     for name, tensor in TENSORS.items():
@@ -51,16 +52,53 @@ def test_what_is_packed_comes_out_bit_for_bit_over_the_wire():
 
 def test_flowers_own_code_finds_numpys_form_in_what_came_off_the_wire():
     packed = over_the_wire(Packer().pack(content()))
-    unpack_tensors(packed)
+    unpack_content(packed)
     assert packed["arrays"]["brain"].numpy().dtype == np.float32
     assert packed["arrays"]["brain"].dtype == "float32"
+
+
+def test_numbers_texts_and_bytes_come_out_as_they_were_and_in_their_order():
+    records = {
+        "config": ConfigRecord(
+            {"text": "ü\u2028\ud800", "flag": True, "whole": 2**62, "real": 1.0, "all": [0.1, 2.0], "no": []}
+        ),
+        "raw": ConfigRecord({"bytes": b"\x00\xff", "n": 1}),
+        "arrays": messages.pack(TENSORS),
+        "metrics": MetricRecord({"nan": float("nan"), "inf": float("-inf"), "tiny": 5e-324, "list": [1, 2]}),
+        "last": ConfigRecord({}),
+    }
+    packed = over_the_wire(Packer().pack(RecordDict(records)))
+    assert len(packed) == 3
+    packed["later"] = ConfigRecord({"a": 1})
+    unpack_content(packed)
+    assert list(packed) == [*records, "later"]
+    assert packed["raw"] == records["raw"]
+    assert {k: (type(v), v) for k, v in packed["config"].items()} == {
+        k: (type(v), v) for k, v in records["config"].items()
+    }
+    assert repr(dict(packed["metrics"])) == repr(dict(records["metrics"]))
+    assert isinstance(packed["metrics"], MetricRecord)
+
+
+@pytest.mark.parametrize(("elements", "objects"), [(10, 4), (300_000, 6)])
+def test_what_is_small_goes_as_four_of_flowers_objects(elements, objects):
+    content = RecordDict(
+        {
+            "arrays": messages.pack({"w": torch.randn(elements)}),
+            "config": ConfigRecord({"a": 1}),
+            "more": MetricRecord(),
+        }
+    )
+    _, parts = in_flower(lambda: parts_of(Message(Packer().pack(content), 1, "train")))
+    assert len(parts) == objects
 
 
 def test_contents_with_the_same_arrays_are_packed_once():
     packer, one = Packer(), content()
     other = RecordDict({**one, "config": ConfigRecord({"a": 2})})
     first, second = packer.pack(one), packer.pack(other)
-    assert first["lightning-fed.packed"] is second["lightning-fed.packed"]
+    assert first["lightning-fed.tensors"] is second["lightning-fed.tensors"]
+    unpack_content(second)
     assert second["config"] == ConfigRecord({"a": 2})
 
 
@@ -68,33 +106,54 @@ def test_arrays_of_others_go_as_they_are():
     plain = ArrayRecord({"x": Array(np.arange(3.0))})
     packed = Packer().pack(RecordDict({"arrays": plain}))
     assert packed["arrays"] is plain
-    unpack_tensors(packed)
+    unpack_content(packed)
     assert packed["arrays"] is plain
 
 
 def tampered(change) -> RecordDict:
     packed = over_the_wire(Packer().pack(content()))
-    index = json.loads(packed["lightning-fed.index"]["json"])
-    change(packed, index)
-    if "lightning-fed.index" in packed:
-        packed["lightning-fed.index"] = ConfigRecord({"json": json.dumps(index)})
+    data = packed["lightning-fed.tensors"]["bytes"]
+    length = int.from_bytes(data[:8], "little")
+    index, rest = json.loads(data[8 : 8 + length]), json.loads(packed["lightning-fed.rest"]["json"])
+    tensors = data[-(-(8 + length) // 64) * 64 :]
+    change(index, rest)
+    text = json.dumps(index).encode()
+    head = len(text).to_bytes(8, "little") + text
+    head += bytes(-len(head) % 64)
+    packed["lightning-fed.tensors"] = ConfigRecord({"bytes": head + tensors})
+    packed["lightning-fed.rest"] = ConfigRecord({"json": json.dumps(rest)})
     return packed
 
 
+def test_tampered_with_by_nobody_it_is_what_it_was():
+    packed = tampered(lambda index, rest: None)
+    unpack_content(packed)
+    assert list(packed) == ["config", "arrays", "more"]
+
+
 CHANGES = {
-    "no index": lambda packed, index: packed.pop("lightning-fed.index"),
-    "no bytes": lambda packed, index: packed.pop("lightning-fed.packed"),
-    "too long a shape": lambda packed, index: index[0][1][0].__setitem__(2, [10**12, 10**12]),
-    "a negative size": lambda packed, index: index[0][1][0].__setitem__(2, [-1, -15]),
-    "a size that is none": lambda packed, index: index[0][1][0].__setitem__(2, ["3", 5]),
-    "an unknown dtype": lambda packed, index: index[0][1][0].__setitem__(1, "object"),
-    "a record twice": lambda packed, index: index.append(deepcopy(index[0])),
-    "a record less": lambda packed, index: index.pop(),
-    "in place of another": lambda packed, index: index[0].__setitem__(0, "config"),
+    "too long a shape": lambda index, rest: index[0][1][0].__setitem__(2, [10**12, 10**12]),
+    "a negative size": lambda index, rest: index[0][1][0].__setitem__(2, [-1, -15]),
+    "a size that is none": lambda index, rest: index[0][1][0].__setitem__(2, ["3", 5]),
+    "an unknown dtype": lambda index, rest: index[0][1][0].__setitem__(1, "object"),
+    "a record twice": lambda index, rest: index.append(deepcopy(index[0])),
+    "a record less": lambda index, rest: index.pop(),
+    "in place of another": lambda index, rest: index[0].__setitem__(0, "config"),
+    "a number for a name": lambda index, rest: index[0][1][0].__setitem__(0, 7),
+    "an unknown kind": lambda index, rest: rest[1][0].__setitem__(1, "os"),
+    "a value of no kind": lambda index, rest: rest[1][0].__setitem__(2, {"a": {"b": 1}}),
+    "a record of numbers twice": lambda index, rest: rest[1].append(rest[1][0]),
+    "no records": lambda index, rest: rest.pop(),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_an_index_that_does_not_describe_the_bytes_is_refused(change):
-    with pytest.raises((ValueError, RuntimeError)):
-        unpack_tensors(tampered(change))
+    with pytest.raises((ValueError, TypeError, KeyError, RuntimeError)):
+        unpack_content(tampered(change))
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 8, b"\xff" * 200, bytes(64)])
+def test_bytes_without_an_index_are_refused(data):
+    with pytest.raises(ValueError):
+        unpack_content(RecordDict({"lightning-fed.tensors": ConfigRecord({"bytes": data})}))

@@ -70,8 +70,14 @@ def states(*specs: Any, **tensors: torch.Tensor) -> Callable[[Message], Message]
 
 
 def packed(spoil: Callable[[Message], Message]) -> Callable[[Message], Message]:
-    """The same on the way to a SuperLink, where each dtype travels as it is."""
-    return lambda reply: content(lambda c: setattr(reply, "content", Packer().pack(c)))(spoil(reply))
+    """The same by way of a SuperLink, where each dtype travels as it is."""
+
+    def send(reply: Message) -> Message:
+        spoil(reply)
+        reply.content = Packer().pack(reply.content)
+        return reply
+
+    return send
 
 
 def index(of_matrix: str) -> Callable[[Message], Message]:
@@ -79,10 +85,15 @@ def index(of_matrix: str) -> Callable[[Message], Message]:
 
     def spoil(reply: Message) -> Message:
         reply.content = Packer().pack(reply.content)
-        found = json.loads(str(reply.content["lightning-fed.index"]["json"]))
-        found[0][1][0] = "HERE"
-        said = json.dumps(found).replace('"HERE"', of_matrix)
-        reply.content["lightning-fed.index"] = ConfigRecord({"json": said})
+        [record] = [record for record in reply.content.values() if "bytes" in record or "" in record]
+        data = record["bytes"] if "bytes" in record else record[""].data
+        length = int.from_bytes(data[:8], "little")
+        index = json.loads(data[8 : 8 + length])
+        index[0][1][0] = "HERE"
+        text = json.dumps(index).replace('"HERE"', of_matrix).encode()
+        head = len(text).to_bytes(8, "little") + text
+        tensors = data[-(-(8 + length) // 64) * 64 :]
+        reply.content["lightning-fed.tensors"] = ConfigRecord({"bytes": head + bytes(-len(head) % 64) + tensors})
         return reply
 
     return spoil
