@@ -91,7 +91,7 @@ def server(
         SuperLink(address, **kwargs),
         rounds,
         callbacks,
-        clients,
+        clients=clients,
         timeout=timeout,
         check_val_every_n_epoch=EVALUATE,
         enable_checkpointing=True,
@@ -128,7 +128,8 @@ def site(
 def alone(root: str, rounds: int, clients: int, failed: Sequence[Sequence[int]], refused: bool) -> None:
     callbacks = (FaultTolerance(on_error="ignore"), *([FailsAgain(failed, refused)] if failed else []))
     model = module()
-    fit = trainer("in_process", rounds, callbacks, clients, default_root_dir=root, check_val_every_n_epoch=EVALUATE)
+    given = {"default_root_dir": root, "check_val_every_n_epoch": EVALUATE}
+    fit = trainer("in_process", rounds, callbacks, clients=clients, **given)
     fit.fit(model)
     Path(root).mkdir(parents=True, exist_ok=True)
     torch.save({"weights": model.state_dict()}, Path(root) / "end.pt")

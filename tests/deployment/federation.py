@@ -74,6 +74,7 @@ def trainer(
     engine: Engine | str = "in_process",
     max_rounds: int = 5,
     callbacks: tuple[Callback, ...] = (),
+    *,
     file: str | None = None,
     clients: int = CLIENTS,
     **kwargs: Any,
