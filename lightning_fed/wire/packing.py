@@ -2,8 +2,8 @@
 
 Flower sends each record and each array of a message as an object of its own, with a request for each on each of its
 ways, and arrays in NumPy's format, which has no narrow floats. Between our own server and sites all tensors go as one
-object, bfloat16 and float8 as they are, and all else as another. What comes off the wire are ``TensorArray``, as
-everywhere within a process: Flower's strategies and mods ask these for NumPy's form.
+object, bfloat16 and float8 as they are, and all else as another, or with them. What comes off the wire are
+``TensorArray``, as everywhere within a process: Flower's strategies and mods ask these for NumPy's form.
 """
 
 from __future__ import annotations
@@ -46,18 +46,26 @@ class Packer:
     def __init__(self) -> None:
         self._packed: dict[tuple[int, ...], tuple[list[Any], Any]] = {}
 
-    def pack(self, content: RecordDict) -> RecordDict:
-        """Return the same records in few; the content itself stays as it is."""
+    def pack(self, content: RecordDict, *, is_reply: bool = False) -> RecordDict:
+        """Return the same records in few; the content itself stays as it is.
+
+        Args:
+            content: Any content.
+            is_reply: All in one record: nobody else sends the same tensors.
+        """
         tensors = {key: record for key, record in content.items() if _is_plain(record)}
         simple = {key: record for key, record in content.items() if _is_simple(record)}
         packed = {key: record for key, record in content.items() if key not in tensors and key not in simple}
+        rest = [list(content), [[key, _NAMES[type(record)], dict(record)] for key, record in simple.items()]]
+        if is_reply:
+            packed[_TENSORS] = _pack(tensors, rest)
+            return filled(RecordDict(), packed)
         if tensors:
             ids = tuple(map(id, tensors.values()))
             if ids not in self._packed:  # with the records, that no other gets their number
-                self._packed[ids] = list(tensors.values()), _pack(tensors)
+                self._packed[ids] = list(tensors.values()), _pack(tensors, None)
             packed[_TENSORS] = self._packed[ids][1]
-        rest = [[key, _NAMES[type(record)], dict(record)] for key, record in simple.items()]
-        packed[_REST] = ConfigRecord({"json": json.dumps([list(content), rest])})
+        packed[_REST] = ConfigRecord({"json": json.dumps(rest)})
         return filled(RecordDict(), packed)
 
 
@@ -76,7 +84,7 @@ def _is_simple(record: Any) -> bool:
     return not any(isinstance(one, bytes) for v in record.values() for one in (v if isinstance(v, list) else [v]))
 
 
-def _pack(records: Mapping[str, Any]) -> ConfigRecord | ArrayRecord:
+def _pack(records: Mapping[str, Any], rest: Any) -> ConfigRecord | ArrayRecord:
     """Return records of tensors as one: the length of an index, the index, and the bytes that it tells of."""
     parts, index, size = [], [], 0
     for key, record in records.items():
@@ -87,7 +95,7 @@ def _pack(records: Mapping[str, Any]) -> ConfigRecord | ArrayRecord:
             parts.append((size, tensor))
             size += _room(tensor.nbytes)
         index.append([key, entries])
-    text = json.dumps(index).encode()
+    text = json.dumps([index, rest]).encode()
     begin = _room(8 + len(text))
     memory = np.zeros(begin + size, dtype=np.uint8)
     memory[: 8 + len(text)] = np.frombuffer(len(text).to_bytes(8, "little") + text, dtype=np.uint8)
@@ -108,21 +116,21 @@ def unpack_content(content: RecordDict) -> None:
     packed, rest = content.pop(_TENSORS, None), content.pop(_REST, None)
     if packed is None and rest is None:
         return
-    found, order = dict(content.items()), []
-    if packed is not None:
-        _unpack_tensors(packed, found)
-    if rest is not None:
-        order = _unpack_rest(rest, found)
+    found = dict(content.items())
+    within = None if packed is None else _unpack_tensors(packed, found)
+    order = _unpack_rest(within if rest is None else json.loads(str(rest["json"])), found)
     for key in list(content):
         del content[key]
     content.update({key: found[key] for key in [*(key for key in order if key in found), *found]})
 
 
-def _unpack_tensors(packed: Any, found: dict[str, Any]) -> None:
+def _unpack_tensors(packed: Any, found: dict[str, Any]) -> Any:
+    """Take the tensors in; return what came with them."""
     data: bytes = packed["bytes"] if isinstance(packed, ConfigRecord) else packed[""].data  # type: ignore[assignment]
     memory, length = torch.frombuffer(bytearray(data), dtype=torch.uint8), int.from_bytes(data[:8], "little")
     start, end = _room(8 + length), len(data)
-    for key, entries in json.loads(data[8 : 8 + length]):
+    index, rest = json.loads(data[8 : 8 + length])
+    for key, entries in index:
         tensors: dict[str, TensorArray] = {}
         for name, dtype, shape in entries:
             if not isinstance(name, str) or name in tensors:
@@ -132,10 +140,12 @@ def _unpack_tensors(packed: Any, found: dict[str, Any]) -> None:
         _add(found, key, filled(ArrayRecord(), tensors))
     if start != end:
         raise ValueError(f"{end} bytes for tensors of {start}")
+    return rest
 
 
 def _unpack_rest(rest: Any, found: dict[str, Any]) -> list[str]:
-    order, records = json.loads(str(rest["json"]))
+    """Take the other records in; return the order of all."""
+    order, records = rest
     for key, kind, values in records:
         _add(found, key, _RECORDS[kind](values))
     return [str(key) for key in order]

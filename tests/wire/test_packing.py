@@ -57,7 +57,8 @@ def test_flowers_own_code_finds_numpys_form_in_what_came_off_the_wire():
     assert packed["arrays"]["brain"].dtype == "float32"
 
 
-def test_numbers_texts_and_bytes_come_out_as_they_were_and_in_their_order():
+@pytest.mark.parametrize("is_reply", [True, False])
+def test_numbers_texts_and_bytes_come_out_as_they_were_and_in_their_order(is_reply):
     records = {
         "config": ConfigRecord(
             {"text": "ü\u2028\ud800", "flag": True, "whole": 2**62, "real": 1.0, "all": [0.1, 2.0], "no": []}
@@ -67,8 +68,8 @@ def test_numbers_texts_and_bytes_come_out_as_they_were_and_in_their_order():
         "metrics": MetricRecord({"nan": float("nan"), "inf": float("-inf"), "tiny": 5e-324, "list": [1, 2]}),
         "last": ConfigRecord({}),
     }
-    packed = over_the_wire(Packer().pack(RecordDict(records)))
-    assert len(packed) == 3
+    packed = over_the_wire(Packer().pack(RecordDict(records), is_reply=is_reply))
+    assert len(packed) == 3 - is_reply
     packed["later"] = ConfigRecord({"a": 1})
     unpack_content(packed)
     assert list(packed) == [*records, "later"]
@@ -81,7 +82,8 @@ def test_numbers_texts_and_bytes_come_out_as_they_were_and_in_their_order():
 
 
 @pytest.mark.parametrize(("elements", "objects"), [(10, 4), (300_000, 6)])
-def test_what_is_small_goes_as_four_of_flowers_objects(elements, objects):
+@pytest.mark.parametrize("is_reply", [True, False])
+def test_what_is_small_goes_as_few_of_flowers_objects(elements, objects, is_reply):
     content = RecordDict(
         {
             "arrays": messages.pack({"w": torch.randn(elements)}),
@@ -89,8 +91,8 @@ def test_what_is_small_goes_as_four_of_flowers_objects(elements, objects):
             "more": MetricRecord(),
         }
     )
-    _, parts = in_flower(lambda: parts_of(Message(Packer().pack(content), 1, "train")))
-    assert len(parts) == objects
+    _, parts = in_flower(lambda: parts_of(Message(Packer().pack(content, is_reply=is_reply), 1, "train")))
+    assert len(parts) == objects - is_reply
 
 
 def test_contents_with_the_same_arrays_are_packed_once():
@@ -114,10 +116,12 @@ def tampered(change) -> RecordDict:
     packed = over_the_wire(Packer().pack(content()))
     data = packed["lightning-fed.tensors"]["bytes"]
     length = int.from_bytes(data[:8], "little")
-    index, rest = json.loads(data[8 : 8 + length]), json.loads(packed["lightning-fed.rest"]["json"])
+    index, nothing = json.loads(data[8 : 8 + length])
+    rest = json.loads(packed["lightning-fed.rest"]["json"])
+    assert nothing is None
     tensors = data[-(-(8 + length) // 64) * 64 :]
     change(index, rest)
-    text = json.dumps(index).encode()
+    text = json.dumps([index, None]).encode()
     head = len(text).to_bytes(8, "little") + text
     head += bytes(-len(head) % 64)
     packed["lightning-fed.tensors"] = ConfigRecord({"bytes": head + tensors})

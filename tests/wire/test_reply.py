@@ -74,7 +74,7 @@ def packed(spoil: Callable[[Message], Message]) -> Callable[[Message], Message]:
 
     def send(reply: Message) -> Message:
         spoil(reply)
-        reply.content = Packer().pack(reply.content)
+        reply.content = Packer().pack(reply.content, is_reply=True)
         return reply
 
     return send
@@ -84,12 +84,12 @@ def index(of_matrix: str) -> Callable[[Message], Message]:
     """The index of all tensors as one piece says something else of one of them."""
 
     def spoil(reply: Message) -> Message:
-        reply.content = Packer().pack(reply.content)
+        reply.content = Packer().pack(reply.content, is_reply=True)
         [record] = [record for record in reply.content.values() if "bytes" in record or "" in record]
         data = record["bytes"] if "bytes" in record else record[""].data
         length = int.from_bytes(data[:8], "little")
         index = json.loads(data[8 : 8 + length])
-        index[0][1][0] = "HERE"
+        index[0][0][1][0] = "HERE"
         text = json.dumps(index).replace('"HERE"', of_matrix).encode()
         head = len(text).to_bytes(8, "little") + text
         tensors = data[-(-(8 + length) // 64) * 64 :]
@@ -317,7 +317,7 @@ def _mutate(data: st.DataObject, parts: dict[str, bytes], names: list[str]) -> N
 def _check_mutated(data: st.DataObject, packed: bool, honest_end: Any, end_without: Any) -> None:
     def spoil(reply: Message) -> Message:
         if packed:
-            reply.content = Packer().pack(reply.content)
+            reply.content = Packer().pack(reply.content, is_reply=True)
         top, parts = parts_of(reply)
         _mutate(data, parts, sorted(set(parts) - {top}))
         try:

@@ -45,7 +45,7 @@ def read(make: Callable[[Message], Message], packed: bool, times: int = 1) -> No
     """Read what somebody sends, from the bytes on, as the server of a SuperLink does, each chunk so many times."""
     reply = make(honest(1, instruction()))
     if packed:
-        reply.content = Packer().pack(reply.content)
+        reply.content = Packer().pack(reply.content, is_reply=True)
     top, parts = parts_of(reply)
     if times > 1:
         parts = {name: repeated(part, times) if part.startswith(b"Array ") else part for name, part in parts.items()}
