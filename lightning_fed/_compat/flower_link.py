@@ -10,6 +10,7 @@ import json
 import math
 import socket
 import ssl
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectPushError,
+    ObjectUnavailableError,
     inflate_object_from_contents,
     pull_objects,
     push_objects,
@@ -91,6 +93,12 @@ def talking(address: Address) -> Iterator[None]:
         raise PartsGone(str(error)) from error
 
 
+# Seconds between two questions for a part that is not there yet, and for how many none may come: Flower itself lets the
+# sender begin anew after 180.
+_SOONEST, _LATEST, STALLED = 0.05, 1.0, 300.0
+_AT_ONCE = 8  # parts that are asked for before it is looked whether one is missing
+
+
 @dataclass
 class Traffic:
     """Bytes of messages that went over the wire."""
@@ -99,24 +107,57 @@ class Traffic:
     sent: int = 0
 
 
-def download(
-    client: Any, node: Node, run_id: int, tree: ObjectTree, seconds: float, traffic: Traffic
-) -> tuple[str, dict[str, bytes]]:
-    """Return the name and the parts of a message; ``assembled`` makes it of them.
+class Arriving:
+    """A message on its way: its parts are fetched as its sender sends them, and nobody waits for them in between.
 
     Args:
         client: A client of the Runtime or the Fleet API.
         node: Whose message it is.
         run_id: The run's number.
         tree: The names of all parts.
-        seconds: How long the sender may take to send them all.
-        traffic: Counts what came.
+        traffic: Counts what comes.
+
+    Attributes:
+        name: The message's.
+        parts: What is here; ``assembled`` makes the message of them once that is all.
     """
-    pull = make_pull_object_fn_protobuf(client.PullObject, node, run_id)
-    names = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
-    parts = pull_objects(names, pull, max_time=seconds, initial_backoff=0.05, backoff_cap=1.0)
-    traffic.received += sum(map(len, parts.values()))
-    return tree.object_id, parts
+
+    def __init__(self, client: Any, node: Node, run_id: int, tree: ObjectTree, traffic: Traffic) -> None:
+        self._pull = make_pull_object_fn_protobuf(client.PullObject, node, run_id)
+        self._missing = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
+        self._traffic, self._pause, self._due, self._came = traffic, _SOONEST, 0.0, time.monotonic()
+        self.name, self.parts = tree.object_id, dict[str, bytes]()
+
+    def fetch(self) -> bool:
+        """Fetch what is there, in the order in which it is sent; return whether that is all.
+
+        Raises:
+            ObjectPullError: If the SuperLink has forgotten a part, or none has come for too long.
+        """
+        if (now := time.monotonic()) < self._due:
+            return False
+        came = False
+        while self._missing:
+            names = self._missing[:_AT_ONCE]
+            got = {name: part for name, part in pull_objects(names, self._part).items() if part}
+            self._missing = [name for name in names if name not in got] + self._missing[_AT_ONCE:]
+            self._traffic.received += sum(map(len, got.values()))
+            self.parts.update(got)
+            came = came or bool(got)
+            if len(got) < len(names):
+                break
+        self._came = now if came else self._came
+        if self._missing and now > self._came + STALLED:
+            raise ObjectPullError(self._missing[0], f"nothing of the message has come for {STALLED:g} s.")
+        self._pause = _SOONEST if came else min(2 * self._pause, _LATEST)
+        self._due = now + self._pause
+        return not self._missing
+
+    def _part(self, name: str) -> bytes:
+        try:
+            return self._pull(name)
+        except ObjectUnavailableError:
+            return b""
 
 
 def assembled(name: str, parts: dict[str, bytes], most: float = math.inf) -> Message:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from lightning_fed._compat.flower_address import Address, LinkRefuses
-from lightning_fed._compat.flower_link import Traffic, assembled, client_at, download, talking, upload
+from lightning_fed._compat.flower_link import Arriving, Traffic, assembled, client_at, talking, upload
 
 Key = ec.EllipticCurvePrivateKey
 NO_STRANGERS = ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED
@@ -141,14 +142,16 @@ class NodeConnection:
         bare = message_from_proto(response.messages_list[0])
         return Received(bare.metadata.run_id, bare.metadata.group_id, response.message_object_trees[0], bare)
 
-    def fetch(self, received: Received, seconds: float) -> Message:
-        """Return the message itself."""
+    def fetch(self, received: Received) -> Message:
+        """Wait for all parts of a message, and return it."""
+        arriving = Arriving(self._client, self._node, received.run_id, received.tree, self.traffic)
         with talking(self._address):
-            name, parts = download(self._client, self._node, received.run_id, received.tree, seconds, self.traffic)
-        done = ConfirmMessageReceivedRequest(node=self._node, run_id=received.run_id, message_object_id=name)
+            while not arriving.fetch():
+                time.sleep(0.05)
+        done = ConfirmMessageReceivedRequest(node=self._node, run_id=received.run_id, message_object_id=arriving.name)
         with suppress(ConnectionError), talking(self._address):  # it is here, whether that is heard or not
             self._client.ConfirmMessageReceived(done)
-        return assembled(name, parts)
+        return assembled(arriving.name, arriving.parts)
 
     def send(self, reply: Message, seconds: float) -> None:
         """Send a reply.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
@@ -39,7 +39,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from lightning_fed._compat.flower import server_identity
 from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses
-from lightning_fed._compat.flower_link import Traffic, assembled, client_at, download, talking, upload
+from lightning_fed._compat.flower_link import Arriving, Traffic, assembled, client_at, talking, upload
 from lightning_fed._compat.flower_node import admits_strangers
 
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
@@ -144,6 +144,37 @@ def _claim(address: Address, secret: bytes | None, run_id: int) -> str:
     )
 
 
+class ReplyUnderWay:
+    """A reply on its way.
+
+    Args:
+        arriving: Its parts.
+        confirm: Is told its name when all of them are here.
+        address: The SuperLink.
+    """
+
+    def __init__(self, arriving: Arriving, confirm: Callable[[str], None], address: Address) -> None:
+        self._arriving, self._confirm, self._address = arriving, confirm, address
+
+    def take(self) -> Message | Exception | None:
+        """Return the reply once all of it is here, and ``None`` until then.
+
+        One whose parts do not come any more is a ``LinkLost``, one that is no message whatever error reading it raised.
+        """
+        arriving = self._arriving
+        try:
+            with talking(self._address):
+                if not arriving.fetch():
+                    return None
+        except ConnectionError as error:
+            return error
+        self._confirm(arriving.name)
+        try:
+            return assembled(arriving.name, arriving.parts)
+        except Exception as error:
+            return error
+
+
 class ServedRun:
     """A run whose ServerApp this process is.
 
@@ -213,31 +244,18 @@ class ServedRun:
             upload(messages, announce, self._client, self._node, self.run.run_id, self.traffic)
         return taken
 
-    def pull(self, names: Sequence[str], seconds: float) -> Iterator[tuple[str, Message | Exception]]:
-        """Give the replies that are there to messages of these names, each with the name that it answers.
-
-        A reply of which parts do not come within ``seconds`` is a ``LinkLost``, one that is no message whatever error
-        reading it raised.
-        """
+    def pull(self, names: Sequence[str]) -> Iterator[tuple[str, ReplyUnderWay]]:
+        """Give the replies that have begun to come to messages of these names, each once, with what it answers."""
         with talking(self._address):
             response = self._client.PullMessages(PullAppMessagesRequest(message_ids=names))
         for bare, tree in zip(response.messages_list, response.message_object_trees, strict=True):
-            yield bare.metadata.reply_to_message_id, self._assembled(tree, seconds)
+            arriving = Arriving(self._client, self._node, self.run.run_id, tree, self.traffic)
+            yield bare.metadata.reply_to_message_id, ReplyUnderWay(arriving, self._confirm, self._address)
 
-    def _assembled(self, tree: ObjectTree, seconds: float) -> Message | Exception:
-        run_id = self.run.run_id
-        try:
-            with talking(self._address):
-                name, parts = download(self._client, self._node, run_id, tree, seconds, self.traffic)
-        except ConnectionError as error:
-            return error
-        received = ConfirmMessageReceivedRequest(node=self._node, run_id=run_id, message_object_id=name)
+    def _confirm(self, name: str) -> None:
+        received = ConfirmMessageReceivedRequest(node=self._node, run_id=self.run.run_id, message_object_id=name)
         with suppress(ConnectionError), talking(self._address):  # it is here, whether that is heard or not
             self._client.ConfirmMessageReceived(received)
-        try:
-            return assembled(name, parts)
-        except Exception as error:
-            return error
 
     def close(self, status: str, details: str) -> None:
         """End the run."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from flwr.app import ConfigRecord, Message, MessageType
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_fed._compat.flower_server import ServedRun
+from lightning_fed._compat.flower_server import ReplyUnderWay, ServedRun
 from lightning_fed.errors import ClientError, ConfigurationError
 from lightning_fed.tracebacks import one_line, words
 from lightning_fed.wire import messages, roll_call
@@ -59,6 +59,7 @@ class Members:
         self._run, self._num_clients = run, num_clients
         self._question = roll_call.question(form, seed)
         self._asked: dict[str, tuple[Place, float]] = {}
+        self._coming: dict[str, ReplyUnderWay] = {}  # the answers of which parts are missing
         self._said: dict[Place, int | None] = {}  # by place its client; None where that is not known, or it is refused
         self._here: dict[int, Place] = {}
         self._seen: dict[int, float] = dict.fromkeys(range(num_clients), time.monotonic())
@@ -144,9 +145,12 @@ class Members:
                 self._said[place] = None
 
     def _hear(self) -> None:
-        if not self._asked:
-            return
-        for name, reply in self._run.pull(list(self._asked), 10.0):
+        if asked := list(self._asked.keys() - self._coming.keys()):
+            self._coming.update(self._run.pull(asked))
+        for name, coming in list(self._coming.items()):
+            if (reply := coming.take()) is None:
+                continue
+            del self._coming[name]
             place, _ = self._asked.pop(name)
             if roll_call.is_lost(reply):
                 self._said.pop(place, None)  # if it is still there, it is asked again

@@ -11,6 +11,7 @@ from flwr.app import Message, Metadata
 
 from lightning_fed._compat.flower import make_message
 from lightning_fed._compat.flower_link import readdress
+from lightning_fed._compat.flower_server import ReplyUnderWay
 from lightning_fed.engines.members import Place
 from lightning_fed.engines.remote import AHEAD, Deadline
 from lightning_fed.errors import ClientError
@@ -36,6 +37,7 @@ class Work:
         place: Where it is, or was when it was lost.
         sent: The message as it is sent there, until the SuperLink has all of it: what is sent again is the same.
         names: Flower's names of the messages that are under way; an answer to any will do.
+        coming: By these names, the answers of which parts are missing.
         outages: How often the SuperLink had not answered when it was sent.
         kept: What it begins with and leaves.
         tries: How often it was sent.
@@ -48,6 +50,7 @@ class Work:
     place: Place | None = None
     sent: Message | None = None
     names: set[str] = field(default_factory=set)
+    coming: dict[str, ReplyUnderWay] = field(default_factory=dict)
     outages: int = 0
     kept: roll_call.WorkMarks | None = None
     tries: int = 0
@@ -58,6 +61,7 @@ class Work:
         """Note that something came of it."""
         self.reply, self.is_over = reply, True
         self.names.clear()
+        self.coming.clear()
 
 
 class SiteDelivery:
@@ -96,14 +100,13 @@ class SiteDelivery:
         """
         if not self.deadline.is_up:  # else a site would be busy in the next round with what nobody waits for
             self._send()
-        waiting = {name: work for work in self.works[first : first + AHEAD] for name in work.names}
-        came = False
-        for name, reply in self.grid.served.pull(list(waiting), self._seconds()) if waiting else ():
-            if name in waiting[name].names:  # else it has answered another of the same
-                self._take(waiting[name], name, reply)
-            came = True
+        works = self.works[first : first + AHEAD]
+        waiting = {name: work for work in works for name in work.names - work.coming.keys()}
+        for name, coming in self.grid.served.pull(list(waiting)) if waiting else ():
+            waiting[name].coming[name] = coming
+        came = [self._take(work, name) for work in works for name in list(work.coming)]
         self.grid.members.look()
-        return came
+        return any(came)
 
     def _send(self) -> None:
         members, ready = self.grid.members, []
@@ -146,11 +149,15 @@ class SiteDelivery:
         )
         return make_message(metadata=metadata, content=content)
 
-    def _take(self, work: Work, name: str, reply: Message | Exception) -> None:
+    def _take(self, work: Work, name: str) -> bool:
+        """Take in a reply, unless parts of it are missing; return whether it was taken."""
+        if name not in work.coming or (reply := work.coming[name].take()) is None:  # another of the same is here
+            return False
         work.names.discard(name)
+        del work.coming[name]
         if roll_call.is_lost(reply):
             self.grid.members.look(at_once=True)
-            return
+            return True
         try:
             if isinstance(reply, Exception):
                 raise reply
@@ -158,14 +165,11 @@ class SiteDelivery:
                 packing.unpack_content(reply.content)
         except Exception as error:
             self._fail(work, f"sent what cannot be read: {plain(words(error), 1000)}")
-            return
+            return True
         if not reply.has_error() and roll_call.takes_kept(reply.content) and work.kept is not None:
             self.grid.keep(work.client, work.kept.mark)
         work.end(readdress(reply, sender=work.message.metadata.dst_node_id))
+        return True
 
     def _fail(self, work: Work, why: str) -> None:
         work.end(messages.error_reply(work.message, ClientError(why)))
-
-    def _seconds(self) -> float:
-        left = self.deadline.seconds
-        return 60.0 if left is None else min(left + 1.0, 60.0)

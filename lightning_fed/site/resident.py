@@ -35,8 +35,6 @@ from lightning_fed.wire.address import WAYS_TO_TRUST
 
 # Seconds between two questions whether there is work, and between those right after work, when the next may come soon.
 POLL, SOON = 0.25, 0.05
-# Seconds that the parts of one message may take to come.
-_SLOWEST = 3600.0
 
 
 @dataclass
@@ -178,7 +176,7 @@ class Site:
     def _serve_one(self, connection: NodeConnection, received: Received) -> None:
         traffic = connection.traffic
         came, went, began = traffic.received, traffic.sent, time.monotonic()
-        message = self._again(connection, lambda: connection.fetch(received, _SLOWEST))
+        message = self._again(connection, lambda: connection.fetch(received))
         if message is None:
             return
         at = time.monotonic()

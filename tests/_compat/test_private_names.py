@@ -203,6 +203,7 @@ IMPORTED = {
     ],
     "flwr.supercore.inflatable.inflatable_utils.ObjectPullError": None,
     "flwr.supercore.inflatable.inflatable_utils.ObjectPushError": None,
+    "flwr.supercore.inflatable.inflatable_utils.ObjectUnavailableError": ["object_id"],
     "flwr.supercore.inflatable.inflatable_utils.inflate_object_from_contents": ["object_id", "object_contents"],
     "flwr.supercore.inflatable.inflatable_utils.pull_objects": ["object_ids", "pull_object_fn"],
     "flwr.supercore.inflatable.inflatable_utils.push_objects": ["objects", "push_object_fn"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -21,6 +22,16 @@ T = TypeVar("T")
 Site = Callable[[Message], Message | None]
 
 
+@dataclass
+class Came:
+    """A reply that is here, or ``None`` for one of which parts are missing."""
+
+    reply: Message | Exception | None
+
+    def take(self) -> Message | Exception | None:
+        return self.reply
+
+
 class Link:
     """What the grid knows of a SuperLink.
 
@@ -29,6 +40,7 @@ class Link:
 
     Attributes:
         away: How many calls from now on are not answered.
+        stalls: Nodes whose replies begin to come, and never end.
         forgets: Nodes whose next work is marked as delivered, and never gets there.
         sent: All messages that were sent to nodes.
     """
@@ -39,7 +51,7 @@ class Link:
     def __init__(self, sites: dict[int, Site]) -> None:
         self.run, self.sites = new_run(), sites
         self.since = dict.fromkeys(sites, "2026-01-01")
-        self.away, self.forgets = 0, set[int]()
+        self.away, self.forgets, self.stalls = 0, set[int](), set[int]()
         self.sent: list[Message] = []
         self._waiting: list[str] = []
         self._replies: dict[str, Message] = {}
@@ -62,11 +74,13 @@ class Link:
         self._waiting += names
         return names
 
-    def pull(self, names: Sequence[str], seconds: float) -> Iterator[tuple[str, Message | Exception]]:
+    def pull(self, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
         self._answer()
         self._deliver()
         for name in [name for name in names if name in self._replies]:
-            yield name, self._replies.pop(name)
+            of = self.sent[int(name[1:])].metadata
+            stalls = of.dst_node_id in self.stalls and of.message_type != MessageType.QUERY
+            yield name, Came(None if stalls else self._replies.pop(name))
 
     def _deliver(self) -> None:
         waiting, self._waiting = self._waiting, []

@@ -15,6 +15,7 @@ from lightning_fed.errors import ClientError, ConfigurationError
 from lightning_fed.testing import counting_client
 from lightning_fed.values.module_form import form_of
 from lightning_fed.wire import messages, roll_call
+from tests.engines.link import Came
 from tests.helpers import in_flower
 
 
@@ -37,15 +38,19 @@ class Run:
         self.asked += sent
         return [str(len(self.asked) - 1)]
 
-    def pull(self, names, seconds):
+    def pull(self, names):
         for name in names:
             message = self.asked[int(name)]
             said = self.says.get(message.metadata.dst_node_id, Error(5, "gone"))
             if callable(said):
                 said = said(message)
             if isinstance(said, int | str):
-                said = RecordDict({messages.CONFIG: ConfigRecord({messages.CLIENT: said})})
-            yield name, said if isinstance(said, Exception | Message) else Message(said, reply_to=message)
+                said = client(said)
+            yield name, Came(said if isinstance(said, Exception | Message | None) else Message(said, reply_to=message))
+
+
+def client(number) -> RecordDict:
+    return RecordDict({messages.CONFIG: ConfigRecord({messages.CLIENT: number})})
 
 
 def looked(run: Run, clients: int = 2, times: int = 1) -> Members:
@@ -125,6 +130,22 @@ def test_a_node_that_comes_anew_is_asked_anew():
         assert members.place_of(0) is None
         assert members.is_lost(0, 0.0)
         assert not members.is_lost(0, 60.0)
+
+    in_flower(main)
+
+
+def test_an_answer_of_which_parts_are_missing_holds_up_nobody_and_is_taken_when_it_is_here():
+    run = Run(n7=None, n9=1)
+
+    def main():
+        members = Members(run, 2, {}, seed=1)
+        members.look(at_once=True)
+        assert members.missing() == [0]
+        members.look(at_once=True)
+        assert len(run.asked) == 2
+        members._coming["0"] = Came(Message(client(0), reply_to=run.asked[0]))
+        members.look(at_once=True)
+        assert members.missing() == []
 
     in_flower(main)
 

@@ -61,6 +61,14 @@ def test_replies_that_are_there_when_the_time_is_over_count_whoever_hangs_before
     assert time.monotonic() - start < 5
 
 
+def test_a_reply_of_which_parts_never_come_holds_up_nobody_and_is_its_clients_failure() -> None:
+    link, start = link_of(4), time.monotonic()
+    link.stalls = {11}
+    assert who(link, 4, timeout=1.0, rounds=2) == [[1, 2, 3]] * 2
+    assert time.monotonic() - start < 5
+    assert link.works(11) == 2
+
+
 def test_nobody_is_given_work_when_the_time_is_over() -> None:
     """Its site would be busy with it in the next round."""
     link = link_of(3, client_0=hangs)

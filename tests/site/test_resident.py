@@ -59,7 +59,7 @@ class Connection:
             raise given
         return given
 
-    def fetch(self, received: Received, seconds: float) -> Message:
+    def fetch(self, received: Received) -> Message:
         if isinstance(received.tree, Exception):
             raise received.tree
         if received.tree is not None:

@@ -1,0 +1,92 @@
+"""A message whose parts come one after the other, or not at all: nobody waits, and each part is taken once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PullObjectResponse
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+
+from lightning_fed._compat import flower_link
+from lightning_fed._compat.flower_link import STALLED, Arriving, Traffic
+
+PARTS = [f"part-{i}" for i in range(20)]
+
+
+class Store:
+    """A SuperLink's parts: those that are here, and which were asked for."""
+
+    def __init__(self) -> None:
+        self.here: dict[str, bytes] = {}
+        self.forgotten = False
+        self.asked: list[str] = []
+
+    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:
+        self.asked.append(name := request.object_id)
+        content = self.here.get(name, b"")
+        return PullObjectResponse(
+            object_found=not self.forgotten, object_available=bool(content), object_content=content
+        )
+
+    def come(self, *names: str) -> None:
+        self.here |= {name: name.encode() for name in names}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(flower_link, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def arriving_from(store: Any, traffic: Traffic, parts: list[str] = PARTS) -> Arriving:
+    tree = ObjectTree(object_id="message", children=[ObjectTree(object_id=name) for name in parts])
+    return Arriving(store, Node(node_id=1), 1, tree, traffic)
+
+
+def test_parts_are_taken_as_they_come_each_once(clock):
+    store, traffic = Store(), Traffic()
+    arriving = arriving_from(store, traffic)
+    assert not arriving.fetch()
+    store.come(*PARTS[:10])
+    clock[0] += 2
+    assert not arriving.fetch()
+    assert sorted(arriving.parts) == sorted(PARTS[:10])
+    store.come(*PARTS[10:], "message")
+    store.asked.clear()
+    clock[0] += 2
+    assert arriving.fetch()
+    assert sorted(store.asked) == sorted([*PARTS[10:], "message"])
+    assert arriving.parts == store.here
+    assert traffic.received == sum(map(len, store.here.values()))
+
+
+def test_what_is_not_here_is_asked_for_a_few_times_a_second_however_many_parts_it_has(clock):
+    store = Store()
+    arriving = arriving_from(store, Traffic(), [f"{i}" for i in range(100_000)])
+    for _ in range(100):
+        assert not arriving.fetch()
+        clock[0] += 0.1
+    assert len(store.asked) < 150
+
+
+def test_a_message_that_comes_slowly_comes_and_one_that_has_stopped_is_given_up(clock):
+    store = Store()
+    arriving = arriving_from(store, Traffic())
+    for part in PARTS:  # an hour and more in all
+        clock[0] += STALLED - 1
+        store.come(part)
+        assert not arriving.fetch()
+    clock[0] += STALLED + 1
+    with pytest.raises(ObjectPullError, match=f"nothing of the message has come for {STALLED:g} s"):
+        arriving.fetch()
+
+
+def test_a_message_that_the_superlink_has_forgotten_is_given_up_at_once(clock):
+    store = Store()
+    store.forgotten = True
+    with pytest.raises(ObjectPullError, match="could not be found"):
+        arriving_from(store, Traffic()).fetch()
