@@ -26,7 +26,7 @@ from lightning_fed.wire.tensor_array import TensorArray
 
 WEIGHT, COUNT = "net.0.weight", "net.1.num_batches_tracked"
 _INTEGERS, _STATES, _SPECS = "lightning-fed.integers", "lightning-fed.states", "lightning-fed.specs"
-_PACKED, _INDEX = "lightning-fed.packed", "lightning-fed.index"
+_TENSORS = "lightning-fed.tensors"
 
 
 def _as(dtype: torch.dtype) -> Callable[[RecordDict], None]:
@@ -74,24 +74,24 @@ def _specs(text: str) -> Callable[[RecordDict], None]:
     return lambda content: content.update({_SPECS: ConfigRecord({"json": text})})
 
 
-def _index(change: Callable[[Any], Any]) -> Callable[[RecordDict], None]:
-    """Send packed tensors with another description of them."""
+def _described(change: Callable[[Any], str]) -> Callable[[RecordDict], None]:
+    """Send what is packed already with another description of it."""
 
     def send(content: RecordDict) -> None:
-        packed = packing.Packer().pack(content)
-        index = json.loads(packed[_INDEX]["json"])
-        packed[_INDEX] = ConfigRecord({"json": change(index)})
-        content.clear()
-        content.update(packed)
+        data = content[_TENSORS]["bytes"]
+        length = int.from_bytes(data[:8], "little")
+        text = change(json.loads(data[8 : 8 + length])).encode()
+        head, begin = len(text).to_bytes(8, "little") + text, -(-(8 + length) // 64) * 64
+        content[_TENSORS] = ConfigRecord({"bytes": head + bytes(-len(head) % 64) + data[begin:]})
 
     return send
 
 
-def _huge(index: Any) -> str:
-    for _, entries in index:
+def _huge(described: Any) -> str:
+    for _, entries in described[0]:
         for entry in entries:
             entry[2] = [10**6, 10**6]
-    return json.dumps(index)
+    return json.dumps(described)
 
 
 def _many_numbers(content: RecordDict) -> None:
@@ -129,8 +129,6 @@ GARBAGE: dict[str, Callable[[RecordDict], None]] = {
     "a huge shape in npy": _bytes("numpy.ndarray", _header((10**6, 10**6))),
     "a pickle": _bytes("numpy.ndarray", pickle.dumps(print)),
     "a wrong stype": _bytes("pickle", pickle.dumps(print)),
-    "a huge shape, packed": _index(_huge),
-    "deep JSON, packed": _index(lambda index: DEEP),
     "broken metric specs": _specs('[["train_loss", 1'),
     "metric specs of wrong types": _specs('[[1, {}, null, "x"]]'),
     "deep JSON": _specs(DEEP),
@@ -138,15 +136,24 @@ GARBAGE: dict[str, Callable[[RecordDict], None]] = {
     "10,000 metric states": _many_states,
     "NaN in a metric state": _nan_state,
 }
+# The same, of its packed content.
+PACKED = {"a huge shape, packed": _described(_huge), "deep JSON, packed": _described(lambda described: DEEP)}
+KINDS = [*GARBAGE, *PACKED]
 
 
 def kind_of(round: int) -> str | None:
     """Which garbage is sent in a round: in every other one, each kind in turn."""
-    return None if round % 2 else list(GARBAGE)[(round // 2 - 1) % len(GARBAGE)]
+    return None if round % 2 else KINDS[(round // 2 - 1) % len(KINDS)]
 
 
 def _sends_garbage() -> None:
-    build = joining.build_client_app
+    build, pack, packed_as = joining.build_client_app, packing.Packer.pack, [""]
+
+    def packed(self: packing.Packer, content: RecordDict, **kwargs: bool) -> RecordDict:
+        done = pack(self, content, **kwargs)
+        if packed_as[0] in PACKED:
+            PACKED[packed_as[0]](done)
+        return done
 
     def built(side: Any) -> Any:
         app = build(side)
@@ -154,14 +161,16 @@ def _sends_garbage() -> None:
         def answer(message: Message, context: Any) -> Message:
             kind = kind_of(roll_call.round_of(message))
             reply = app(message, context)
+            packed_as[0] = ""
             if message.metadata.message_type == "train" and kind is not None:
-                GARBAGE[kind](reply.content)
+                packed_as[0] = kind
+                GARBAGE.get(kind, lambda content: None)(reply.content)
                 print(f"sends {kind}", flush=True)
             return reply
 
         return answer
 
-    joining.build_client_app = built
+    joining.build_client_app, packing.Packer.pack = built, packed
 
 
 def _lets_know(path: Path) -> None:
@@ -202,7 +211,7 @@ def _answers_for_another(path: Path, as_the_other: bool) -> None:
 
 def _forged(reply: Message, name: str, node: int | None) -> Message:
     content = messages.copy_for_delivery(reply.content)
-    packing.unpack_tensors(content)
+    packing.unpack_content(content)
     weights = messages.unpack(content[messages.ARRAYS])
     content[messages.ARRAYS] = messages.pack({key: value / 10 for key, value in weights.items()})
     of = reply.metadata
@@ -217,7 +226,7 @@ def _forged(reply: Message, name: str, node: int | None) -> Message:
         ttl=of.ttl,
         message_type=of.message_type,
     )
-    return make_message(metadata=metadata, content=packing.Packer().pack(content))
+    return make_message(metadata=metadata, content=packing.Packer().pack(content, is_reply=True))
 
 
 def become(kind: str, path: str = "", as_the_other: bool = False) -> None:

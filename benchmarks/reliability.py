@@ -125,7 +125,7 @@ SCENARIOS = {
     ),
     "freeze": Scenario("a site stopped for 60 s; timeout 20 s", chaos.freeze_site, was_frozen, SHORT),
     "garbage": Scenario(
-        f"a site that sends garbage every other round, {len(hostile.GARBAGE)} kinds",
+        f"a site that sends garbage every other round, {len(hostile.KINDS)} kinds",
         chaos.look_on,
         garbage_was_refused,
         PATIENT,
