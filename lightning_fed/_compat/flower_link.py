@@ -97,6 +97,7 @@ def talking(address: Address) -> Iterator[None]:
 # sender begin anew after 180.
 _SOONEST, _LATEST, STALLED = 0.05, 1.0, 300.0
 _AT_ONCE = 8  # parts that are asked for before it is looked whether one is missing
+_TURN = 1.0  # seconds after which others have their turn, however many parts are here
 
 
 @dataclass
@@ -116,33 +117,41 @@ class Arriving:
         run_id: The run's number.
         tree: The names of all parts.
         traffic: Counts what comes.
+        most: How many bytes it may have.
 
     Attributes:
         name: The message's.
         parts: What is here; ``assembled`` makes the message of them once that is all.
     """
 
-    def __init__(self, client: Any, node: Node, run_id: int, tree: ObjectTree, traffic: Traffic) -> None:
+    def __init__(
+        self, client: Any, node: Node, run_id: int, tree: ObjectTree, traffic: Traffic, most: float = math.inf
+    ) -> None:
         self._pull = make_pull_object_fn_protobuf(client.PullObject, node, run_id)
         self._missing = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
         self._traffic, self._pause, self._due, self._came = traffic, _SOONEST, 0.0, time.monotonic()
-        self.name, self.parts = tree.object_id, dict[str, bytes]()
+        self.name, self.parts, self.most = tree.object_id, dict[str, bytes](), most
+        self._size = 0
 
     def fetch(self) -> bool:
-        """Fetch what is there, in the order in which it is sent; return whether that is all.
+        """Fetch what is there, in the order in which it is sent, for a second or so; return whether that is all.
 
         Raises:
             ObjectPullError: If the SuperLink has forgotten a part, or none has come for too long.
+            ValueError: If there are more bytes than it may have.
         """
         if (now := time.monotonic()) < self._due:
             return False
         came = False
-        while self._missing:
+        while self._missing and time.monotonic() < now + _TURN:
             names = self._missing[:_AT_ONCE]
             got = {name: part for name, part in pull_objects(names, self._part).items() if part}
             self._missing = [name for name in names if name not in got] + self._missing[_AT_ONCE:]
             self._traffic.received += sum(map(len, got.values()))
             self.parts.update(got)
+            self._size += sum(map(len, got.values()))
+            if self._size > self.most:
+                raise ValueError(f"{self._size:,} bytes and more; at most {self.most:,.0f} are taken")
             came = came or bool(got)
             if len(got) < len(names):
                 break

@@ -166,11 +166,11 @@ class ReplyUnderWay:
             with talking(self._address):
                 if not arriving.fetch():
                     return None
-        except ConnectionError as error:
+        except (ConnectionError, ValueError) as error:
             return error
         self._confirm(arriving.name)
         try:
-            return assembled(arriving.name, arriving.parts)
+            return assembled(arriving.name, arriving.parts, arriving.most)
         except Exception as error:
             return error
 
@@ -244,12 +244,17 @@ class ServedRun:
             upload(messages, announce, self._client, self._node, self.run.run_id, self.traffic)
         return taken
 
-    def pull(self, names: Sequence[str]) -> Iterator[tuple[str, ReplyUnderWay]]:
-        """Give the replies that have begun to come to messages of these names, each once, with what it answers."""
+    def pull(self, names: Sequence[str], most: float) -> Iterator[tuple[str, ReplyUnderWay]]:
+        """Give the replies that have begun to come to messages of these names, each once, with what it answers.
+
+        Args:
+            names: Names of messages.
+            most: How many bytes a reply may have.
+        """
         with talking(self._address):
             response = self._client.PullMessages(PullAppMessagesRequest(message_ids=names))
         for bare, tree in zip(response.messages_list, response.message_object_trees, strict=True):
-            arriving = Arriving(self._client, self._node, self.run.run_id, tree, self.traffic)
+            arriving = Arriving(self._client, self._node, self.run.run_id, tree, self.traffic, most)
             yield bare.metadata.reply_to_message_id, ReplyUnderWay(arriving, self._confirm, self._address)
 
     def _confirm(self, name: str) -> None:

@@ -19,6 +19,8 @@ _OWN = f"{ClientError.__module__}.{ClientError.__qualname__}: "
 LOOK = 1.0
 # Seconds that a node has to say who it is, before nobody waits for its answer: it may be busy for an earlier run.
 ANSWER = 15.0
+# Bytes that the answer may have.
+ANSWER_BYTES = 1 << 20
 
 
 class Place(NamedTuple):
@@ -146,7 +148,7 @@ class Members:
 
     def _hear(self) -> None:
         if asked := list(self._asked.keys() - self._coming.keys()):
-            self._coming.update(self._run.pull(asked))
+            self._coming.update(self._run.pull(asked, ANSWER_BYTES))
         for name, coming in list(self._coming.items()):
             if (reply := coming.take()) is None:
                 continue

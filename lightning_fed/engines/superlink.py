@@ -45,6 +45,7 @@ class SuperLink(Engine):
         min_clients: How many clients have to be here when the run begins; by default all.
         connect_timeout: Seconds to wait for them, and in a run for a SuperLink that does not answer.
         return_timeout: Seconds that a site that is lost in a round has to come back.
+        max_reply_bytes: How many bytes a reply may have; by default twice the weights and 128 MiB for metrics.
 
     Raises:
         ConfigurationError: If an argument makes no sense, or a file cannot be read.
@@ -66,6 +67,7 @@ class SuperLink(Engine):
         min_clients: int | None = None,
         connect_timeout: float = 600.0,
         return_timeout: float = 30.0,
+        max_reply_bytes: int | None = None,
     ) -> None:
         # The files are the server's: a site may build the same trainer, and not have them.
         self.where = Where("SuperLink", address, insecure, root_certificates)
@@ -75,7 +77,10 @@ class SuperLink(Engine):
                 raise ConfigurationError(f"SuperLink({name}={value!r}): write a number of seconds, at least 0.")
         if min_clients is not None and min_clients < 1:
             raise ConfigurationError(f"SuperLink(min_clients={min_clients!r}): at least one client has to be there.")
+        if max_reply_bytes is not None and max_reply_bytes < 1:
+            raise ConfigurationError(f"SuperLink(max_reply_bytes={max_reply_bytes!r}): write a number of bytes.")
         self._min_clients, self._connect, self._back = min_clients, connect_timeout, return_timeout
+        self._max_reply_bytes = max_reply_bytes
         self._link: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @classmethod
@@ -86,7 +91,7 @@ class SuperLink(Engine):
 
         Args:
             port: Where it listens.
-            **kwargs: ``min_clients``, ``connect_timeout`` and ``return_timeout``.
+            **kwargs: ``min_clients``, ``connect_timeout``, ``return_timeout`` and ``max_reply_bytes``.
         """
         engine = cls(f"127.0.0.1:{port}", insecure=True, **kwargs)  # type: ignore[arg-type]
         engine._link = lambda: local_link(port)
@@ -110,7 +115,7 @@ class SuperLink(Engine):
                 with served_run(address, secret, _about_this_process()) as run:
                     began = True
                     patience = Patience(self._connect, self._back)
-                    return main(SuperLinkGrid(run, num_clients, self._min_clients, patience))
+                    return main(SuperLinkGrid(run, num_clients, self._min_clients, patience, self._max_reply_bytes))
             except (LinkLost, LinkRefuses, LinkUntrusted) as error:
                 if began:
                     raise

@@ -50,14 +50,22 @@ class SuperLinkGrid(ClientGrid):
         num_clients: Tells the number of clients.
         least: How many have to be here when the run begins; ``None`` for all.
         patience: How long to wait.
+        max_reply_bytes: How many bytes a reply may have; ``None`` for a limit by the weights.
 
     Attributes:
         outages: How often the SuperLink has not answered for a while.
     """
 
-    def __init__(self, run: ServedRun, num_clients: Callable[[], int], least: int | None, patience: Patience) -> None:
+    def __init__(
+        self,
+        run: ServedRun,
+        num_clients: Callable[[], int],
+        least: int | None,
+        patience: Patience,
+        max_reply_bytes: int | None = None,
+    ) -> None:
         super().__init__(run.run, num_clients)
-        self.served, self.patience, self._least = run, patience, least
+        self.served, self.patience, self._least, self.max_reply_bytes = run, patience, least, max_reply_bytes
         self._key = _new_key()
         self._asked: set[tuple[int, int, str]] = set()
         self._members: Members | None = None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from flwr.app import Message, Metadata
+from flwr.app import ArrayRecord, Message, Metadata
 
 from lightning_fed._compat.flower import make_message
 from lightning_fed._compat.flower_link import readdress
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Seconds between two questions whether there are replies.
 POLL = 0.1
+# Bytes of a reply beside its weights: the states of metrics that keep all predictions.
+BESIDE = 1 << 27
 # How often a client's work is sent before its site counts as one that cannot do it.
 TRIES = 3
 
@@ -76,6 +78,7 @@ class SiteDelivery:
     def __init__(self, grid: SuperLinkGrid, works: Sequence[Work], timeout: float | None) -> None:
         self.grid, self.works, self.deadline = grid, works, Deadline(timeout)
         self.packer = packing.Packer()
+        self.most = grid.max_reply_bytes or max([_most(work.message) for work in works], default=0)
 
     def replies(self) -> Iterator[Message]:
         """Give the replies in the order of the messages; those that do not come in time are left out."""
@@ -102,7 +105,7 @@ class SiteDelivery:
             self._send()
         works = self.works[first : first + AHEAD]
         waiting = {name: work for work in works for name in work.names - work.coming.keys()}
-        for name, coming in self.grid.served.pull(list(waiting)) if waiting else ():
+        for name, coming in self.grid.served.pull(list(waiting), self.most) if waiting else ():
             waiting[name].coming[name] = coming
         came = [self._take(work, name) for work in works for name in list(work.coming)]
         self.grid.members.look()
@@ -173,3 +176,9 @@ class SiteDelivery:
 
     def _fail(self, work: Work, why: str) -> None:
         work.end(messages.error_reply(work.message, ClientError(why)))
+
+
+def _most(message: Message) -> int:
+    """Return how many bytes a reply may have: twice the weights that were sent, as of floats in twice the width."""
+    records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
+    return BESIDE + 2 * sum(messages.tensor_of(array).nbytes for record in records for array in record.values())

@@ -33,8 +33,8 @@ from lightning_fed.values.module_form import Form
 from lightning_fed.wire import messages, roll_call
 from lightning_fed.wire.address import WAYS_TO_TRUST
 
-# Seconds between two questions whether there is work, and between those right after work, when the next may come soon.
-POLL, SOON = 0.25, 0.05
+# Seconds between two questions whether there is work. To ask sooner would keep the SuperLink from its own.
+POLL = 0.25
 
 
 @dataclass
@@ -97,14 +97,13 @@ class Site:
         try:
             self._join(connection)
             self._states.came(connection.node_id)
-            worked, waiting = 0.0, deque[Received]()
+            waiting = deque[Received]()
             while not connection.is_lost:
                 self._pull(connection, waiting)
-                if not waiting:
-                    time.sleep(SOON if time.monotonic() < worked + 1 else POLL)
-                else:
+                if waiting:
                     self._work(connection, waiting.popleft())
-                    worked = time.monotonic()
+                else:
+                    time.sleep(POLL)
         except KeyboardInterrupt:
             clean = True
             raise

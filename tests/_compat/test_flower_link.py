@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,9 +43,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def arriving_from(store: Any, traffic: Traffic, parts: list[str] = PARTS) -> Arriving:
+def arriving_from(store: Any, traffic: Traffic, parts: list[str] = PARTS, most: float = math.inf) -> Arriving:
     tree = ObjectTree(object_id="message", children=[ObjectTree(object_id=name) for name in parts])
-    return Arriving(store, Node(node_id=1), 1, tree, traffic)
+    return Arriving(store, Node(node_id=1), 1, tree, traffic, most)
 
 
 def test_parts_are_taken_as_they_come_each_once(clock):
@@ -90,3 +91,30 @@ def test_a_message_that_the_superlink_has_forgotten_is_given_up_at_once(clock):
     store.forgotten = True
     with pytest.raises(ObjectPullError, match="could not be found"):
         arriving_from(store, Traffic()).fetch()
+
+
+def test_a_message_of_more_bytes_than_it_may_have_is_given_up_before_all_of_them_have_come(clock):
+    store, traffic = Store(), Traffic()
+    store.come(*PARTS, "message")
+    arriving = arriving_from(store, traffic, most=20)
+    with pytest.raises(ValueError, match=r"\d+ bytes and more; at most 20 are taken"):
+        arriving.fetch()
+    assert len(arriving.parts) < len(PARTS)
+
+
+def test_a_message_of_very_many_parts_leaves_others_their_turn(clock):
+    store = Store()
+    many = [f"{i}" for i in range(1000)]
+    store.come(*many, "message")
+    pull = store.PullObject
+
+    def slow(request: Any) -> Any:
+        clock[0] += 0.1
+        return pull(request)
+
+    arriving = arriving_from(SimpleNamespace(PullObject=slow), Traffic(), many)
+    turns = 0
+    while not arriving.fetch():
+        turns += 1
+        clock[0] += 1
+    assert turns > 20

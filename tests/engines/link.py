@@ -53,6 +53,7 @@ class Link:
         self.since = dict.fromkeys(sites, "2026-01-01")
         self.away, self.forgets, self.stalls = 0, set[int](), set[int]()
         self.sent: list[Message] = []
+        self.most: list[float] = []
         self._waiting: list[str] = []
         self._replies: dict[str, Message] = {}
 
@@ -74,8 +75,9 @@ class Link:
         self._waiting += names
         return names
 
-    def pull(self, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    def pull(self, names: Sequence[str], most: float) -> Iterator[tuple[str, Any]]:
         self._answer()
+        self.most.append(most)
         self._deliver()
         for name in [name for name in names if name in self._replies]:
             of = self.sent[int(name[1:])].metadata

@@ -38,7 +38,7 @@ class Run:
         self.asked += sent
         return [str(len(self.asked) - 1)]
 
-    def pull(self, names):
+    def pull(self, names, most):
         for name in names:
             message = self.asked[int(name)]
             said = self.says.get(message.metadata.dst_node_id, Error(5, "gone"))

@@ -10,7 +10,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from lightning_fed.engines import superlink_grid
-from lightning_fed.testing import counting_client
+from lightning_fed.engines.members import ANSWER_BYTES
+from lightning_fed.engines.superlink_work import BESIDE
+from lightning_fed.testing import counting_client, toy_weights
 from lightning_fed.wire import packing, roll_call
 from lightning_fed.wire.messages import CLIENT
 from tests.engines.clients import train_messages
@@ -67,6 +69,13 @@ def test_a_reply_of_which_parts_never_come_holds_up_nobody_and_is_its_clients_fa
     assert who(link, 4, timeout=1.0, rounds=2) == [[1, 2, 3]] * 2
     assert time.monotonic() - start < 5
     assert link.works(11) == 2
+
+
+def test_a_reply_may_have_twice_the_bytes_of_the_weights_and_some_for_metrics() -> None:
+    link = link_of(1)
+    assert who(link, 1) == [[0]]
+    sent = sum(tensor.nbytes for tensor in toy_weights().values())
+    assert set(link.most) == {ANSWER_BYTES, BESIDE + 2 * sent}
 
 
 def test_nobody_is_given_work_when_the_time_is_over() -> None:
