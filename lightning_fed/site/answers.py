@@ -49,7 +49,6 @@ class Answers:
         reply = self._app(message, context)
         if reply.has_error() or message.metadata.message_type == MessageType.QUERY:
             return reply
-        reply.content = packing.Packer().pack(reply.content, is_reply=True)
         if kept is not None and context.state != base:
             self._states.save(kept.mark, context.state)
             roll_call.say_kept(reply.content)

@@ -30,7 +30,7 @@ from lightning_fed.site.answers import Answers
 from lightning_fed.site.states import StateFolder
 from lightning_fed.tracebacks import one_line, words
 from lightning_fed.values.module_form import Form
-from lightning_fed.wire import messages, roll_call
+from lightning_fed.wire import messages, packing, roll_call
 from lightning_fed.wire.address import WAYS_TO_TRUST
 
 # Seconds between two questions whether there is work. To ask sooner would keep the SuperLink from its own.
@@ -181,9 +181,19 @@ class Site:
         at = time.monotonic()
         reply = self._answers.to(message, connection.node_id)
         seconds, round = time.monotonic() - at, roll_call.round_of(message)
+        is_work = message.metadata.message_type != MessageType.QUERY
+        examples = 0 if reply.has_error() else messages.num_examples(reply)
+        if is_work and not reply.has_error():
+            reply.content = packing.Packer().pack(reply.content, is_reply=True)
         self._again(connection, lambda: connection.send(reply, seconds))
-        if message.metadata.message_type != MessageType.QUERY or reply.has_error():
-            self._say(round, reply, time.monotonic() - began, traffic.received - came, traffic.sent - went)
+        what = f"Round {round}, {one_line(reply.metadata.message_type)}"
+        if reply.has_error():
+            rank_zero_warn(f"{what}: client {self._member.client} failed: {messages.raised(reply)[0]}")
+        elif is_work:
+            rank_zero_info(
+                f"{what}: {examples:,.0f} examples in {time.monotonic() - began:.1f} s,"
+                f" {traffic.received - came:,} bytes received, {traffic.sent - went:,} sent."
+            )
 
     def _again(self, connection: NodeConnection, do: Callable[[], Any]) -> Any:
         """Do something, again where the SuperLink does not answer; ``None`` if it has forgotten site or message."""
@@ -204,14 +214,6 @@ class Site:
         said = one_line(words(error))
         rank_zero_warn(f"Client {self._member.client} cannot read or answer a message: {said}")
         return said
-
-    def _say(self, round: int, reply: Message, seconds: float, came: int, went: int) -> None:
-        what = f"Round {round}, {one_line(reply.metadata.message_type)}"
-        if reply.has_error():
-            rank_zero_warn(f"{what}: client {self._member.client} failed: {messages.raised(reply)[0]}")
-            return
-        count = messages.num_examples(reply)
-        rank_zero_info(f"{what}: {count:,.0f} examples in {seconds:.1f} s, {came:,} bytes received, {went:,} sent.")
 
     def _explain(self, error: Exception) -> str:
         member = self._member

@@ -87,7 +87,7 @@ def served(tmp_path, monkeypatch):
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return messages.evaluate_reply(message, 1, {})
+        return messages.evaluate_reply(message, 1234, {})
 
     def served(*gives: Any) -> Link:
         link = Link(*gives)
@@ -105,6 +105,13 @@ def test_a_site_that_was_busy_for_long_does_what_the_server_waits_for_and_not_wh
     link = served(work(1), None, work(1, "evaluate"), work(2), work(2, "evaluate"), work(4), None, None)
     assert link.done == ["1-train", "4-train"]
     assert link.refused == []
+
+
+def test_a_site_says_of_each_piece_of_work_how_many_examples_it_was(served, caplog):
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    assert served(work(3), None).done == ["3-train"]
+    [said] = [line for line in caplog.messages if "examples" in line]
+    assert said.startswith("Round 3, train: 1,234 examples in 0.")
 
 
 def test_work_of_other_runs_and_the_same_once_more_is_no_work_given_up(served):
