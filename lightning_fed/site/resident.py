@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Message, MessageType
+from flwr.app import MessageType
 from flwr.clientapp import ClientApp
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
