@@ -10,10 +10,11 @@ import json
 import math
 import socket
 import ssl
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -68,6 +69,18 @@ def speaks_tls(server: str) -> bool:
             return True
     except (OSError, ValueError):
         return False
+
+
+def say_goodbye(say: Callable[[], object], seconds: float) -> None:
+    """Say something that the SuperLink had better hear, and wait no longer than that: it may hang."""
+
+    def quietly() -> None:
+        with suppress(Exception):
+            say()
+
+    thread = threading.Thread(target=quietly, name="superlink-goodbye", daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 @contextmanager

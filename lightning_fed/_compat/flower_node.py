@@ -31,7 +31,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from lightning_fed._compat.flower_address import Address, LinkRefuses
-from lightning_fed._compat.flower_link import Arriving, Traffic, assembled, client_at, talking, upload
+from lightning_fed._compat.flower_link import Arriving, Traffic, assembled, client_at, say_goodbye, talking, upload
 
 Key = ec.EllipticCurvePrivateKey
 NO_STRANGERS = ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED
@@ -39,6 +39,7 @@ NOT_ACTIVATED = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
 # A node counts as gone twice this time after its last sign of life; Flower allows for no less.
 INTERVAL = 10.0
 _PULSE = 4.0  # seconds between signs of life
+_GOODBYE = 2.0  # seconds for a goodbye
 
 
 def read_key(content: bytes) -> Key:
@@ -179,11 +180,13 @@ class NodeConnection:
         """
         self._over.set()
         if self.node_id and not self.is_lost:
-            with suppress(Exception):
-                self._client.DeactivateNode(DeactivateNodeRequest(node_id=self.node_id))
-                if forget:
-                    self._client.UnregisterNode(UnregisterNodeFleetRequest(node_id=self.node_id))
+            say_goodbye(lambda: self._leave(forget), _GOODBYE)
         self._client.close()
+
+    def _leave(self, forget: bool) -> None:
+        self._client.DeactivateNode(DeactivateNodeRequest(node_id=self.node_id))
+        if forget:
+            self._client.UnregisterNode(UnregisterNodeFleetRequest(node_id=self.node_id))
 
 
 def admits_strangers(address: Address) -> bool:

@@ -39,7 +39,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from lightning_fed._compat.flower import server_identity
 from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses
-from lightning_fed._compat.flower_link import Arriving, Traffic, assembled, client_at, talking, upload
+from lightning_fed._compat.flower_link import Arriving, Traffic, assembled, client_at, say_goodbye, talking, upload
 from lightning_fed._compat.flower_node import admits_strangers
 
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
@@ -117,9 +117,9 @@ def served_run(address: Address, secret: bytes | None, config: Mapping[str, str 
         with server_identity(run.run.run_id):
             yield run
     except BaseException as error:
-        run.close(SubStatus.FAILED, f"{type(error).__name__}: {error}"[:500])
+        run.close(SubStatus.FAILED, f"{type(error).__name__}: {error}"[:500], 2.0)
         raise
-    run.close(SubStatus.COMPLETED, "")
+    run.close(SubStatus.COMPLETED, "", 30.0)
 
 
 def _claim(address: Address, secret: bytes | None, run_id: int) -> str:
@@ -262,10 +262,9 @@ class ServedRun:
         with suppress(ConnectionError), talking(self._address):  # it is here, whether that is heard or not
             self._client.ConfirmMessageReceived(received)
 
-    def close(self, status: str, details: str) -> None:
-        """End the run."""
+    def close(self, status: str, details: str, seconds: float) -> None:
+        """End the run; wait for a SuperLink that does not answer for no longer than that."""
         self._over.set()
         output = PushTaskOutputRequest(context=context_to_proto(self._context), sub_status=status, details=details)
-        with suppress(Exception):
-            self._client.PushTaskOutput(output)
+        say_goodbye(lambda: self._client.PushTaskOutput(output), seconds)
         self._client.close()

@@ -14,6 +14,7 @@ from lightning_fed._compat.flower_link import readdress
 from lightning_fed._compat.flower_server import ReplyUnderWay
 from lightning_fed.engines.members import Place
 from lightning_fed.engines.remote import AHEAD, Deadline
+from lightning_fed.engines.sigterm import Sigterm
 from lightning_fed.errors import ClientError
 from lightning_fed.tracebacks import plain, words
 from lightning_fed.wire import messages, packing, roll_call
@@ -81,19 +82,31 @@ class SiteDelivery:
         self.most = grid.max_reply_bytes or max([_most(work.message) for work in works], default=0)
 
     def replies(self) -> Iterator[Message]:
-        """Give the replies in the order of the messages; those that do not come in time are left out."""
-        self.grid.patiently(lambda: self.grid.members.look(at_once=True))
-        for index, work in enumerate(self.works):
-            while not work.is_over:
-                came = self.grid.patiently(lambda: self.turn(index))  # noqa: B023  it is called at once
-                if work.is_over or self.deadline.is_up:
-                    break
-                if not came:
-                    time.sleep(POLL)
-            if work.reply is not None:
-                reply, work.reply = work.reply, None
-                yield reply
-                del reply
+        """Give the replies in the order of the messages; those that do not come in time are left out.
+
+        Raises:
+            SIGTERMException: If this process is asked to end while it waits.
+        """
+        sigterm = Sigterm()
+        with sigterm.listening():
+            with sigterm.ends():
+                self.grid.patiently(lambda: self.grid.members.look(at_once=True))
+            for index, work in enumerate(self.works):
+                with sigterm.ends():
+                    self._wait_for(index)
+                if work.reply is not None:
+                    reply, work.reply = work.reply, None
+                    yield reply
+                    del reply
+
+    def _wait_for(self, index: int) -> None:
+        work = self.works[index]
+        while not work.is_over:
+            came = self.grid.patiently(lambda: self.turn(index))
+            if work.is_over or self.deadline.is_up:
+                break
+            if not came:
+                time.sleep(POLL)
 
     def turn(self, first: int) -> bool:
         """Send what is to be sent, and take in what is there, of the first works that are missing.

@@ -25,7 +25,7 @@ from lightning_fed._compat.flower_node import (
     Received,
     new_key,
 )
-from lightning_fed.errors import ClientError, ConfigurationError
+from lightning_fed.errors import ClientError, ConfigurationError, FederationError
 from lightning_fed.site.answers import Answers
 from lightning_fed.site.states import StateFolder
 from lightning_fed.tracebacks import one_line, words
@@ -188,7 +188,9 @@ class Site:
         self._again(connection, lambda: connection.send(reply, seconds))
         what = f"Round {round}, {one_line(reply.metadata.message_type)}"
         if reply.has_error():
-            rank_zero_warn(f"{what}: client {self._member.client} failed: {messages.raised(reply)[0]}")
+            said, exception = messages.raised(reply)
+            said = str(exception) if isinstance(exception, FederationError) else said
+            rank_zero_warn(f"{what}: client {self._member.client} failed: {said}")
         elif is_work:
             rank_zero_info(
                 f"{what}: {examples:,.0f} examples in {time.monotonic() - began:.1f} s,"

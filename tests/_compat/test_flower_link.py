@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
 from lightning_fed._compat import flower_link
-from lightning_fed._compat.flower_link import STALLED, Arriving, Traffic
+from lightning_fed._compat.flower_link import STALLED, Arriving, Traffic, say_goodbye
 
 PARTS = [f"part-{i}" for i in range(20)]
 
@@ -118,3 +120,15 @@ def test_a_message_of_very_many_parts_leaves_others_their_turn(clock):
         turns += 1
         clock[0] += 1
     assert turns > 20
+
+
+def test_nobody_waits_for_a_goodbye_that_is_not_heard():
+    start = time.monotonic()
+    hangs = threading.Event()
+    say_goodbye(hangs.wait, 0.1)
+    assert time.monotonic() - start < 3
+    hangs.set()
+    say_goodbye(lambda: 1 / 0, 3.0)
+    said: list[int] = []
+    say_goodbye(lambda: said.append(1), 3.0)
+    assert said == [1]

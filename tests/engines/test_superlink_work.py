@@ -1,13 +1,17 @@
 """Work for sites over a SuperLink in memory: what comes when the time is over, what is sent again after an outage."""
 
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_fed.engines import superlink_grid
 from lightning_fed.engines.members import ANSWER_BYTES
@@ -102,6 +106,44 @@ def test_what_is_sent_twice_in_a_round_has_marks_of_its_own() -> None:
     marks = [kept.mark for message in link.sent if (kept := roll_call.take_kept(message.content))]
     assert len(marks) == 4
     assert marks[0] == marks[1] != marks[2] == marks[3]
+
+
+# ------------------------------------------------------------------------------------------------------- SIGTERM
+
+
+@pytest.fixture
+def heard() -> Iterator[list[int]]:
+    """Which signals somebody hears who listens already, as Lightning does in a fit."""
+    signals: list[int] = []
+
+    def hear(number: int, frame: Any) -> None:
+        signals.append(number)
+
+    before = signal.signal(signal.SIGTERM, hear)
+    yield signals
+    assert signal.getsignal(signal.SIGTERM) is hear
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_ends_a_wait_for_replies_at_once(heard: list[int]) -> None:
+    start = time.monotonic()
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(SIGTERMException):
+        who(link_of(3, client_0=hangs), 3, timeout=60.0)
+    assert time.monotonic() - start < 5
+    assert heard == [signal.SIGTERM]
+
+
+def test_sigterm_while_a_reply_is_worked_on_ends_the_next_wait(heard: list[int]) -> None:
+    def main(grid: Any) -> None:
+        for _ in grid.send_and_receive(train_messages(grid), timeout=60.0):
+            signal.raise_signal(signal.SIGTERM)
+
+    start = time.monotonic()
+    with pytest.raises(SIGTERMException):
+        Linked(link_of(2, client_1=hangs)).run(main, ClientApp(), lambda: 2)
+    assert time.monotonic() - start < 5
+    assert heard == [signal.SIGTERM]
 
 
 # ------------------------------------------------------------------------------------------------------- outages

@@ -161,3 +161,11 @@ def test_what_the_superlink_gives_that_cannot_be_read_costs_a_question(served):
         link = served(ValueError("Invalid protobuf response payload"), work(1), None)
     assert link.done == ["1-train"]
     assert link.joined == 1
+
+
+def test_what_a_client_is_refused_for_is_said_in_words_without_a_class(served, tmp_path):
+    lost = RecordDict({"lightning-fed.kept": ConfigRecord({"base": f"{RUN}-1-train", "mark": f"{RUN}-2-train"})})
+    said = rf"^Round 0, train: client 3 failed: has nothing of {RUN}-1-train in {tmp_path}: .* without ckpt_path\.$"
+    with pytest.warns(UserWarning, match=said):
+        link = served(work(2, message=of(lost)), None)
+    assert len(link.refused) == 1
