@@ -118,7 +118,7 @@ def unpack_content(content: RecordDict) -> None:
         return
     found = dict(content.items())
     within = None if packed is None else _unpack_tensors(packed, found)
-    order = _unpack_rest(within if rest is None else json.loads(str(rest["json"])), found)
+    order = _unpack_rest(within if rest is None else _loads(str(rest["json"])), found)
     for key in list(content):
         del content[key]
     content.update({key: found[key] for key in [*(key for key in order if key in found), *found]})
@@ -129,7 +129,7 @@ def _unpack_tensors(packed: Any, found: dict[str, Any]) -> Any:
     data: bytes = packed["bytes"] if isinstance(packed, ConfigRecord) else packed[""].data  # type: ignore[assignment]
     memory, length = torch.frombuffer(bytearray(data), dtype=torch.uint8), int.from_bytes(data[:8], "little")
     start, end = _room(8 + length), len(data)
-    index, rest = json.loads(data[8 : 8 + length])
+    index, rest = _loads(data[8 : 8 + length])
     for key, entries in index:
         tensors: dict[str, TensorArray] = {}
         for name, dtype, shape in entries:
@@ -149,6 +149,16 @@ def _unpack_rest(rest: Any, found: dict[str, Any]) -> list[str]:
     for key, kind, values in records:
         _add(found, key, _RECORDS[kind](values))
     return [str(key) for key in order]
+
+
+def _loads(text: str | bytes) -> Any:
+    return json.loads(text, parse_int=_int)
+
+
+def _int(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= (number := int(digits)) < 2**63:
+        raise ValueError(f"{digits[:50]}, which is no integer of 64 bits")
+    return number
 
 
 def _add(found: dict[str, Any], key: Any, record: Any) -> None:

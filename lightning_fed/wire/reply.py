@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
 
 from lightning_fed.errors import ClientError, InvalidUpdateError
 from lightning_fed.tracebacks import is_printable, plain, words
@@ -179,10 +180,17 @@ def _take_weights(content: RecordDict, integers: Weights, expected: Expected) ->
     ordered = as_global(averaged, reference)
     if list(ordered) != list(averaged) or any(ordered[name] is not tensor for name, tensor in averaged.items()):
         content[next(key for key, record in content.items() if record is arrays)] = pack(ordered)
-    if expected.needs_change and all(torch.equal(tensor, reference[name]) for name, tensor in ordered.items()):
+    if expected.needs_change and not any(_differs(tensor, reference[name]) for name, tensor in ordered.items()):
         raise ClientError(
             f"sent the global weights unchanged; {expected.needs_change} divides by the norm of what a client changed."
         )
+
+
+def _differs(tensor: Tensor, reference: Tensor) -> bool:
+    """Return whether the square of a difference is more than 0."""
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor
+    difference, limits = (tensor - reference.to(tensor)).abs(), torch.finfo(tensor.dtype)
+    return bool((difference > 2 * math.sqrt(limits.tiny * limits.eps)).any())
 
 
 def _require_records(content: RecordDict, *, trains: bool) -> None:

@@ -147,6 +147,8 @@ CHANGES = {
     "an unknown kind": lambda index, rest: rest[1][0].__setitem__(1, "os"),
     "a value of no kind": lambda index, rest: rest[1][0].__setitem__(2, {"a": {"b": 1}}),
     "a record of numbers twice": lambda index, rest: rest[1].append(rest[1][0]),
+    "an integer beyond all floats": lambda index, rest: rest[1][0][2].update(a=10**400),
+    "an integer beyond 64 bits": lambda index, rest: rest[1][0][2].update(a=2**63),
     "no records": lambda index, rest: rest.pop(),
 }
 

@@ -206,7 +206,7 @@ HOSTILE_REPLIES: dict[str, tuple[Callable[[Message], Message], str]] = {
     ),
     "sizes of thousands of digits": (
         index(f'["matrix", "float32", [{", ".join(["9" * 4299] * 60)}]]'),
-        "sizes for a float32 tensor that are none",
+        "999, which is no integer of 64 bits",
     ),
     "many dimensions": (index(f'["matrix", "float32", [{", ".join(["1"] * 9999)}]]'), "for a tensor"),
     "a size that is a word": (index('["matrix", "float32", "23"]'), "float32 23 for a tensor"),

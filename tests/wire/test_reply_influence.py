@@ -104,6 +104,11 @@ def test_the_order_of_a_client_s_tensors_is_of_no_consequence(name, hostile):
             WEIGHTS,
             "the global weights unchanged; DifferentialPrivacyServerSideFixedClipping",
         ),
+        (
+            lambda: DifferentialPrivacyServerSideFixedClipping(FedAvg(), 0.01, 1.0, 4),
+            {**WEIGHTS, "zeros": torch.full((2,), 1e-30)},
+            "the global weights unchanged; DifferentialPrivacyServerSideFixedClipping",
+        ),
     ],
 )
 def test_what_a_strategy_of_flower_s_fails_over_is_a_failure_of_its_client(build, spoil, text):
@@ -111,7 +116,7 @@ def test_what_a_strategy_of_flower_s_fails_over_is_a_failure_of_its_client(build
         c["metrics"].setdefault("norm_bit", 1)
         for name, value in spoil.items():
             if isinstance(value, torch.Tensor):
-                c["arrays"] = messages.pack({name: WEIGHTS[name] for name in c["arrays"]})
+                c["arrays"] = messages.pack({name: spoil[name] for name in c["arrays"]})
             elif value is None:
                 del c["metrics"][name]
             else:
@@ -125,7 +130,9 @@ def test_what_a_strategy_of_flower_s_fails_over_is_a_failure_of_its_client(build
     strategy = FlowerStrategy(build(), mods=[adaptiveclipping_mod]).server_strategy(None)
     diary = Diary()
     failures = FaultTolerance(min_results=3, on_error="ignore")
-    run(client(train), strategy, weights=WEIGHTS, failures=failures, callbacks=[diary], max_examples=1e9)
+    weights = {**WEIGHTS, "zeros": torch.zeros(2)}
+    spoil = {**weights, **spoil} if "matrix" in spoil else spoil
+    run(client(train), strategy, weights=weights, failures=failures, callbacks=[diary], max_examples=1e9)
     assert [error.client for error in diary.errors] == [HOSTILE]
     assert re.search(text, str(diary.errors[0]))
 
