@@ -80,14 +80,18 @@ class Owners:
                 " in a round."
             )
 
+    def known_clients(self) -> int | None:
+        """Return how many clients there are; with some partitioners only the data tells, which a server may lack."""
+        try:
+            return self.partition.num_clients
+        except ConfigurationError:
+            return None
+
     def least_clients(self) -> int:
         """Return with how many clients a run begins: all that there is data for, unless a callback says fewer."""
         if (least := self.cohorts.min_available_clients) > 1:
             return least
-        try:
-            return self.partition.num_clients
-        except ConfigurationError:  # with some partitioners only the data tells, which a server need not have
-            return least
+        return self.known_clients() or least
 
     def training(self) -> list[FederatedCallback]:
         """Return those that have a part in local training.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed.errors import ConfigurationError
+from lightning_fed.tracebacks import one_line
 from lightning_fed.wire import messages
 
 
@@ -78,25 +79,34 @@ class CohortGrid(Grid):
 class RollCall:
     """A roster for a grid that is not ours: every node is asked once which client it is.
 
+    Args:
+        grid: The grid.
+        timeout: Seconds to wait for nodes, and for their answers.
+        least: How many have to be there.
+        clients: How many clients the run has, where that is known: nodes that say they are others are left out.
+
     Raises:
-        ConfigurationError: If too few nodes connect in time, or two of them say they are the same client.
+        ConfigurationError: If too few nodes connect in time, one does not say which client it is, or two say the same.
     """
 
-    def __init__(self, grid: Grid, timeout: float, least: int) -> None:
+    def __init__(self, grid: Grid, timeout: float, least: int, clients: int | None = None) -> None:
         nodes = self._wait(grid, timeout, least)
         asked = [Message(RecordDict(), node_id, MessageType.QUERY) for node_id in nodes]
-        self._client_of: dict[int, int] = {}
-        for reply in grid.send_and_receive(asked, timeout=timeout):
-            if reply.has_error():
-                raise ConfigurationError(f"A client did not say who it is: {reply.error.reason}")
-            config = messages.first(reply.content, ConfigRecord) or ConfigRecord()
-            self._client_of[reply.metadata.src_node_id] = int(cast(int, config[messages.CLIENT]))
+        replies = grid.send_and_receive(asked, timeout=timeout)
+        said = {reply.metadata.src_node_id: _client_of(reply) for reply in replies}
+        surplus = [node_id for node_id, client in said.items() if clients is not None and client >= clients]
+        self._client_of = {node_id: client for node_id, client in said.items() if node_id not in surplus}
         self._node_of = {client: node_id for node_id, client in self._client_of.items()}
-        if sorted(self._node_of) != list(range(len(nodes))):
+        count = max(least, len(nodes) - len(surplus))
+        has = "" if clients is None else f", and the run has {clients}"
+        say = f"{len(nodes)} nodes say they are clients {sorted(said.values())}{has}"
+        if sorted(self._node_of) != list(range(count)):
+            last = max(least, min(count, clients or count)) - 1
             raise ConfigurationError(
-                f"{len(nodes)} nodes say they are clients {sorted(self._client_of.values())}: give them the"
-                f" {messages.CLIENT} 0 to {len(nodes) - 1} in their node config, each once."
+                f"{say}: give them the {messages.CLIENT} 0 to {last} in their node config, each once."
             )
+        if surplus:
+            rank_zero_warn(f"{say}: those beyond are left out, node {', '.join(map(str, surplus))}.")
 
     @staticmethod
     def _wait(grid: Grid, timeout: float, least: int) -> list[int]:
@@ -125,3 +135,15 @@ class RollCall:
     def client_of(self, node_id: int) -> int:
         """Return the client at one of Flower's addresses."""
         return self._client_of[node_id]
+
+
+def _client_of(reply: Message) -> int:
+    if reply.has_error():
+        raise ConfigurationError(f"A client did not say who it is: {one_line(messages.raised(reply)[0])}")
+    client = (messages.first(reply.content, ConfigRecord) or ConfigRecord()).get(messages.CLIENT)
+    if type(client) is not int:
+        raise ConfigurationError(
+            f"The node {reply.metadata.src_node_id} says that it is client {one_line(repr(client))}: give it a"
+            f" {messages.CLIENT} from 0 in its node config."
+        )
+    return client

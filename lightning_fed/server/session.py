@@ -157,7 +157,8 @@ class Session:
         if self._side.dispatcher is not None:
             self._side.dispatcher.refuse("they are behind a grid of Flower's own")
         rank_zero_info(where_results_go(self._trainer))
-        return RollCall(grid, self._settings.timeout, self._owners.least_clients())
+        owners = self._owners
+        return RollCall(grid, self._settings.timeout, owners.least_clients(), owners.known_clients())
 
     @staticmethod
     def script_of(side: ClientSide, owners: Owners, trainer: ServerTrainer) -> Script:

@@ -61,6 +61,40 @@ def test_nodes_that_claim_wrong_numbers_are_refused(clients, message):
         in_flower(lambda: rounds_on(grid))
 
 
+def call_of(clients, least, known):
+    """The roll call of nodes ``100 + i`` that say they are these clients."""
+    grid = grid_of(COUNTING, {100 + i: k for i, k in enumerate(clients)}, order=lambda replies: replies)
+    return in_flower(lambda: roster.RollCall(grid, 7.5, least, known))
+
+
+def test_more_nodes_than_clients_are_left_out_with_a_line():
+    said = (
+        r"5 nodes say they are clients \[0, 1, 2, 3, 9\], and the run has 3: those beyond are left out, node 100, 103"
+    )
+    with pytest.warns(UserWarning, match=said):
+        called = call_of([3, 0, 1, 9, 2], least=3, known=3)
+    assert called.num_clients == 3
+    assert [called.node_of(client) for client in range(3)] == [101, 102, 104]
+
+
+@pytest.mark.parametrize(
+    ("clients", "said"),
+    [
+        ([0, 1, 7], r"3 nodes say they are clients \[0, 1, 7\], and the run has 3: give them the partition-id 0 to 2"),
+        ([0, 1, 2, 2], r"4 nodes say they are clients \[0, 1, 2, 2\], and the run has 3: give them .* 0 to 2"),
+        ([0, 1, -1], r"3 nodes say they are clients \[-1, 0, 1\]"),
+        ([0, 1, "two\x1b[2J" * 9999], r"The node 102 says that it is client 'two\\x1b.{200}"),
+        ([0, 1, True], "The node 102 says that it is client True: give it a partition-id from 0"),
+    ],
+    ids=["one beyond in place of one", "one twice", "one below 0", "a text", "a truth"],
+)
+def test_nodes_that_are_not_the_runs_clients_are_refused(clients, said):
+    with pytest.raises(ConfigurationError, match=said) as error:
+        call_of(clients, least=3, known=3)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 500
+
+
 def test_node_that_does_not_answer_the_roll_call_is_refused():
     grid = grid_of(COUNTING, order=lambda replies: replies[1:])
     with pytest.raises(ConfigurationError, match="4 nodes say they are clients"):
