@@ -203,7 +203,7 @@ class Exchange:
             raise RoundError(
                 f"Round {self.round}: {name} gave weights that cannot be read: {words(error)}", round=self.round
             ) from error
-        return {key: new[key] for key in self.weights}
+        return {key: new[key].to(tensor.dtype) for key, tensor in self.weights.items()}
 
     def _accept(self, client: int, reply: Message) -> float:
         if reply.has_error():

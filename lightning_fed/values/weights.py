@@ -162,8 +162,8 @@ def _is_usable(tensor: Tensor, reference: Tensor) -> bool:
         return True
     reference = _real(reference.to(tensor.device))
     size, known = tensor.abs(), reference.abs()
-    usable = (size <= most) | reference.isnan() | (size.isfinite() & (known > most)) | (tensor == reference)
-    return bool(usable.all())
+    nearer_zero = (known > most) & known.isfinite() & (size <= known) & (tensor.sign() == reference.sign())
+    return bool(((size <= most) | reference.isnan() | nearer_zero | (tensor == reference)).all())
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from lightning_fed.values.metrics import KINDS, MEAN, MERGED, METRIC, MetricStat
 from lightning_fed.values.running_mean import RunningMean
 from lightning_fed.values.weights import Weights, is_averaged
 from lightning_fed.wire.messages import pack, unpack
+from lightning_fed.wire.packing import read_json
 
 Kind = TypeVar("Kind", ArrayRecord, ConfigRecord)
 
@@ -133,7 +134,7 @@ def detach(reply: Message) -> Extras:
     record = _take(reply.content, _STATES, ArrayRecord)
     _require((specs is None) == (record is None), "half of its metric states")
     if specs is not None and record is not None:
-        extras.states = _states(json.loads(str(specs["json"])), unpack(record))
+        extras.states = _states(read_json(str(specs["json"])), unpack(record))
     return extras
 
 

@@ -29,6 +29,9 @@ _ALIGNED = 64
 _SMALL = 1 << 20
 # Far beyond any tensor: what says more is wrong, and its product would take long to find.
 _MOST_DIMENSIONS, _MOST_ELEMENTS = 64, 2**48
+# Of JSON that somebody else wrote: its characters, and its lists and objects, of which each takes much more memory.
+# 50,000 tensors and 2,000 names have fewer.
+_MOST_TEXT, _MOST_LISTS = 1 << 24, 1 << 17
 _DTYPE_KINDS = ("bool", "uint", "int", "float", "bfloat", "complex")
 _DTYPES = {
     name: dtype
@@ -118,7 +121,7 @@ def unpack_content(content: RecordDict) -> None:
         return
     found = dict(content.items())
     within = None if packed is None else _unpack_tensors(packed, found)
-    order = _unpack_rest(within if rest is None else _loads(str(rest["json"])), found)
+    order = _unpack_rest(within if rest is None else read_json(str(rest["json"])), found)
     for key in list(content):
         del content[key]
     content.update({key: found[key] for key in [*(key for key in order if key in found), *found]})
@@ -129,7 +132,7 @@ def _unpack_tensors(packed: Any, found: dict[str, Any]) -> Any:
     data: bytes = packed["bytes"] if isinstance(packed, ConfigRecord) else packed[""].data  # type: ignore[assignment]
     memory, length = torch.frombuffer(bytearray(data), dtype=torch.uint8), int.from_bytes(data[:8], "little")
     start, end = _room(8 + length), len(data)
-    index, rest = _loads(data[8 : 8 + length])
+    index, rest = read_json(data[8 : 8 + length].decode())
     for key, entries in index:
         tensors: dict[str, TensorArray] = {}
         for name, dtype, shape in entries:
@@ -151,7 +154,17 @@ def _unpack_rest(rest: Any, found: dict[str, Any]) -> list[str]:
     return [str(key) for key in order]
 
 
-def _loads(text: str | bytes) -> Any:
+def read_json(text: str) -> Any:
+    """Read what somebody else wrote.
+
+    Raises:
+        ValueError: If it is no JSON, or larger than anybody needs.
+    """
+    lists = text.count("[") + text.count("{")
+    if len(text) > _MOST_TEXT or lists > _MOST_LISTS:
+        raise ValueError(
+            f"JSON of {len(text):,} characters and {lists:,} lists; at most {_MOST_TEXT:,} and {_MOST_LISTS:,} are read"
+        )
     return json.loads(text, parse_int=_int)
 
 

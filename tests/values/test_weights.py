@@ -350,8 +350,11 @@ def test_many_large_numbers_are_taken_though_their_norm_is_beyond_what_one_may_b
 def test_masks_of_the_least_float_are_taken():
     mask = torch.full((3,), torch.finfo(torch.float32).min)
     check_update({"mask": mask.clone()}, {"mask": mask})
+    check_update({"mask": mask / 2}, {"mask": mask})
     with pytest.raises(InvalidUpdateError, match="NaN or Inf"):
         check_update({"mask": mask * 2}, {"mask": mask})
+    with pytest.raises(InvalidUpdateError, match=r"numbers beyond 1e\+18"):
+        check_update({"mask": -mask}, {"mask": mask})
 
 
 @pytest.mark.parametrize("known", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -149,6 +149,9 @@ CHANGES = {
     "a record of numbers twice": lambda index, rest: rest[1].append(rest[1][0]),
     "an integer beyond all floats": lambda index, rest: rest[1][0][2].update(a=10**400),
     "an integer beyond 64 bits": lambda index, rest: rest[1][0][2].update(a=2**63),
+    "very many lists": lambda index, rest: rest.append([[]] * 200_000),
+    "very many tensors": lambda index, rest: index[0][1].extend([f"{i}", "bool", [0]] for i in range(200_000)),
+    "very long a text": lambda index, rest: rest.append("x" * 20_000_000),
     "no records": lambda index, rest: rest.pop(),
 }
 
