@@ -186,8 +186,8 @@ class Rounds:
             rank_zero_warn(note)
 
     def _say_nan(self, exchange: Exchange, logged: Mapping[str, float]) -> None:
-        for name, value in logged.items():
-            if math.isnan(value) and (senders := exchange.senders_of_nan(name)):
+        for name in [name for name, value in logged.items() if math.isnan(value)][:_NAMES]:
+            if senders := exchange.senders_of_nan(name):
                 self._say_once(
                     f"The logged {name!r} is NaN: in round {exchange.round}, {exchange.stage}, NaN came from client"
                     f" {', '.join(map(str, senders))}. Of later rounds nothing is said."
@@ -196,9 +196,11 @@ class Rounds:
     def _say(self, what: str, names: Iterable[str]) -> None:
         if new := sorted(set(names) - self._said):
             self._said.update(new)
-            rank_zero_warn(what.format(", ".join(map(repr, new))))
+            more = f" and {len(new) - _NAMES} more" if len(new) > _NAMES else ""
+            rank_zero_warn(what.format(", ".join(map(repr, new[:_NAMES])) + more))
 
 
+_NAMES = 10  # of which something is said in one round
 # What is said once of a logged name.
 _AVERAGED = (
     "The logged {} cannot be merged over clients exactly (a value that the module computed itself, a wrapper such as"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_fed.errors import ClientError, InvalidUpdateError
 from lightning_fed.tracebacks import is_printable, plain, words
-from lightning_fed.values.metrics import LAST, RATE, MetricState, scalar
+from lightning_fed.values.metrics import LAST, METRIC, RATE, MetricState, scalar
 from lightning_fed.values.weights import Weights, as_global, check_update, dtype_name, is_averaged
 from lightning_fed.wire.extras import Extras, detach
 from lightning_fed.wire.messages import ARRAYS, METRICS, NUM_EXAMPLES, first, pack, reply_scalars, unpack
@@ -71,10 +71,16 @@ def read_reply(reply: Message, expected: Expected) -> Reply:
         InvalidUpdateError: If a tensor came in the wrong part, or as ``check_update`` says.
     """
     try:
-        extras, scalars = detach(reply), reply_scalars(reply)
-        _decode(reply.content)
+        return _read(reply, expected)
+    except ClientError:
+        raise
     except Exception as error:  # whatever it was that the client sent
         raise ClientError(f"sent what cannot be read: {plain(words(error), 1000)}") from error
+
+
+def _read(reply: Message, expected: Expected) -> Reply:
+    extras, scalars = detach(reply), reply_scalars(reply)
+    _decode(reply.content)
     _require_names({*scalars, *(state.name for state in extras.states)}, expected)
     num_examples = _weight(reply, NUM_EXAMPLES, expected)
     for key in expected.weighted_by - {NUM_EXAMPLES}:
@@ -137,7 +143,10 @@ def _require_states(states: Iterable[MetricState], scalars: Mapping[str, float],
     for state in states:
         if not 0 <= state.weight <= expected.max_examples:
             raise ClientError(f"reports {state.weight:g} examples for {state.name!r}; {_rule(expected, least=0)}")
-    steps = [scalars.get(_STEP), *(scalar(state) for state in states if state.name == _STEP)]
+    of_step = [state for state in states if state.name == _STEP]
+    if any(state.kind == METRIC for state in of_step):
+        raise ClientError(f"logged a metric as {_STEP!r}, which Lightning takes for the x axis of plots.")
+    steps = [scalars.get(_STEP), *map(scalar, of_step)]
     for step in [step for step in steps if step is not None]:
         if not abs(step) <= _MAX_STEP:
             raise ClientError(

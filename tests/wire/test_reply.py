@@ -22,10 +22,12 @@ from lightning_fed._compat.flower_link import assembled
 from lightning_fed.callbacks.flower_strategy import FlowerStrategy
 from lightning_fed.errors import ClientError
 from lightning_fed.tracebacks import plain
-from lightning_fed.values.metrics import KINDS, MEAN, SUM, MetricState
+from lightning_fed.values.metrics import COMPUTED, KINDS, LAST, MEAN, METRIC, SUM, MetricState
 from lightning_fed.wire import extras, messages
 from lightning_fed.wire.packing import Packer
+from lightning_fed.wire.reply import Expected, read_reply
 from lightning_fed.wire.tensor_array import decoded
+from tests.helpers import in_flower
 from tests.server.round_runs import run
 from tests.wire.parts import parts_of
 from tests.wire.replies import HOSTILE, WEIGHTS, app, content, ended, metrics, same, tensors
@@ -216,6 +218,10 @@ HOSTILE_REPLIES: dict[str, tuple[Callable[[Message], Message], str]] = {
         content(lambda c: c.update({"\x1b[2J": MetricRecord()})),
         r"3 records \(\?\[2J, arrays, metrics\)",
     ),
+    "a metric as the step": (
+        states(["step", METRIC, "acc", 1, True, False], _0_value=VALUE * torch.nan),
+        "logged a metric as 'step'",
+    ),
     "many records": (content(lambda c: c.update({f"{i}": MetricRecord() for i in range(9999)})), "10001 records"),
 }
 
@@ -280,6 +286,28 @@ def test_nan_in_a_metric_is_said_by_name_once():
     with pytest.warns(UserWarning, match=r"'loss' is NaN: in round 1, train, NaN came from client 2\."):
         result = run(app(spoil), weights=WEIGHTS)
     assert np.isnan(result.metrics["loss"])
+
+
+def test_what_is_said_of_many_names_is_a_few_lines():
+    specs = [[f"{kind}{i}" + "x" * 450, kind, "", 0, True, False] for kind in (LAST, COMPUTED) for i in range(500)]
+    tensors = {f"_{i}_value": VALUE * torch.nan if i % 2 else torch.ones(2) for i in range(1000)}
+    with pytest.warns(UserWarning, match="and 240 more") as caught:
+        run(app(states(*specs, **tensors)), weights=WEIGHTS)
+    assert sum(len(str(one.message)) for one in caught) < 30_000
+
+
+def test_tensors_that_are_none_are_a_failure_of_their_client():
+    def spoil(reply: Message) -> Message:
+        reply.content = messages.copy_for_delivery(reply.content)
+        reply.content["arrays"] = messages.pack(
+            {n: t.to("meta") for n, t in messages.unpack(reply.content["arrays"]).items()}
+        )
+        return reply
+
+    expected = Expected({n: t for n, t in WEIGHTS.items() if t.is_floating_point()}, trains=True)
+    reply = in_flower(lambda: spoil(messages.train_reply(Message(RecordDict(), 1, "train"), expected.weights, 1, {})))
+    with pytest.raises(ClientError, match="sent what cannot be read"):
+        read_reply(reply, expected)
 
 
 def test_numbers_of_different_forms_are_left_out_where_the_strategy_cannot_add_them(whole):
