@@ -178,12 +178,12 @@ class SiteDelivery:
             if isinstance(reply, Exception):
                 raise reply
             if not reply.has_error():
+                if roll_call.takes_kept(reply.content) and work.kept is not None:
+                    self.grid.keep(work.client, work.kept.mark)
                 packing.unpack_content(reply.content)
         except Exception as error:
             self._fail(work, f"sent what cannot be read: {plain(words(error), 1000)}")
             return True
-        if not reply.has_error() and roll_call.takes_kept(reply.content) and work.kept is not None:
-            self.grid.keep(work.client, work.kept.mark)
         work.end(readdress(reply, sender=work.message.metadata.dst_node_id))
         return True
 

@@ -184,7 +184,7 @@ class Site:
         is_work = message.metadata.message_type != MessageType.QUERY
         examples = 0 if reply.has_error() else messages.num_examples(reply)
         if is_work and not reply.has_error():
-            reply.content = packing.Packer().pack(reply.content, is_reply=True)
+            reply.content = packing.Packer().pack(reply.content, is_reply=True, apart={roll_call.KEPT})
         self._again(connection, lambda: connection.send(reply, seconds))
         what = f"Round {round}, {one_line(reply.metadata.message_type)}"
         if reply.has_error():

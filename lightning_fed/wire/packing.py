@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -49,15 +49,16 @@ class Packer:
     def __init__(self) -> None:
         self._packed: dict[tuple[int, ...], tuple[list[Any], Any]] = {}
 
-    def pack(self, content: RecordDict, *, is_reply: bool = False) -> RecordDict:
+    def pack(self, content: RecordDict, *, is_reply: bool = False, apart: Container[str] = ()) -> RecordDict:
         """Return the same records in few; the content itself stays as it is.
 
         Args:
             content: Any content.
             is_reply: All in one record: nobody else sends the same tensors.
+            apart: Names of records that stay as they are.
         """
         tensors = {key: record for key, record in content.items() if _is_plain(record)}
-        simple = {key: record for key, record in content.items() if _is_simple(record)}
+        simple = {key: record for key, record in content.items() if _is_simple(record) and key not in apart}
         packed = {key: record for key, record in content.items() if key not in tensors and key not in simple}
         rest = [list(content), [[key, _NAMES[type(record)], dict(record)] for key, record in simple.items()]]
         if is_reply:

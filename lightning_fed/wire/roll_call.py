@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from lightning_fed._compat.flower_address import LinkLost
 from lightning_fed.wire import messages
 
-_FORM, _KEPT = "lightning-fed.module", "lightning-fed.kept"
+_FORM, KEPT = "lightning-fed.module", "lightning-fed.kept"
 _MARK = re.compile(r"([0-9a-f]{16})-(\d{1,9})-(train|evaluate)")
 
 
@@ -83,7 +83,7 @@ def take_form(content: RecordDict) -> dict[str, str] | None:
 
 def with_kept(content: RecordDict, kept: WorkMarks) -> RecordDict:
     """Return the same records, and what the work begins with."""
-    return RecordDict({**content, _KEPT: ConfigRecord({"base": kept.base, "mark": kept.mark})})
+    return RecordDict({**content, KEPT: ConfigRecord({"base": kept.base, "mark": kept.mark})})
 
 
 def take_kept(content: RecordDict) -> WorkMarks | None:
@@ -92,7 +92,7 @@ def take_kept(content: RecordDict) -> WorkMarks | None:
     Raises:
         ValueError: If these are no marks; they become names of files.
     """
-    record = content.pop(_KEPT, None)
+    record = content.pop(KEPT, None)
     if not isinstance(record, ConfigRecord):
         return None
     kept = WorkMarks(str(record["base"]), str(record["mark"]))
@@ -102,13 +102,13 @@ def take_kept(content: RecordDict) -> WorkMarks | None:
 
 
 def say_kept(content: RecordDict) -> None:
-    """Tell in a reply that the site keeps something of this work."""
-    content[_KEPT] = ConfigRecord({})
+    """Tell in a reply that the site keeps something of this work, whether the rest of the reply can be used or not."""
+    content[KEPT] = ConfigRecord({})
 
 
 def takes_kept(content: RecordDict) -> bool:
     """Return whether a reply tells that, which is taken off it."""
-    return content.pop(_KEPT, None) is not None
+    return content.pop(KEPT, None) is not None
 
 
 def is_lost(reply: Message | Exception) -> bool:
@@ -120,7 +120,7 @@ def is_lost(reply: Message | Exception) -> bool:
 
 def as_state(mark: str) -> RecordDict:
     """Return what a checkpoint has of a client that keeps something on its own disk."""
-    return RecordDict({_KEPT: ConfigRecord({"mark": mark})})
+    return RecordDict({KEPT: ConfigRecord({"mark": mark})})
 
 
 def from_state(state: RecordDict) -> str | None:
@@ -129,7 +129,7 @@ def from_state(state: RecordDict) -> str | None:
     Raises:
         ValueError: If it is no mark.
     """
-    record = state.get(_KEPT)
+    record = state.get(KEPT)
     if not isinstance(record, ConfigRecord):
         return None
     mark = str(record.get("mark"))

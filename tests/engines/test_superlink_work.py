@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -80,6 +80,21 @@ def test_a_reply_may_have_twice_the_bytes_of_the_weights_and_some_for_metrics() 
     assert who(link, 1) == [[0]]
     sent = sum(tensor.nbytes for tensor in toy_weights().values())
     assert set(link.most) == {ANSWER_BYTES, BESIDE + 2 * sent}
+
+
+def test_what_a_site_kept_counts_though_the_rest_of_its_reply_cannot_be_read() -> None:
+    def work(message: Message) -> Message:
+        content = RecordDict({"lightning-fed.rest": ConfigRecord({"json": "nonsense"})})
+        roll_call.say_kept(content)
+        return Message(content, reply_to=message)
+
+    def main(grid: Any) -> Any:
+        [reply] = grid.send_and_receive(train_messages(grid))
+        return reply, grid.client_states()
+
+    reply, states = Linked(Link({11: site_of(0, work)})).run(main, ClientApp(), lambda: 1)
+    assert "sent what cannot be read" in reply.error.reason
+    assert list(states) == [0]
 
 
 def test_nobody_is_given_work_when_the_time_is_over() -> None:
