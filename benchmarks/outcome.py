@@ -87,8 +87,8 @@ def end_all(chaos: Chaos) -> list[str]:
     return left + ([f"{checkpoints} checkpoints"] if checkpoints > 2 else [])
 
 
-def in_process(chaos: Chaos, failed: list[tuple[int, int]], refused: list[tuple[int, int]]) -> dict[str, Any]:
-    """Return the weights of one process in which the same clients failed in the same rounds, some once trained."""
+def in_process(chaos: Chaos, failed: list[tuple[int, int]], refused: bool) -> dict[str, Any]:
+    """Return the weights of one process in which the same clients failed in the same rounds."""
     given = {"rounds": chaos.rounds, "clients": chaos.clients, "failed": failed, "refused": refused}
     script = chaos.run(tiny.alone, "alone", given)
     if script.process.wait(600):

@@ -52,7 +52,7 @@ class Scenario:
         promised: What is wrong with the failures, by what was promised, or ``""``; of all rounds.
         server: What the server's script is told.
         sites: What sites' scripts are told, by client.
-        refused: In which rounds clients fail by what they send, and keep what they have after it.
+        refused: Whether clients failed by what they sent, after they had trained.
     """
 
     what: str
@@ -60,7 +60,7 @@ class Scenario:
     promised: Callable[[Failures, int], str]
     server: dict[str, Any] = field(default_factory=lambda: dict(PATIENT))
     sites: dict[int, dict[str, Any]] = field(default_factory=dict)
-    refused: Callable[[int], bool] = lambda round: False
+    refused: bool = False
 
 
 def no_failures(failures: Failures, rounds: int) -> str:
@@ -130,7 +130,7 @@ SCENARIOS = {
         garbage_was_refused,
         PATIENT,
         {3: {"sends": {"kind": "garbage"}}},
-        refused=lambda round: hostile.kind_of(round) in hostile.GARBAGE,
+        refused=True,
     ),
     "for-another": Scenario(
         "a site that answers another's messages first",
@@ -173,8 +173,7 @@ def row(name: str, folder: Path, rounds: int) -> str:
         weights = came.end["weights"]
         finite = "yes" if all(tensor.isfinite().all() for tensor in weights.values()) else "NO"
         failed = sorted({(round, client) for round, stage, client, _ in came.failures if stage == "train"})
-        refused = [pair for pair in failed if scenario.refused(pair[0])]
-        expected = outcome.in_process(happened, failed, refused)
+        expected = outcome.in_process(happened, failed, scenario.refused)
         bitwise = "yes" if all(torch.equal(weights[key], tensor) for key, tensor in expected.items()) else "NO"
     cells = [
         f"{name}: {scenario.what}",

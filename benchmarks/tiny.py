@@ -62,8 +62,8 @@ class Hangs(Callback):
 class FailsAgain(FederatedCallback):
     """Clients fail in the rounds in which they did: before they train, or (``refused``) by what they send then."""
 
-    def __init__(self, failed: Sequence[Sequence[int]], refused: Sequence[Sequence[int]]) -> None:
-        self.failed, self.refused = set(map(tuple, failed)), set(map(tuple, refused))
+    def __init__(self, failed: Sequence[Sequence[int]], refused: bool) -> None:
+        self.failed, self.refused = {(round, client) for round, client in failed}, refused
 
     def client_mods(self, stage: str) -> Sequence[Any]:
         return [self._fail] if stage == "train" else []
@@ -71,10 +71,9 @@ class FailsAgain(FederatedCallback):
     def _fail(self, message: Message, context: Context, call_next: Any) -> Message:
         config = messages.first(message.content, ConfigRecord)
         assert config is not None
-        work = config[messages.ROUND], context.node_config[messages.CLIENT]
-        if work not in self.failed:
+        if (config[messages.ROUND], context.node_config[messages.CLIENT]) not in self.failed:
             return call_next(message, context)
-        if work not in self.refused:
+        if not self.refused:
             raise RuntimeError("failed then, too")
         reply = call_next(message, context)
         record = messages.first(reply.content, MetricRecord)
@@ -126,9 +125,7 @@ def site(
     here.join(address, module(), train, val, client=client, **kwargs)
 
 
-def alone(
-    root: str, rounds: int, clients: int, failed: Sequence[Sequence[int]], refused: Sequence[Sequence[int]]
-) -> None:
+def alone(root: str, rounds: int, clients: int, failed: Sequence[Sequence[int]], refused: bool) -> None:
     callbacks = (FaultTolerance(on_error="ignore"), *([FailsAgain(failed, refused)] if failed else []))
     model = module()
     given = {"default_root_dir": root, "check_val_every_n_epoch": EVALUATE}
