@@ -2,11 +2,11 @@
 
 ::
 
-    python benchmarks/reliability.py chaos                        # all scenarios: half an hour
+    python benchmarks/reliability.py chaos                        # all scenarios: an hour
     python benchmarks/reliability.py chaos garbage kill-link --rounds 30
-    python benchmarks/reliability.py soak                         # 2,000 rounds: a quarter of an hour
+    python benchmarks/reliability.py soak                         # 2,000 rounds: three quarters of an hour
     python benchmarks/reliability.py speed                        # a round and an idle minute: ten minutes
-    python benchmarks/reliability.py stock                        # a round of `flwr run`: five minutes
+    python benchmarks/reliability.py stock                        # a round of `flwr run`: three minutes
 
 Sites and servers are forks of this process, so that one that was killed is back in tenths of a second; the SuperLink is
 Flower's own program. Each prints a table for RELIABILITY.md. With ``--keep FOLDER`` logs and checkpoints stay there.
