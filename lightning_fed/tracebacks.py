@@ -18,6 +18,7 @@ E = TypeVar("E", bound=BaseException)
 VARIABLE = "LIGHTNING_FED_TRACEBACK"
 # The packages through which a client's code is called. Their frames are the same in every traceback.
 _LIBRARIES = ("torch", "torchmetrics", "lightning", "pytorch_lightning", "lightning_fabric", "flwr", "lightning_fed")
+_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of writing
 _LINK = "[frames]"  # no file has this name
 
 # What a message says -> what to do about it.
@@ -46,8 +47,8 @@ def is_printable(text: str) -> bool:
     >>> is_printable("val\u00a0loss"), is_printable("\u202eval_loss"), is_printable("\x1b[2Jloss")
     (True, False, False)
     """
-    # Spaces of any width, and the joiners within emoji and the words of some languages, are not "printable" in Python.
-    return all(one.isprintable() or one in "\u200c\u200d" or category(one) == "Zs" for one in text)
+    # Spaces of any width, and what joins letters and emoji, are not "printable" in Python.
+    return all(one.isprintable() or (category(one) in ("Zs", "Cf") and one not in _TURNS) for one in text)
 
 
 def one_line(text: str, most: int = 300) -> str:

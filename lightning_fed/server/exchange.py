@@ -212,7 +212,7 @@ class Exchange:
         try:
             read = read_reply(reply, self._expected)
         except ClientError as error:
-            raise self._error(client, str(error), type(error), error.tensor) from error.__cause__
+            raise self._error(client, str(error), type(error), error.tensor) from None
         self.notes.update(dict.fromkeys(read.extras.notes))
         if self.stage == "train":
             self._apart.add(read.extras, 1.0 if self._alike else read.num_examples)

@@ -146,7 +146,7 @@ class Rounds:
                     pass
         exchange.require_enough()
         for note in exchange.notes:
-            self._say_once(note)
+            self._say_once(note, "client: ")
         merged = metrics.merge(exchange.states, self.module)
         own = own_metrics(self.strategy, stage, extra, exchange.reported)
         self._say(_AVERAGED, set(merged.averaged) - set(own))
@@ -179,9 +179,9 @@ class Rounds:
         for callback in self.callbacks:
             getattr(callback, hook)(self.trainer, *args)
 
-    def _say_once(self, note: str) -> None:
+    def _say_once(self, note: str, who: str = "") -> None:
         """Say what a client has to say, in whatever process it was; of notes that begin alike the first."""
-        if (beginning := note.split(":", 1)[0]) not in self._said:
+        if (beginning := who + note.split(":", 1)[0]) not in self._said:
             self._said.add(beginning)
             rank_zero_warn(note)
 

@@ -35,10 +35,15 @@ def pack(weights: Mapping[str, Tensor]) -> ArrayRecord:
     return filled(ArrayRecord(), {name: TensorArray(tensor) for name, tensor in weights.items()})
 
 
-def unpack(record: ArrayRecord) -> Weights:
-    """Return the tensors of a record, to be read and not written: within a process they are the sender's own."""
+def unpack(record: ArrayRecord, made: Made | None = None) -> Weights:
+    """Return the tensors of a record, to be read and not written: within a process they are the sender's own.
+
+    Args:
+        record: A record.
+        made: As for ``tensor_of``.
+    """
     # The bytes that came once may stand under many names: they take memory once.
-    made: Made = {}
+    made = {} if made is None else made
     return {name: tensor_of(array, made) for name, array in record.items()}
 
 

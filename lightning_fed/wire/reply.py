@@ -21,7 +21,7 @@ from lightning_fed.tracebacks import is_printable, plain, words
 from lightning_fed.values.metrics import LAST, METRIC, RATE, MetricState, scalar
 from lightning_fed.values.weights import Weights, as_global, check_update, dtype_name, is_averaged
 from lightning_fed.wire.extras import Extras, detach
-from lightning_fed.wire.messages import ARRAYS, METRICS, NUM_EXAMPLES, first, pack, reply_scalars, unpack
+from lightning_fed.wire.messages import ARRAYS, METRICS, NUM_EXAMPLES, Made, first, pack, reply_scalars, unpack
 
 # More than anybody logs by hand, and for a large model a few of each tensor. Each name is a column of a table.
 MAX_NAMES, NAMES_OF_A_TENSOR = 2000, 10
@@ -75,7 +75,8 @@ def read_reply(reply: Message, expected: Expected) -> Reply:
     except ClientError:
         raise
     except Exception as error:  # whatever it was that the client sent
-        raise ClientError(f"sent what cannot be read: {plain(words(error), 1000)}") from error
+        # Without the error itself: its words, too, are the client's, and may be megabytes.
+        raise ClientError(f"sent what cannot be read: {plain(words(error), 1000)}") from None
 
 
 def _read(reply: Message, expected: Expected) -> Reply:
@@ -83,7 +84,9 @@ def _read(reply: Message, expected: Expected) -> Reply:
     _decode(reply.content)
     _require_names({*scalars, *(state.name for state in extras.states)}, expected)
     num_examples = _weight(reply, NUM_EXAMPLES, expected)
-    for key in expected.weighted_by - {NUM_EXAMPLES}:
+    for key in expected.weighted_by - {NUM_EXAMPLES} if num_examples else ():
+        if key not in scalars:
+            raise ClientError(f"sent no number {key!r}, by which the strategy weighs it.")
         _weight(reply, key, expected)
     _require_states(extras.states, scalars, expected)
     if expected.trains:
@@ -96,9 +99,10 @@ def _read(reply: Message, expected: Expected) -> Reply:
 
 def _decode(content: RecordDict) -> None:
     """Let all arrays be tensors."""
+    made: Made = {}
     for key, record in list(content.items()):
         if isinstance(record, ArrayRecord) and any(array.__dict__.get("tensor") is None for array in record.values()):
-            content[key] = pack(unpack(record))
+            content[key] = pack(unpack(record, made))
 
 
 def _require_names(names: Iterable[str], expected: Expected, known: Container[str] = ()) -> None:
@@ -122,7 +126,9 @@ def _weight(reply: Message, key: str, expected: Expected) -> float:
     value = (first(reply.content, MetricRecord) or MetricRecord()).get(key, 0)
     if isinstance(value, list):
         raise ClientError(f"sent {key}={value[:5]}; it is a single number.")
-    if not 0 <= value <= expected.max_examples or not math.isfinite(value) or (expected.trains and not value):
+    # With a weight of almost 0 the mean of integers would lose those that the others have in common.
+    least = 1 / expected.max_examples if value or expected.trains else 0
+    if not least <= value <= expected.max_examples or not math.isfinite(value) or (expected.trains and not value):
         what = f"{value:g} examples" if key == NUM_EXAMPLES else f"{key}={value:g}, by which it is weighed"
         raise ClientError(f"reports {what}; {_rule(expected, least=int(expected.trains))}")
     return float(value)
@@ -131,7 +137,7 @@ def _weight(reply: Message, key: str, expected: Expected) -> float:
 def _rule(expected: Expected, least: int) -> str:
     return (
         f"it cannot be averaged: their number must be finite and {_LEAST[least]}, and at most {expected.max_examples:g}"
-        " (FederatedTrainer(max_examples=...))."
+        " (FederatedTrainer(max_examples=...)), and between 0 and one by that there is none."
     )
 
 

@@ -142,6 +142,7 @@ HOSTILE_REPLIES: dict[str, tuple[Callable[[Message], Message], str]] = {
     ),
     "deep JSON": (content(lambda c: c.update({SPECS: ConfigRecord({"json": "[" * 100_000})})), "RecursionError"),
     "infinitely many examples": (metrics(**{"num-examples": float("inf")}), "inf examples; .* at most 1e\\+09"),
+    "almost no examples": (metrics(**{"num-examples": 1e-300}), "1e-300 examples; .* between 0 and one by that"),
     "more examples than there are": (metrics(**{"num-examples": 2**62}), "4.61169e\\+18 examples; .*max_examples"),
     "10,000 names": (metrics(**{f"m{i}": 1.0 for i in range(10_000)}), "10001 names; at most 2050"),
     "a long name": (metrics(**{"n" * 100_000: 1.0}), "the name 'nnn"),

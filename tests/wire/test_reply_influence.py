@@ -136,7 +136,34 @@ def test_what_a_strategy_of_flower_s_fails_over_is_a_failure_of_its_client(build
     assert re.search(text, str(diary.errors[0]))
 
 
-@pytest.mark.parametrize("name", ["val\u00a0loss", "损失\u3000值", "\N{MAN}\u200d\N{WOMAN} acc"])
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_a_number_by_which_a_strategy_weighs_is_missing_at_its_client(stage):
+    def numbers(k: int, reply: Message) -> Message:
+        reply.content["metrics"]["mine"] = 2.0
+        return metrics_without_mine(reply) if k == HOSTILE else reply
+
+    def metrics_without_mine(reply: Message) -> Message:
+        return content(lambda c: c["metrics"].pop("mine"))(reply)
+
+    def train(k: int, message: Message) -> Message:
+        reply = honest(k, message)
+        reply.content["metrics"]["mine"] = 2.0
+        return numbers(k, reply) if stage == "train" else reply
+
+    def evaluate(k: int, message: Message) -> Message:
+        reply = messages.evaluate_reply(message, 1, {"mine": 2.0})
+        return numbers(k, reply) if stage == "evaluate" else reply
+
+    strategy, diary = FlowerStrategy(FedAvg(weighted_by_key="mine")).server_strategy(None), Diary()
+    failures = FaultTolerance(min_results=3, on_error="ignore")
+    run(client(train, evaluate), strategy, weights=WEIGHTS, evaluate=True, failures=failures, callbacks=[diary])
+    assert [(error.client, error.stage) for error in diary.errors] == [(HOSTILE, stage)]
+    assert "no number 'mine', by which the strategy weighs it" in str(diary.errors[0])
+
+
+@pytest.mark.parametrize(
+    "name", ["val\u00a0loss", "损失\u3000值", "\N{MAN}\u200d\N{WOMAN} acc", "co\u00adop", "a\u200fb"]
+)
 def test_names_of_any_script_are_taken(name):
     result, errors = ended(metrics(**{name: 1.0}))
     assert errors == []

@@ -69,6 +69,12 @@ def one_array_for_all(reply: Message) -> Message:
     return reply
 
 
+def one_array_in_all_records(reply: Message) -> Message:
+    array = Array(np.zeros(2_000_000, dtype=np.float32))
+    reply.content.update({f"{i}": ArrayRecord({"a": array}) for i in range(100)})
+    return reply
+
+
 def grown(work: Callable[[], None]) -> float:
     """By how many MB a process grows at most."""
     reading, writing = os.pipe()
@@ -94,6 +100,7 @@ def test_hostile_replies_take_less_than_twice_the_memory_of_an_honest_one(packed
         for spoil, _ in HOSTILE_REPLIES.values():
             read(spoil, packed)
         read(one_array_for_all, packed=False)
+        read(one_array_in_all_records, packed=False)
         for times in (2, 100, 10_000):
             read(lambda reply: reply, packed, times)
 
