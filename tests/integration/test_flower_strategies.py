@@ -480,7 +480,18 @@ def test_a_strategy_that_gives_no_weights_is_an_error_that_names_it(make, sizes)
 
 
 def test_a_strategy_that_raises_is_an_error_that_names_it():
-    with pytest.raises(RoundError, match=r"Round 1: QFedAvg could not aggregate the train replies: .*'no_such_loss'"):
+    class Raises(flower.FedAvg):
+        def aggregate_train(self, server_round, replies):
+            raise KeyError("no_such_key")
+
+    with pytest.raises(RoundError, match=r"Round 1: Raises could not aggregate the train replies: .*'no_such_key'"):
+        federated(FlowerStrategy(Raises()))
+
+
+def test_a_number_that_a_strategy_needs_and_clients_do_not_log_is_an_error_that_says_so():
+    with pytest.raises(
+        ClientError, match=r"Round 1, train: client 0 sent no number 'no_such_loss', which QFedAvg needs"
+    ):
         federated(FlowerStrategy(flower.QFedAvg(client_learning_rate=0.1, train_loss_key="no_such_loss")))
 
 
