@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fed import ConfigurationError, FederatedTrainer, FederationError, RoundError
+from lightning_fed import ClientError, ConfigurationError, FederatedTrainer, FederationError, RoundError
 from lightning_fed.callbacks import ClientData, FedAvg, FederatedCallback, FlowerStrategy, PartialParticipation
 from lightning_fed.seeding import seed_for, seeded
 from tests.helpers import QUIET, sweep
