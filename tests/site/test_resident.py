@@ -107,10 +107,11 @@ def test_a_site_that_was_busy_for_long_does_what_the_server_waits_for_and_not_wh
     assert link.refused == []
 
 
-def test_a_site_says_of_each_piece_of_work_how_many_examples_it_was(served, caplog):
-    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+def test_a_site_says_of_each_piece_of_work_how_many_examples_it_was(served, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(resident, "rank_zero_info", lines.append)
     assert served(work(3), None).done == ["3-train"]
-    [said] = [line for line in caplog.messages if "examples" in line]
+    [said] = [line for line in lines if "examples" in line]
     assert said.startswith("Round 3, train: 1,234 examples in 0.")
 
 
