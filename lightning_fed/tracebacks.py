@@ -48,7 +48,9 @@ def is_printable(text: str) -> bool:
     (True, False, False)
     """
     # Spaces of any width, and what joins letters and emoji, are not "printable" in Python.
-    return all(one.isprintable() or (category(one) in ("Zs", "Cf") and one not in _TURNS) for one in text)
+    return text.isprintable() or all(
+        one.isprintable() or (category(one) in ("Zs", "Cf") and one not in _TURNS) for one in text
+    )
 
 
 def one_line(text: str, most: int = 300) -> str:
