@@ -107,6 +107,12 @@ class Chaos:
         until = time.monotonic() + seconds
         self.until(lambda: time.monotonic() > until)
 
+    def pause_after_a_round(self, least: float, most: float) -> None:
+        """Wait until a round has ended, and for some seconds more."""
+        before = self.round
+        self.until(lambda: self.round > before)
+        self.pause(self.random.uniform(least, most))
+
     def until(self, true: Callable[[], bool]) -> None:
         """Wait until something is true, or the server has ended.
 
@@ -136,9 +142,7 @@ def kill_sites(chaos: Chaos) -> None:
     """A site is killed 1 to 4 s after the last one that was has come back and a round has ended."""
     joined = Counter(range(chaos.clients))
     while not chaos.is_over:
-        before = chaos.round
-        chaos.until(lambda: chaos.round > before)  # noqa: B023  it is called at once
-        chaos.pause(chaos.random.uniform(1, 4))
+        chaos.pause_after_a_round(1, 4)
         if not chaos.is_over:
             victim = chaos.random.randrange(chaos.clients)
             chaos.kill(chaos.sites[victim])
@@ -150,9 +154,7 @@ def kill_sites(chaos: Chaos) -> None:
 def kill_server(chaos: Chaos) -> None:
     """The server is killed within its next rounds, ten times, and run again at once."""
     for _ in range(10):
-        before = chaos.round
-        chaos.until(lambda: chaos.round > before)  # noqa: B023  it is called at once
-        chaos.pause(chaos.random.uniform(0, 2))
+        chaos.pause_after_a_round(0, 2)
         if not chaos.is_over:
             assert chaos.server is not None
             chaos.kill(chaos.server)
@@ -162,9 +164,7 @@ def kill_server(chaos: Chaos) -> None:
 def kill_link(chaos: Chaos) -> None:
     """The SuperLink is killed, eight times, and is away for up to 5 s."""
     for _ in range(8):
-        before = chaos.round
-        chaos.until(lambda: chaos.round > before)  # noqa: B023  it is called at once
-        chaos.pause(chaos.random.uniform(0, 2))
+        chaos.pause_after_a_round(0, 2)
         if not chaos.is_over:
             chaos.kill(chaos.link.link)
             time.sleep(chaos.random.uniform(0, 5))

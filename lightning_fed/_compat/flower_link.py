@@ -160,9 +160,10 @@ class Arriving:
             names = self._missing[:_AT_ONCE]
             got = {name: part for name, part in pull_objects(names, self._part).items() if part}
             self._missing = [name for name in names if name not in got] + self._missing[_AT_ONCE:]
-            self._traffic.received += sum(map(len, got.values()))
             self.parts.update(got)
-            self._size += sum(map(len, got.values()))
+            size = sum(map(len, got.values()))
+            self._traffic.received += size
+            self._size += size
             if self._size > self.most:
                 raise ValueError(f"{self._size:,} bytes and more; at most {self.most:,.0f} are taken")
             came = came or bool(got)

@@ -16,7 +16,6 @@ from lightning_fed.engines.members import Place
 from lightning_fed.engines.remote import AHEAD, Deadline
 from lightning_fed.engines.sigterm import Sigterm
 from lightning_fed.errors import ClientError
-from lightning_fed.tracebacks import plain, words
 from lightning_fed.wire import messages, packing, roll_call
 
 if TYPE_CHECKING:
@@ -182,7 +181,7 @@ class SiteDelivery:
                     self.grid.keep(work.client, work.kept.mark)
                 packing.unpack_content(reply.content)
         except Exception as error:
-            self._fail(work, f"sent what cannot be read: {plain(words(error), 1000)}")
+            self._fail(work, messages.unreadable(error))
             return True
         work.end(readdress(reply, sender=work.message.metadata.dst_node_id))
         return True

@@ -154,6 +154,11 @@ def raised(reply: Message) -> tuple[str, BaseException | None]:
     return plain(reply.error.reason or "unknown error", 20_000).strip(), reply.error.__dict__.get("exception")
 
 
+def unreadable(error: Exception) -> str:
+    """Return what is wrong with a client that sent what cannot be read, of the error that reading it raised."""
+    return f"sent what cannot be read: {plain(words(error), 1000)}"
+
+
 def num_examples(reply: Message, key: str = NUM_EXAMPLES) -> float:
     """Return the averaging coefficient that a reply carries; 0 if it carries none."""
     record = first(reply.content, MetricRecord)

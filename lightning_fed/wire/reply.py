@@ -17,11 +17,21 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from torch import Tensor
 
 from lightning_fed.errors import ClientError, InvalidUpdateError
-from lightning_fed.tracebacks import is_printable, plain, words
+from lightning_fed.tracebacks import is_printable, plain
 from lightning_fed.values.metrics import LAST, METRIC, RATE, MetricState, scalar
 from lightning_fed.values.weights import Weights, as_global, check_update, dtype_name, is_averaged
 from lightning_fed.wire.extras import Extras, detach
-from lightning_fed.wire.messages import ARRAYS, METRICS, NUM_EXAMPLES, Made, first, pack, reply_scalars, unpack
+from lightning_fed.wire.messages import (
+    ARRAYS,
+    METRICS,
+    NUM_EXAMPLES,
+    Made,
+    first,
+    pack,
+    reply_scalars,
+    unpack,
+    unreadable,
+)
 
 # More than anybody logs by hand, and for a large model a few of each tensor. Each name is a column of a table.
 MAX_NAMES, NAMES_OF_A_TENSOR = 2000, 10
@@ -76,7 +86,7 @@ def read_reply(reply: Message, expected: Expected) -> Reply:
         raise
     except Exception as error:  # whatever it was that the client sent
         # Without the error itself: its words, too, are the client's, and may be megabytes.
-        raise ClientError(f"sent what cannot be read: {plain(words(error), 1000)}") from None
+        raise ClientError(unreadable(error)) from None
 
 
 def _read(reply: Message, expected: Expected) -> Reply:
