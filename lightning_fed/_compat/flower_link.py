@@ -259,7 +259,7 @@ def _forget_bytes(message: Message) -> None:
             getattr(value, "__dict__", {}).pop("_chunks", None)
 
 
-def readdress(message: Message, *, sender: int) -> Message:
-    """Return the same message, from another address."""
-    message.metadata.__dict__["_src_node_id"] = sender
+def readdress(message: Message, *, sender: int, group: str) -> Message:
+    """Return the same message, from another address and of another group."""
+    message.metadata.__dict__.update(_src_node_id=sender, _group_id=group)
     return message

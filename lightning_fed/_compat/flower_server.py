@@ -149,12 +149,13 @@ class ReplyUnderWay:
 
     Args:
         arriving: Its parts.
+        group: The ``group_id`` that its sender gave it.
         confirm: Is told its name when all of them are here.
         address: The SuperLink.
     """
 
-    def __init__(self, arriving: Arriving, confirm: Callable[[str], None], address: Address) -> None:
-        self._arriving, self._confirm, self._address = arriving, confirm, address
+    def __init__(self, arriving: Arriving, group: str, confirm: Callable[[str], None], address: Address) -> None:
+        self.group, self._arriving, self._confirm, self._address = group, arriving, confirm, address
 
     def take(self) -> Message | Exception | None:
         """Return the reply once all of it is here, and ``None`` until then.
@@ -255,7 +256,8 @@ class ServedRun:
             response = self._client.PullMessages(PullAppMessagesRequest(message_ids=names))
         for bare, tree in zip(response.messages_list, response.message_object_trees, strict=True):
             arriving = Arriving(self._client, self._node, self.run.run_id, tree, self.traffic, most)
-            yield bare.metadata.reply_to_message_id, ReplyUnderWay(arriving, self._confirm, self._address)
+            under_way = ReplyUnderWay(arriving, bare.metadata.group_id, self._confirm, self._address)
+            yield bare.metadata.reply_to_message_id, under_way
 
     def _confirm(self, name: str) -> None:
         received = ConfirmMessageReceivedRequest(node=self._node, run_id=self.run.run_id, message_object_id=name)

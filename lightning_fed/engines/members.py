@@ -35,6 +35,20 @@ class Place(NamedTuple):
     node_id: int
 
 
+class Asked(NamedTuple):
+    """A question on its way.
+
+    Attributes:
+        place: Who is asked.
+        at: When.
+        group: The ``group_id`` that the answer has to have.
+    """
+
+    place: Place
+    at: float
+    group: str
+
+
 class Refusal(NamedTuple):
     """Why the site at a node cannot be a client of this run.
 
@@ -60,7 +74,7 @@ class Members:
     def __init__(self, run: ServedRun, num_clients: int, form: Mapping[str, str], seed: int) -> None:
         self._run, self._num_clients = run, num_clients
         self._question = roll_call.question(form, seed)
-        self._asked: dict[str, tuple[Place, float]] = {}
+        self._asked: dict[str, Asked] = {}
         self._coming: dict[str, ReplyUnderWay] = {}  # the answers of which parts are missing
         self._said: dict[Place, int | None] = {}  # by place its client; None where that is not known, or it is refused
         self._here: dict[int, Place] = {}
@@ -88,7 +102,7 @@ class Members:
         if self.absent(client) <= seconds:
             return False
         now = time.monotonic()
-        return all(now - asked > ANSWER for _, asked in self._asked.values())
+        return all(now - asked > ANSWER for _, asked, _ in self._asked.values())
 
     def look(self, *, at_once: bool = False) -> None:
         """Look who is there, unless that was done just now."""
@@ -141,9 +155,10 @@ class Members:
 
     def _ask(self, places: list[Place]) -> None:
         for place in places:
-            [name] = self._run.push([Message(self._question, place.node_id, MessageType.QUERY)])
+            question = Message(self._question, place.node_id, MessageType.QUERY, group_id=roll_call.group_of())
+            [name] = self._run.push([question])
             if name:  # else it has gone meanwhile
-                self._asked[name] = place, time.monotonic()
+                self._asked[name] = Asked(place, time.monotonic(), question.metadata.group_id)
                 self._said[place] = None
 
     def _hear(self) -> None:
@@ -153,8 +168,8 @@ class Members:
             if (reply := coming.take()) is None:
                 continue
             del self._coming[name]
-            place, _ = self._asked.pop(name)
-            if roll_call.is_lost(reply):
+            place, _, group = self._asked.pop(name)
+            if coming.group != group or roll_call.is_lost(reply):
                 self._said.pop(place, None)  # if it is still there, it is asked again
             elif isinstance(said := self._read(reply), Refusal):
                 self._refuse(place, said)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, Message, Metadata
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed._compat.flower import make_message
 from lightning_fed._compat.flower_link import readdress
@@ -27,6 +28,8 @@ POLL = 0.1
 BESIDE = 1 << 27
 # How often a client's work is sent before its site counts as one that cannot do it.
 TRIES = 3
+_LOST = f"was lost {TRIES} times at this work: does its process run out of memory?"
+_STRANGERS = f"was sent its work {TRIES} times, and a site that does not have it has answered."
 
 
 @dataclass
@@ -42,7 +45,9 @@ class Work:
         coming: By these names, the answers of which parts are missing.
         outages: How often the SuperLink had not answered when it was sent.
         kept: What it begins with and leaves.
+        group: The ``group_id`` of all messages that were sent, which a reply has to have.
         tries: How often it was sent.
+        strangers: How many replies had another.
         reply: What came of it, until somebody takes it.
         is_over: Whether something came of it.
     """
@@ -55,7 +60,9 @@ class Work:
     coming: dict[str, ReplyUnderWay] = field(default_factory=dict)
     outages: int = 0
     kept: roll_call.WorkMarks | None = None
+    group: str = ""
     tries: int = 0
+    strangers: int = 0
     reply: Message | None = None
     is_over: bool = False
 
@@ -134,7 +141,7 @@ class SiteDelivery:
                 if members.is_lost(work.client, self.grid.patience.back):
                     self._fail(work, "is not here: no site has joined as this client, or the one that did has left.")
             elif work.tries == TRIES:
-                self._fail(work, f"was lost {TRIES} times at this work: does its process run out of memory?")
+                self._fail(work, _STRANGERS if work.strangers else _LOST)
             else:
                 if work.sent is None or work.place != place:
                     work.place, work.sent = place, self._addressed(work, place)
@@ -149,6 +156,7 @@ class SiteDelivery:
 
     def _addressed(self, work: Work, place: Place) -> Message:
         work.kept = self.grid.kept_by(work.client, work.message)
+        work.group = work.group or roll_call.group_of(work.kept.mark)
         content = self.packer.pack(roll_call.with_kept(work.message.content, work.kept))
         of = work.message.metadata
         metadata = Metadata(
@@ -157,7 +165,7 @@ class SiteDelivery:
             src_node_id=of.src_node_id,
             dst_node_id=place.node_id,
             reply_to_message_id="",
-            group_id=of.group_id or work.kept.mark,
+            group_id=work.group,
             created_at=time.time(),
             ttl=of.ttl,
             message_type=of.message_type,
@@ -166,12 +174,15 @@ class SiteDelivery:
 
     def _take(self, work: Work, name: str) -> bool:
         """Take in a reply, unless parts of it are missing; return whether it was taken."""
-        if name not in work.coming or (reply := work.coming[name].take()) is None:  # another of the same is here
+        if (coming := work.coming.get(name)) is None or (reply := coming.take()) is None:  # another of the same is here
             return False
         work.names.discard(name)
         del work.coming[name]
         if roll_call.is_lost(reply):
             self.grid.members.look(at_once=True)
+            return True
+        if coming.group != work.group:
+            self._leave_out(work)
             return True
         try:
             if isinstance(reply, Exception):
@@ -183,8 +194,17 @@ class SiteDelivery:
         except Exception as error:
             self._fail(work, messages.unreadable(error))
             return True
-        work.end(readdress(reply, sender=work.message.metadata.dst_node_id))
+        of = work.message.metadata
+        work.end(readdress(reply, sender=of.dst_node_id, group=of.group_id))
         return True
+
+    def _leave_out(self, work: Work) -> None:
+        """Leave out a reply of a site that does not have the work; the SuperLink takes no other to that message."""
+        work.strangers += 1
+        rank_zero_warn(
+            f"A site that does not have client {work.client}'s work has answered it: that reply is left out, and the"
+            " work is sent again."
+        )
 
     def _fail(self, work: Work, why: str) -> None:
         work.end(messages.error_reply(work.message, ClientError(why)))

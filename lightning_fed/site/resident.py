@@ -142,7 +142,8 @@ class Site:
         while (received := self._next(connection)) is not None:
             for earlier in [one for one in waiting if roll_call.is_overtaken(one.group, received.group)]:
                 waiting.remove(earlier)
-                rank_zero_info(f"Client {self._member.client} leaves {earlier.group} out: the server has gone on.")
+                mark, _, _ = earlier.group.partition("/")
+                rank_zero_info(f"Client {self._member.client} leaves {mark} out: the server has gone on.")
             waiting.append(received)
 
     def _next(self, connection: NodeConnection) -> Received | None:

@@ -8,6 +8,7 @@ that is done again, after whatever restart, begins with what it began with the f
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,15 +30,27 @@ def mark_of(run: str, round: int, stage: str) -> str:
     return f"{run}-{round}-{stage}"
 
 
+def group_of(mark: str = "") -> str:
+    """Return a new ``group_id`` for a message: the mark of its work, and what only its receiver is told.
+
+    Flower puts it into the reply, and tells it nobody else. It does not check whose name stands in a reply.
+    """
+    return f"{mark}/{secrets.token_hex(16)}"
+
+
 def is_overtaken(earlier: str, later: str) -> bool:
-    """Return whether a server that asks for the later of two pieces of work, by mark, has given the earlier one up.
+    """Return whether a server that asks for the later of two pieces of work has given the earlier one up.
+
+    Args:
+        earlier: Its mark, or the ``group_id`` of its message.
+        later: The other's.
 
     >>> is_overtaken("0123456789abcdef-7-train", "0123456789abcdef-7-evaluate")
     True
     >>> is_overtaken("0123456789abcdef-10-train", "0123456789abcdef-9-evaluate")
     False
     """
-    parts = [mark.groups() for one in (earlier, later) if (mark := _MARK.fullmatch(one))]
+    parts = [mark.groups() for one in (earlier, later) if (mark := _MARK.fullmatch(one.partition("/")[0]))]
     if len(parts) < 2 or parts[0][0] != parts[1][0]:
         return False
     before, after = [(int(round), stage == "evaluate") for _, round, stage in parts]

@@ -27,6 +27,7 @@ class Came:
     """A reply that is here, or ``None`` for one of which parts are missing."""
 
     reply: Message | Exception | None
+    group: str
 
     def take(self) -> Message | Exception | None:
         return self.reply
@@ -82,7 +83,8 @@ class Link:
         for name in [name for name in names if name in self._replies]:
             of = self.sent[int(name[1:])].metadata
             stalls = of.dst_node_id in self.stalls and of.message_type != MessageType.QUERY
-            yield name, Came(None if stalls else self._replies.pop(name))
+            reply = None if stalls else self._replies.pop(name)
+            yield name, Came(reply, reply.metadata.group_id if reply else of.group_id)
 
     def _deliver(self) -> None:
         waiting, self._waiting = self._waiting, []

@@ -46,7 +46,9 @@ class Run:
                 said = said(message)
             if isinstance(said, int | str):
                 said = client(said)
-            yield name, Came(said if isinstance(said, Exception | Message | None) else Message(said, reply_to=message))
+            reply = said if isinstance(said, Exception | Message | None) else Message(said, reply_to=message)
+            of = (reply if isinstance(reply, Message) else message).metadata
+            yield name, Came(reply, of.group_id)
 
 
 def client(number) -> RecordDict:
@@ -70,6 +72,24 @@ def test_each_node_is_asked_once_and_is_the_client_that_it_says():
     assert members.missing() == []
     assert len(run.asked) == 2
     assert roll_call.take_form(run.asked[0].content) == form_of(nn.Linear(1, 1))
+
+
+def test_an_answer_of_a_site_that_was_not_asked_does_not_count_and_the_node_is_asked_again():
+    """Flower does not check whose name stands in a reply."""
+    run, groups = Run(n7=0), []
+
+    def answer(message):
+        groups.append(message.metadata.group_id)
+        reply = Message(client(min(len(groups), 2) - 1), reply_to=message)
+        if len(groups) == 1:
+            reply.metadata.group_id = "/" + 32 * "0"
+        return reply
+
+    run.says[7] = answer
+    members = looked(run, times=3)
+    assert members.missing() == [0]
+    assert members.place_of(1) == Place("2026-01-01", 7)
+    assert len(set(groups)) == 2
 
 
 def test_the_node_that_came_last_counts_and_that_is_said_once():
@@ -143,7 +163,7 @@ def test_an_answer_of_which_parts_are_missing_holds_up_nobody_and_is_taken_when_
         assert members.missing() == [0]
         members.look(at_once=True)
         assert len(run.asked) == 2
-        members._coming["0"] = Came(Message(client(0), reply_to=run.asked[0]))
+        members._coming["0"] = Came(Message(client(0), reply_to=run.asked[0]), run.asked[0].metadata.group_id)
         members.look(at_once=True)
         assert members.missing() == []
 

@@ -17,7 +17,7 @@ from lightning_fed.engines import superlink_grid
 from lightning_fed.engines.members import ANSWER_BYTES
 from lightning_fed.engines.superlink_work import BESIDE
 from lightning_fed.testing import counting_client, toy_weights
-from lightning_fed.wire import packing, roll_call
+from lightning_fed.wire import messages, packing, roll_call
 from lightning_fed.wire.messages import CLIENT
 from tests.engines.clients import train_messages
 from tests.engines.link import Link, Linked, Site, site_of
@@ -95,6 +95,59 @@ def test_what_a_site_kept_counts_though_the_rest_of_its_reply_cannot_be_read() -
     reply, states = Linked(Link({11: site_of(0, work)})).run(main, ClientApp(), lambda: 1)
     assert "sent what cannot be read" in reply.error.reason
     assert list(states) == [0]
+
+
+def forging(times: int, forged: Callable[[Message], Message]) -> Site:
+    """Client 0's site, before which a site that was not told the work's group answers so many times."""
+    honest, done = counting(0), []
+
+    def work(message: Message) -> Message | None:
+        if message.metadata.message_type == "query" or len(done) == times:
+            return honest(message)
+        done.append(message)
+        reply = forged(message)
+        reply.metadata.group_id = message.metadata.group_id.partition("/")[0] + "/" + 32 * "0"
+        return reply
+
+    return work
+
+
+FORGED: dict[str, Callable[[Message], Message]] = {
+    "weights": lambda message: Message(message.content, reply_to=message),
+    "error": lambda message: messages.error_reply(message, ValueError("forged")),
+    "nothing": lambda message: Message(RecordDict(), reply_to=message),
+}
+
+
+@pytest.mark.parametrize("forged", FORGED.values(), ids=FORGED)
+def test_a_reply_of_a_site_that_does_not_have_the_work_is_left_out(forged: Callable[[Message], Message]) -> None:
+    """Flower does not check whose name stands in a reply."""
+
+    def replies(grid: Any) -> list[Message]:
+        return list(grid.send_and_receive(train_messages(grid), timeout=20.0))
+
+    link = link_of(2)
+    expected = Linked(link_of(2)).run(replies, ClientApp(), lambda: 2)
+    link.sites[11] = forging(2, forged)
+    with pytest.warns(UserWarning, match="does not have client 0's work has answered it"):
+        came = Linked(link).run(replies, ClientApp(), lambda: 2)
+    assert link.works(11) == 3
+    assert [r.metadata.src_node_id for r in came] == [r.metadata.src_node_id for r in expected]
+    assert [r.metadata.group_id for r in came] == [""] * 2
+    for mine, theirs in zip(came, expected, strict=True):
+        assert mine.content == theirs.content
+
+
+def test_where_no_other_reply_comes_that_is_said_of_its_client() -> None:
+    def replies(grid: Any) -> list[Message]:
+        return list(grid.send_and_receive(train_messages(grid), timeout=20.0))
+
+    link = link_of(2)
+    link.sites[11] = forging(3, FORGED["weights"])
+    with pytest.warns(UserWarning, match="does not have client 0's work"):
+        failed, well = Linked(link).run(replies, ClientApp(), lambda: 2)
+    assert failed.error.reason.endswith("was sent its work 3 times, and a site that does not have it has answered.")
+    assert not well.has_error()
 
 
 def test_nobody_is_given_work_when_the_time_is_over() -> None:

@@ -107,3 +107,11 @@ def test_certificates_without_tls_are_refused_and_missing_ones_named(tmp_path):
         Where("join", "a:1", True, tmp_path)
     with pytest.raises(ConfigurationError, match=r"join\(root_certificates='.*none.pem'\): it cannot be read"):
         Where("join", "a:1", False, tmp_path / "none.pem").address()
+
+
+def test_what_only_the_receiver_is_told_does_not_change_which_work_is_overtaken():
+    earlier, later = roll_call.mark_of(RUN, 7, "train"), roll_call.mark_of(RUN, 8, "train")
+    assert roll_call.group_of(earlier) != roll_call.group_of(earlier)
+    assert roll_call.is_overtaken(roll_call.group_of(earlier), roll_call.group_of(later))
+    assert not roll_call.is_overtaken(roll_call.group_of(later), roll_call.group_of(earlier))
+    assert not roll_call.is_overtaken(roll_call.group_of(), roll_call.group_of(later))
