@@ -46,8 +46,8 @@ DOORS = {
         "testing",
     ],
     "ray": ["engines.ray"],
-    "flwr_datasets": ["callbacks.partition"],
-    "datasets": ["callbacks.partition"],
+    "flwr_datasets": ["callbacks.partition", "callbacks.dealt", "callbacks.distribution"],
+    "datasets": ["callbacks.columns", "callbacks.dealt", "callbacks.natural"],
     "matplotlib": ["callbacks.*"],
 }
 # What flwr calls public; all else is private.

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed import checks
 from lightning_fed._compat.flwr_datasets import num_partitions, partition_by
 from lightning_fed.callbacks.base import PartitionOwner
+from lightning_fed.callbacks.columns import LABEL_NAMES, columns_of, values_by
+from lightning_fed.callbacks.dealt import Dealt
+from lightning_fed.callbacks.distribution import drawn_labels, drawn_sizes
+from lightning_fed.callbacks.natural import Natural
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_for
-from lightning_fed.values.data import ClientLoaders, in_memory, labels_of, require_sliceable, slice_loader
+from lightning_fed.values.data import ClientLoaders, in_memory, require_sliceable, slice_loader
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
     from matplotlib.figure import Figure
 
-_INDEX = "lightning-fed-index"
 # With fewer examples a client, starting worker processes takes longer than reading.
 _WORTH_WORKERS = 5000
-_LABEL_NAMES = ("label", "labels", "target", "targets")
 
 
 class Partition(PartitionOwner):
     """Deals the train set out among clients; works on any map-style dataset, of torch or Hugging Face.
 
     The partitioner runs over a table of labels, shuffled with the run's seed, so no example is read or decoded. Each
-    client gets a loader like the user's own over its examples, in the order of the dataset.
+    client gets a loader like the user's own over its examples, in the order of the dataset. Data that is apart already
+    (by speaker, by hospital) is taken as it is with ``by=``.
 
     Args:
         partitioner: Any partitioner of ``flwr_datasets.partitioner``, or a number of clients for an IID partition.
@@ -45,6 +47,12 @@ class Partition(PartitionOwner):
             has one where the partitioner asks for it.
         cache: Keep what was read of a client in memory, transformed, and read it no more. Only for transforms without
             randomness. Each worker process keeps those of the clients that it served.
+        by: In place of a partitioner, what tells the clients apart, one value for each example: the name of a column or
+            attribute of the train set, a list, array or tensor, or a function of the dataset that gives one. Each value
+            is a client; clients are numbered in the order of the values (numbers by size, texts by their characters),
+            whatever the seed. ``client_names`` tells whose data is which.
+        min_examples: With ``by``: values with fewer examples, held-out ones included, are left out, and a line says how
+            many. The numbers close ranks.
 
     Raises:
         ConfigurationError: If an argument is out of its range.
@@ -53,38 +61,42 @@ class Partition(PartitionOwner):
     >>> skewed = Partition(DirichletPartitioner(num_partitions=10, partition_by="label", alpha=0.3), val_fraction=0.1)
     >>> skewed.num_clients
     10
+    >>> from torch.utils.data import DataLoader
+    >>> speakers = Partition(by=["Romeo", "Juliet", "Romeo", "Nurse"])
+    >>> speakers.prepare(DataLoader(range(4)), seed=0)
+    >>> speakers.client_names
+    ['Juliet', 'Nurse', 'Romeo']
+    >>> speakers.indices(2)
+    array([0, 2])
     """
 
     deals_out = True
 
     def __init__(
         self,
-        partitioner: Partitioner | int,
+        partitioner: Partitioner | int | None = None,
         val_fraction: float = 0.0,
         labels: Sequence[Any] | torch.Tensor | Callable[[Any], Any] | None = None,
         cache: bool = False,
+        *,
+        by: str | Sequence[Any] | torch.Tensor | Callable[[Any], Any] | None = None,
+        min_examples: int = 1,
     ) -> None:
+        _refuse(partitioner, by, min_examples)
         if checks.is_number(partitioner, whole=True):
-            if partitioner < 1:
-                raise ConfigurationError(f"num_clients={partitioner} must be at least 1.")
             from flwr_datasets.partitioner import IidPartitioner
 
             partitioner = IidPartitioner(int(partitioner))
-        if inspect.isclass(partitioner) or not hasattr(partitioner, "load_partition"):
-            raise ConfigurationError(
-                f"Partition({checks.as_typed(partitioner)}): write a number of clients, or a partitioner of"
-                " flwr_datasets.partitioner, such as Partition(IidPartitioner(num_partitions=10))."
-            )
         if not (checks.is_number(val_fraction) and 0 <= val_fraction < 1):
             raise ConfigurationError(f"Partition(val_fraction={val_fraction!r}) must be in [0, 1).")
-        self.partitioner: Partitioner = partitioner
+        self.partitioner: Any = partitioner
+        self.by, self.min_examples = by, min_examples
         self.val_fraction = val_fraction
         self._labels, self.cache = labels, cache
         self._read: dict[tuple[str, int], Any] = {}
         self._loader: Any = None
-        self._dealt: Partitioner | None = None
+        self._dealt: Natural | Dealt | None = None
         self._seed = 0
-        self._cache: dict[int, np.ndarray[Any, Any]] = {}
 
     @property
     def num_clients(self) -> int:
@@ -92,10 +104,14 @@ class Partition(PartitionOwner):
         if (count := num_partitions(self.partitioner)) is not None:
             return count
         if self._dealt is None:
-            raise ConfigurationError(
-                f"{type(self.partitioner).__name__} knows its number of clients only once it saw the data."
-            )
+            who = self._call() if self.partitioner is None else type(self.partitioner).__name__
+            raise ConfigurationError(f"{who} knows its number of clients only once it saw the data.")
         return self._dealt.num_partitions
+
+    @property
+    def client_names(self) -> list[Any] | None:
+        """The value of each client, by its number, once the data is dealt out; ``None`` without ``by``."""
+        return self._dealt.names if isinstance(self._dealt, Natural) else None
 
     def prepare(self, loader: object, seed: int) -> None:
         """See ``PartitionOwner``.
@@ -104,8 +120,12 @@ class Partition(PartitionOwner):
             ConfigurationError: If the loader cannot be sliced, the partitioner does not fit the data, or nobody's
                 ``val_fraction`` is one example.
         """
-        self._loader, self._seed, self._cache, self._read = require_sliceable(loader), seed, {}, {}
-        self._deal(self._loader.dataset)
+        self._loader, self._seed, self._read = require_sliceable(loader), seed, {}
+        self._dealt, dataset = None, self._loader.dataset
+        if self.by is not None:
+            self._dealt = self._natural(dataset)
+        else:
+            self._dealt = Dealt(self.partitioner, dataset, self._labels, seed)
         self._require_held_out()
         each = len(self._loader.dataset) / self.num_clients
         if self._loader.num_workers and each < _WORTH_WORKERS:
@@ -114,92 +134,18 @@ class Partition(PartitionOwner):
                 f" round, to read about {each:.0f} examples each time: num_workers=0 is likely faster."
             )
 
-    def _deal(self, dataset: Any) -> None:
-        if self.partitioner.is_dataset_assigned():
-            raise ConfigurationError("Partition was given a partitioner that has a dataset already; give it a new one.")
-        from datasets import Dataset
+    def _call(self) -> str:
+        by = f"by={self.by!r}" if isinstance(self.by, str) else "by=..."
+        return f"Partition({by}{'' if self.min_examples == 1 else f', min_examples={self.min_examples}'})"
 
-        columns = self._columns(dataset)
-        self._require_labels(columns)
-        order = np.random.default_rng(seed_for(self._seed, "partition")).permutation(len(dataset))
-        dealt = copy.deepcopy(self.partitioner)
-        dealt.dataset = Dataset.from_dict({_INDEX: order, **{name: column[order] for name, column in columns.items()}})
-        self._dealt = dealt
-        try:
-            self.indices(0)
-            if self.num_clients > len(dataset):
-                raise ValueError(f"{self.num_clients} clients are too many, some would have none.")
-        except (KeyError, ValueError, AttributeError, AssertionError) as error:
-            self._dealt = None
-            raise ConfigurationError(self._explain(error, len(dataset), list(columns))) from error
-
-    def _explain(self, error: Exception, examples: int, columns: list[str]) -> str:
-        name = type(self.partitioner).__name__
-        wanted = partition_by(self.partitioner)
-        if wanted is not None and wanted not in columns:
-            return (
-                f"{name}(partition_by={wanted!r}): the training set has no column {wanted!r}; it has"
-                f" {columns or 'no labels that can be found'}. Name one of these, or pass the labels:"
-                " Partition(..., labels=...)."
+    def _natural(self, dataset: Any) -> Natural:
+        dealt = Natural(values_by(dataset, self.by), self.min_examples, self._call())
+        if dealt.left_out:
+            rank_zero_info(
+                f"{self._call()}: {dealt.left_out} of {dealt.left_out + len(dealt.names)} clients have fewer examples"
+                f" and are left out, with {dealt.examples_left_out} of {len(dataset)} examples."
             )
-        hint = ""
-        if "attempts" in str(error):
-            hint = (
-                " Two ways out: a larger alpha, or a smaller min_partition_size (0 lets clients go without examples)."
-            )
-        return f"{name} cannot deal out {examples} examples: {error}{hint}"
-
-    def _columns(self, dataset: Any) -> dict[str, np.ndarray[Any, Any]]:
-        """Return what a partitioner may deal by, without reading an example."""
-        from datasets import ClassLabel, Dataset, Value
-
-        labels = None if self._labels is None else self._given(dataset)
-        if labels is None and isinstance(dataset, Dataset):
-            cheap = [name for name, kind in dataset.features.items() if isinstance(kind, (Value, ClassLabel))]
-            plain = dataset.with_format(None).select_columns(cheap)
-            return {name: np.asarray(plain[name][:]) for name in cheap}
-        found = labels_of(dataset) if labels is None else labels
-        if found is None:
-            return {}
-        names = set(_LABEL_NAMES)
-        if labels is not None:  # given by hand, they are what the partitioner asks for
-            names.add(partition_by(self.partitioner, _LABEL_NAMES[0]))
-        return dict.fromkeys(sorted(names), np.asarray(found))
-
-    def _given(self, dataset: Any) -> np.ndarray[Any, Any]:
-        """Return the labels that the user gave, (n,)."""
-        labels: Any = self._labels
-        what = "Partition(labels=...) is a"
-        if callable(labels):
-            labels = labels(dataset)
-            what += " function that gave" if labels is None else " function, which gave a"
-        if not hasattr(labels, "__len__"):
-            kind = "None" if labels is None else f"{type(labels).__name__}, which has no length"
-            raise ConfigurationError(f"{what} {kind}: write a list, array or tensor with the label of each example.")
-        if len(labels) != len(dataset):
-            raise ConfigurationError(f"Partition got {len(labels)} labels for {len(dataset)} training examples.")
-        array = np.asarray(labels)
-        if array.ndim > 1:
-            raise ConfigurationError(
-                f"Partition(labels=...) has the shape {array.shape}: one label for each example, a number or a text, is"
-                " what examples are dealt out by."
-            )
-        return array
-
-    def _require_labels(self, columns: dict[str, np.ndarray[Any, Any]]) -> None:
-        """Check that every example has what the partitioner deals by."""
-        wanted = partition_by(self.partitioner)
-        column = columns.get(wanted, np.zeros(0)) if isinstance(wanted, str) else np.zeros(0)
-        if column.dtype.kind not in "Of":
-            return
-        missing = [i for i, label in enumerate(column.tolist()) if label is None or label != label]
-        if missing:
-            raise ConfigurationError(
-                f"{type(self.partitioner).__name__}(partition_by={wanted!r}): {len(missing)} of {len(column)} training"
-                f" examples have no {'label' if wanted in _LABEL_NAMES else repr(wanted)} (the first is example"
-                f" {missing[0]}). Leave them out of the data set with torch.utils.data.Subset, or give each a label:"
-                " Partition(..., labels=...)."
-            )
+        return dealt
 
     def _require_held_out(self) -> None:
         """Check that some client has an example to evaluate on, where that is asked for."""
@@ -219,10 +165,7 @@ class Partition(PartitionOwner):
         """Return all examples of a client, training and held out: indices into the dataset, int64, ascending."""
         if self._dealt is None:
             raise ConfigurationError("The data has not been dealt out yet: call trainer.fit, or partition.prepare.")
-        if client not in self._cache:
-            part = self._dealt.load_partition(client)
-            self._cache[client] = np.sort(np.asarray(part[_INDEX][:], dtype=np.int64))
-        return self._cache[client]
+        return self._dealt.indices(client)
 
     def split(self, client: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Return a client's training and held-out examples: indices into the dataset, int64, ascending."""
@@ -258,7 +201,7 @@ class Partition(PartitionOwner):
         return [len(self.split(client)[0]) for client in range(self.num_clients)]
 
     def plot(self, path: str | os.PathLike[str] | None = None, **kwargs: Any) -> Figure:
-        """Draw each client's label distribution.
+        """Draw each client's label distribution; with ``by``, where there are no labels, how many examples each has.
 
         Args:
             path: Where to save the picture, if anywhere.
@@ -267,19 +210,50 @@ class Partition(PartitionOwner):
         Raises:
             ConfigurationError: If the data has not been dealt out, or has no labels.
         """
-        from flwr_datasets.visualization import plot_label_distributions
-
         self.indices(0)
-        assert self._dealt is not None
-        columns = self._dealt.dataset.column_names
-        label = next((n for n in (partition_by(self.partitioner, ""), *_LABEL_NAMES) if n in columns), None)
-        if label is None:
+        dealt: Any = self._dealt.partitioner if isinstance(self._dealt, Dealt) else self._dealt
+        if isinstance(dealt, Natural):
+            dealt.fill(columns_of(self._loader.dataset, self._labels, None))
+        columns = dealt.dataset.column_names
+        label = next((n for n in (partition_by(self.partitioner, ""), *LABEL_NAMES) if n in columns), None)
+        if label is None and self.by is None:
             raise ConfigurationError("Partition.plot() found no labels: pass them, Partition(..., labels=...).")
-        few = len(set(self._dealt.dataset[label])) <= 10
-        defaults = {"legend": True, "verbose_labels": False, "cmap": "tab10" if few else None}
-        figure, axes, _ = plot_label_distributions(self._dealt, label, **{**defaults, **kwargs})
-        axes.set_title(kwargs.get("title", "Examples of each client, by label"))
-        axes.set_xlabel("client")
+        figure = drawn_labels(dealt, label, kwargs) if label else drawn_sizes(dealt.sizes)
         if path is not None:
             figure.savefig(path, dpi=120, bbox_inches="tight")
         return figure
+
+
+def _refuse(partitioner: Any, by: Any, min_examples: Any) -> None:
+    """Check what says who has which examples.
+
+    Raises:
+        ConfigurationError: If nothing does, two things do, or one is of the wrong kind.
+    """
+    if partitioner is not None and by is not None:
+        raise ConfigurationError(
+            f"Partition({checks.as_typed(partitioner)}, by={checks.as_typed(by)}): both say who has which examples:"
+            " keep one of them."
+        )
+    if not (checks.is_number(min_examples, whole=True) and min_examples >= 1):
+        raise ConfigurationError(f"Partition(min_examples={min_examples!r}) must be a whole number, at least 1.")
+    if by is None and min_examples != 1:
+        raise ConfigurationError(
+            f"Partition(min_examples={min_examples}) goes with by=: a partitioner has its own (min_partition_size=)."
+        )
+    if by is not None:
+        is_list = hasattr(by, "__len__") and hasattr(by, "__getitem__") and not isinstance(by, Mapping)
+        if inspect.isclass(by) or not (is_list or callable(by)):
+            raise ConfigurationError(
+                f"Partition(by={checks.as_typed(by)}): write the name of a column, or a list, array or tensor with a"
+                " value for each example."
+            )
+    elif checks.is_number(partitioner, whole=True):
+        if partitioner < 1:
+            raise ConfigurationError(f"num_clients={partitioner} must be at least 1.")
+    elif inspect.isclass(partitioner) or not hasattr(partitioner, "load_partition"):
+        raise ConfigurationError(
+            f"Partition({'' if partitioner is None else checks.as_typed(partitioner)}): write a number of clients, or a"
+            " partitioner of flwr_datasets.partitioner, such as Partition(IidPartitioner(num_partitions=10)), or by=,"
+            " the column that tells clients apart."
+        )

@@ -335,7 +335,11 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("partition", "dataset", "message"),
     [
-        (lambda: Partition(4, labels=[1, 2]), Unreadable(), r"Partition got 2 labels for 100 training examples"),
+        (
+            lambda: Partition(4, labels=[1, 2]),
+            Unreadable(),
+            r"Partition\(labels=\.\.\.\) has 2 entries for 100 training examples",
+        ),
         (lambda: Partition(used()), Unreadable(), "partitioner that has a dataset already"),
         (
             lambda: Partition(DirichletPartitioner(4, "label", 0.5)),
