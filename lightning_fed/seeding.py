@@ -39,14 +39,14 @@ def seed_for(seed: int, purpose: str, *, round: int = 0, client: int = -1) -> in
     return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big")
 
 
-def seed_all(seed: int) -> None:
-    """Seed Python, NumPy and torch on every device.
+def seed_all(seed: int, *, devices: bool = True) -> None:
+    """Seed Python, NumPy and torch, on every device or on the CPU alone.
 
     Unlike ``seed_everything`` this leaves the environment's variables alone.
     """
     random.seed(seed)
     np.random.seed(seed)
-    if _has_accelerator():
+    if devices and _has_accelerator():
         torch.manual_seed(seed)
     else:
         # torch.manual_seed would note a call, with its traceback, for each kind of device that may yet start: a
@@ -60,10 +60,14 @@ def _has_accelerator() -> bool:
 
 
 @contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Put the states of Python's, NumPy's and torch's generators back after the block, however it ends."""
+def random_states_kept(*, devices: bool = True) -> Iterator[None]:
+    """Put the states of Python's, NumPy's and torch's generators back after the block, however it ends.
+
+    Args:
+        devices: Those of all devices; a loader's worker process cannot ask them, and may leave them alone.
+    """
     raised: BaseException | None = None
-    with isolate_rng(include_cuda=_has_accelerator()):
+    with isolate_rng(include_cuda=devices and _has_accelerator()):
         try:
             yield
         except BaseException as error:  # isolate_rng restores nothing when it sees one

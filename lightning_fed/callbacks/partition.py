@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from lightning_fed.callbacks.dealt import Dealt
 from lightning_fed.callbacks.distribution import drawn_labels, drawn_sizes
 from lightning_fed.callbacks.natural import Natural
 from lightning_fed.errors import ConfigurationError
-from lightning_fed.seeding import seed_for
+from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.values.data import ClientLoaders, in_memory, require_sliceable, slice_loader
+from lightning_fed.values.part import Part, TransformedPart
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
@@ -53,6 +55,10 @@ class Partition(PartitionOwner):
             whatever the seed. ``client_names`` tells whose data is which.
         min_examples: With ``by``: values with fewer examples, held-out ones included, are left out, and a line says how
             many. The numbers close ranks.
+        transform: Makes clients' features differ: a function of a client's index that gives the function which its
+            examples go through, as the dataset gives them, held-out ones included; ``None`` for none. What that draws
+            without a generator of its own is the same for an example in every round, on every engine and after a
+            resume. With ``cache`` it is called once for each example, else each time that one is read.
 
     Raises:
         ConfigurationError: If an argument is out of its range.
@@ -81,8 +87,11 @@ class Partition(PartitionOwner):
         *,
         by: str | Sequence[Any] | torch.Tensor | Callable[[Any], Any] | None = None,
         min_examples: int = 1,
+        transform: Callable[[int], Callable[[Any], Any] | None] | None = None,
     ) -> None:
         _refuse(partitioner, by, min_examples)
+        if transform is not None and (isinstance(transform, torch.nn.Module) or not callable(transform)):
+            raise ConfigurationError(_NO_TRANSFORM.format(checks.as_typed(transform)))
         if checks.is_number(partitioner, whole=True):
             from flwr_datasets.partitioner import IidPartitioner
 
@@ -92,7 +101,7 @@ class Partition(PartitionOwner):
         self.partitioner: Any = partitioner
         self.by, self.min_examples = by, min_examples
         self.val_fraction = val_fraction
-        self._labels, self.cache = labels, cache
+        self._labels, self.cache, self.transform = labels, cache, transform
         self._read: dict[tuple[str, int], Any] = {}
         self._loader: Any = None
         self._dealt: Natural | Dealt | None = None
@@ -188,9 +197,23 @@ class Partition(PartitionOwner):
         )
 
     def _loader_of(self, which: str, client: int, indices: list[int], **how: Any) -> Any:
-        if self.cache and (which, client) not in self._read:
-            self._read[which, client] = in_memory(self._loader, indices)
-        return slice_loader(self._loader, indices, part=self._read.get((which, client)), **how)
+        part = self._read.get((which, client))
+        if part is None:
+            part = self._part(client, indices)
+            if self.cache:
+                part = self._read[which, client] = in_memory(self._loader, part)
+        return slice_loader(self._loader, indices, part=part, **how)
+
+    def _part(self, client: int, indices: list[int]) -> Part:
+        if self.transform is None:
+            return Part(self._loader.dataset, indices)
+        with seeded(seed_for(self._seed, "transform", client=client)):
+            transform = self.transform(client)
+        if transform is None:
+            return Part(self._loader.dataset, indices)
+        if not callable(transform):
+            raise ConfigurationError(_NO_TRANSFORM.format(f"..., which gave {checks.as_typed(transform)} for {client}"))
+        return TransformedPart(self._loader.dataset, indices, transform, partial(_seed_of, self._seed, client))
 
     def can_evaluate(self) -> bool:
         """Return whether anything is held out."""
@@ -222,6 +245,16 @@ class Partition(PartitionOwner):
         if path is not None:
             figure.savefig(path, dpi=120, bbox_inches="tight")
         return figure
+
+
+_NO_TRANSFORM = (
+    "Partition(transform={}): write a function of a client's index that gives the function which the client's examples"
+    " go through: transform=lambda client: lambda example: ..., or None for a client whose examples stay as they are."
+)
+
+
+def _seed_of(seed: int, client: int, example: int) -> int:
+    return seed_for(seed, f"transform/{example}", client=client)
 
 
 def _refuse(partitioner: Any, by: Any, min_examples: Any) -> None:

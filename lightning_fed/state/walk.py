@@ -37,7 +37,7 @@ from lightning_fed.state.content import Content, Generator, Limits, TensorFlags,
 from lightning_fed.state.generators import generator_kind, is_global
 from lightning_fed.state.nodes import Child, Container, Kind, Node, Step
 from lightning_fed.state.packages import is_library, is_machinery
-from lightning_fed.values.part import Part
+from lightning_fed.values.part import Part, TransformedPart
 from lightning_fed.views import below
 
 # Whoever holds so many objects holds a data set or a cache: the walk stops there.
@@ -259,6 +259,7 @@ _PASSED: dict[type, tuple[str, ...]] = {
     DataLoader: ("dataset", "sampler", "batch_sampler", "collate_fn", "worker_init_fn", "generator"),
     Subset: ("dataset",),
     Part: ("dataset",),
+    TransformedPart: ("dataset", "transform"),
     RandomSampler: ("generator",),
     SequentialSampler: (),
     BatchSampler: ("sampler",),

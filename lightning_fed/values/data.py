@@ -106,7 +106,7 @@ def slice_loader(
         seed: Seeds the shuffling of a loader that came with a generator of its own; any other draws from torch's.
         shuffle: ``False`` also keeps the last, smaller batch; ``None`` does as ``loader`` does.
         keep_workers: Keep worker processes from one pass to the next.
-        part: These examples, where ``in_memory`` has them.
+        part: These examples, where ``in_memory`` has them, or a ``Part`` of another kind.
     """
     part = Part(loader.dataset, list(indices)) if part is None else part
     batches: Any = loader if loader.batch_sampler is None else loader.batch_sampler
@@ -148,9 +148,9 @@ class _Examples(Dataset[Any]):
         return self._examples[index]
 
 
-def in_memory(loader: DataLoader[Any], indices: Sequence[int]) -> Dataset[Any]:
-    """Return some of a loader's examples, read now; as tensors where its batches are lists of tensors."""
-    examples = [loader.dataset[i] for i in indices]
+def in_memory(loader: DataLoader[Any], part: Part) -> Dataset[Any]:
+    """Return a part of a loader's examples, read now; as tensors where its batches are lists of tensors."""
+    examples = [part[i] for i in range(len(part))]
     if examples and type(examples[0]) in (tuple, list) and loader.collate_fn is default_collate:
         with suppress(TypeError, RuntimeError):  # of unequal shapes: that is an error once a batch has two of them
             columns = default_collate(examples)

@@ -36,6 +36,7 @@ def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_the_code_of_a_section_runs(section: str, names: dict[str, Any]) -> None:
+    exec("from lightning_fed import FederatedTrainer; from lightning_fed.callbacks import *", names)
     blocks = re.findall(r"```python\n(.*?)```", SECTIONS[section], re.S)
     assert blocks
     for block in blocks:

@@ -25,6 +25,7 @@ from lightning_fed.values.data import (
     require_sliceable,
     slice_loader,
 )
+from lightning_fed.values.part import Part
 
 
 class Numbers(Dataset):
@@ -283,7 +284,7 @@ def test_loaders_that_do_more_than_stack_tensors_are_left_alone():
     ],
 )
 def test_some_examples_are_read_once_and_kept_as_tensors_where_they_are(dataset, kind):
-    kept = in_memory(DataLoader(dataset), [4, 1, 3])
+    kept = in_memory(DataLoader(dataset), Part(dataset, [4, 1, 3]))
     assert isinstance(kept, kind or Dataset)
     assert isinstance(kept, TensorDataset) == (kind is TensorDataset)
     assert len(kept) == 3
@@ -293,10 +294,11 @@ def test_some_examples_are_read_once_and_kept_as_tensors_where_they_are(dataset,
 
 
 def test_examples_that_the_user_collates_are_kept_as_they_are():
-    kept = in_memory(DataLoader(TensorDataset(torch.arange(4.0)), collate_fn=list), [2])
+    data = TensorDataset(torch.arange(4.0))
+    kept = in_memory(DataLoader(data, collate_fn=list), Part(data, [2]))
     assert not isinstance(kept, TensorDataset)
     assert kept[0] == (torch.tensor(2.0),)
-    assert len(in_memory(DataLoader(Numbers(4)), [])) == 0
+    assert len(in_memory(DataLoader(Numbers(4)), Part(Numbers(4), []))) == 0
 
 
 def test_a_part_of_tensors_counts_from_the_end_and_knows_where_it_lies():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import Partition
+from lightning_fed.errors import ClientError
 from lightning_fed.testing import ToyModule, toy_data
-from lightning_fed.values.part import Part
+from lightning_fed.values.part import Part, TransformedPart
 from tests.helpers import QUIET
 
 
@@ -94,3 +96,72 @@ def test_a_whole_tensor_data_set_is_as_ever() -> None:
         Looks(), DataLoader(toy_data(16), 8), DataLoader(toy_data(6), 4)
     )
     assert found == [(6, 8)]
+
+
+# ------------------------------------------------------------------------------------------------- transformed
+
+
+def noisy(example: Any) -> Any:
+    x, y = example
+    x += torch.randn(2) + float(np.random.rand()) + random.random()
+    return x, y
+
+
+def transformed(indices: Any = (1, 4, 5), transform: Any = noisy) -> TransformedPart:
+    return TransformedPart(Pictures(), indices, transform, lambda index: index)
+
+
+def test_an_example_is_the_same_whenever_and_with_whomever_it_is_read() -> None:
+    part, other = transformed(), transformed([5, 0])
+    first = part[2][0].clone()
+    batch = part.__getitems__([2, 0, 2])
+    assert all(torch.equal(first, again) for again in (batch[0][0], batch[2][0], other[0][0]))
+    assert not torch.equal(first - Pictures().data[5], batch[1][0] - Pictures().data[1])
+    assert [y for _, y in batch] == [1, 0, 1]
+
+
+def test_a_transform_may_write_into_the_example_and_the_data_stays() -> None:
+    part = transformed()
+    part[0], part[1]
+    assert torch.equal(part.dataset.data, Pictures().data)
+
+
+EXAMPLES = {
+    "array": (np.zeros(2), lambda one: one),
+    "list": ([torch.zeros(2), "a"], lambda one: one[0]),
+    "dict": ({"x": torch.zeros(2)}, lambda one: one["x"]),
+}
+
+
+@pytest.mark.parametrize("form", EXAMPLES)
+def test_examples_of_any_form_are_copied_first(form: str) -> None:
+    example, inner = EXAMPLES[form]
+
+    def fill(one: Any) -> Any:
+        inner(one)[:] = 1
+        return one
+
+    assert inner(TransformedPart([example], [0], fill, lambda index: index)[0]).tolist() == [1, 1]
+    assert inner(example).tolist() == [0, 0]
+
+
+def test_what_draws_otherwise_draws_as_without_a_transform() -> None:
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    expected = torch.rand(1).item(), np.random.rand(), random.random()
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    transformed()[0]
+    assert (torch.rand(1).item(), np.random.rand(), random.random()) == expected
+
+
+def test_what_there_is_beside_the_items_is_not_there_for_it_is_not_transformed() -> None:
+    part = transformed()
+    for name in ("data", "targets", "names"):
+        with pytest.raises(AttributeError, match=rf"Pictures.{name} is as it was before Partition\(transform=\.\.\.\)"):
+            getattr(part, name)
+    assert part.classes == ("cat", "dog")
+    assert not hasattr(part, "no_such_thing")
+
+
+def test_a_transform_that_returns_nothing_is_an_error() -> None:
+    with pytest.raises(ClientError, match=r"gave None for example 4: .* has to return the example"):
+        transformed(transform=lambda example: None)[1]
