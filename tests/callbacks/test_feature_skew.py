@@ -96,8 +96,8 @@ class Fitted:
             max_rounds=rounds,
             local_epochs=2,
             callbacks=[
-                partition(cache=options.pop("cache", False)),
-                PartialParticipation(options.pop("fraction", 0.67)),
+                partition(cache=cache),
+                PartialParticipation(fraction),
                 saving,
             ],
             **{**QUIET, "enable_checkpointing": True, "default_root_dir": self.folder, "seed": 0, **options},
