@@ -1,13 +1,19 @@
 """Every example runs to its end in ``--fast`` mode, prints its result and draws what it promises."""
 
+import importlib
 import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from tests.helpers import real_data
+from lightning_fed import FederatedTrainer
+from lightning_fed.callbacks import PartialParticipation, Partition
+from lightning_fed.testing import ToyModule
+from tests.helpers import QUIET, real_data
 
 REPO = Path(__file__).parents[1]
 
@@ -53,3 +59,58 @@ def test_example(name, tmp_path, monkeypatch, capsys):
         assert path.read_bytes()[:4] == b"\x89PNG"
         assert path.stat().st_size > 10_000, f"{picture} looks empty"
     assert {path.name for path in tmp_path.iterdir()} == {"out"}, "it left more than its pictures behind"
+
+
+def shakespeare(monkeypatch):
+    """The reader, which is no package's."""
+    monkeypatch.syspath_prepend(REPO / "examples")
+    monkeypatch.delitem(sys.modules, "shakespeare", raising=False)
+    return importlib.import_module("shakespeare")
+
+
+def test_a_line_with_a_name_after_an_empty_one_begins_a_speech(monkeypatch):
+    text = "Romeo:\nMy ears\nhave not:\n\nJuliet:\nHow cam'st thou\n\nRomeo:\nBy love.\n"
+    said = shakespeare(monkeypatch).words_of_speakers(text)
+    assert said == {"Romeo": "My ears\nhave not:\nBy love.", "Juliet": "How cam'st thou"}
+
+
+def test_passages_of_shakespeare_are_a_speaker_s_own_and_their_targets_one_character_later(monkeypatch):
+    passages = shakespeare(monkeypatch).Passages({"A": "abcdefgh", "B": "hgf", "C": "cdefg"}, "abcdefgh", 3)
+    assert passages.speaker == ["A", "A", "C"]
+    assert [(x.tolist(), y.tolist()) for x, y in passages] == [
+        ([0, 1, 2], [1, 2, 3]),
+        ([3, 4, 5], [4, 5, 6]),
+        ([2, 3, 4], [3, 4, 5]),
+    ]
+
+
+class Letters(ToyModule):
+    """Tells the next character from the present one."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Embedding(65, 65)
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.cross_entropy(self.net(batch[0]).flatten(0, 1), batch[1].flatten())
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", Letters.training_step(self, batch, batch_idx))
+
+
+def test_speakers_of_shakespeare_are_clients(monkeypatch):
+    reader = shakespeare(monkeypatch)
+    folder = real_data("shakespeare").parent
+    said = reader.words_of_speakers((folder / "shakespeare" / "input.txt").read_text())
+    assert [len(said), *(sum(len(own) >= least for own in said.values()) for least in (1000, 5000))] == [309, 141, 64]
+    partition = Partition(by="speaker")
+    trainer = FederatedTrainer(
+        max_rounds=1, callbacks=[partition, PartialParticipation(0.05)], limit_train_batches=2, **QUIET
+    )
+    torch.manual_seed(0)
+    trainer.fit(Letters(), datamodule=reader.ShakespeareData(folder, batch_size=8))
+    assert partition.num_clients == 141
+    assert partition.client_names == sorted(name for name, own in said.items() if len(own) >= 1000)
+    assert trainer.callback_metrics["train_loss"] > 3
