@@ -176,3 +176,63 @@ def _local_sgd(
                 velocity[k] = momentum * velocity[k] + g if k in velocity else g
                 p -= lr * velocity[k]
     return {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+
+def scaffold(
+    module: nn.Module,
+    batches: Sequence[Sequence[Sequence[Any] | None]],
+    loss: Callable[[nn.Module, Any], Tensor],
+    optimizer: Callable[[Any], torch.optim.Optimizer],
+    *,
+    option_ii: float | None = None,
+    server_lr: float = 1.0,
+    server: Callable[[Weights, Weights], Weights] | None = None,
+) -> list[Weights]:
+    """Karimireddy et al. 2020, Algorithm 1; the state dict after each round. Buffers take the mean.
+
+    Args:
+        module: The model; it is trained in place.
+        batches: ``batches[round][client]`` is the list of batches, or ``None`` where the client is not in the cohort.
+        loss: ``loss(module, batch)`` gives the scalar to differentiate.
+        optimizer: Makes the clients' optimizer, new in each round.
+        option_ii: The learning rate for line 12's option II; by default ``c_i+`` is the mean of the recorded gradients.
+        server_lr: The server's step.
+        server: ``server(x, mean)`` in its place, of parameters.
+    """
+    x = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    names = [k for k, _ in module.named_parameters()]
+    c = {k: torch.zeros_like(x[k]) for k in names}
+    own = [dict(c) for _ in batches[0]]
+    after = []
+    for round in batches:
+        ys, changes = [], []
+        for i, steps in enumerate(round):
+            if steps is None:
+                continue
+            module.load_state_dict(x)
+            module.train()
+            parameters, local, recorded = dict(module.named_parameters()), optimizer(module.parameters()), []
+            for batch in steps:
+                local.zero_grad()
+                loss(module, batch).backward()
+                recorded.append({k: p.grad.clone() for k, p in parameters.items()})
+                for k, p in parameters.items():
+                    p.grad += c[k] - own[i][k]
+                local.step()
+            y = {k: v.detach().clone() for k, v in module.state_dict().items()}
+            if option_ii is None:
+                new = {k: sum(g[k].double() for g in recorded).to(x[k].dtype) / len(steps) for k in names}
+            else:
+                new = {k: own[i][k] - c[k] + (x[k] - y[k]) / (len(steps) * option_ii) for k in names}
+            changes.append({k: new[k] - own[i][k] for k in names})
+            own[i] = new
+            ys.append(y)
+        mean = weighted_mean(ys, [1.0] * len(ys))
+        if server is None:
+            stepped = {k: x[k] + server_lr * (mean[k] - x[k]) for k in names}
+        else:
+            stepped = server({k: x[k] for k in names}, {k: mean[k] for k in names})
+        x = {k: stepped.get(k, mean[k]) for k in x}
+        c = {k: c[k] + sum(change[k] for change in changes) / len(round) for k in names}
+        after.append(x)
+    return after

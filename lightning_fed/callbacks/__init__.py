@@ -12,6 +12,8 @@ from lightning_fed.callbacks.history import History
 from lightning_fed.callbacks.participation import PartialParticipation
 from lightning_fed.callbacks.partition import Partition
 from lightning_fed.callbacks.progress import RichRoundBar, RoundPrinter, TQDMRoundBar
+from lightning_fed.callbacks.scaffold import Scaffold
+from lightning_fed.client.local.method import LocalMethod
 
 __all__ = [
     "ClientData",
@@ -27,9 +29,11 @@ __all__ = [
     "FederatedCallback",
     "FlowerStrategy",
     "History",
+    "LocalMethod",
     "PartialParticipation",
     "Partition",
     "RichRoundBar",
     "RoundPrinter",
+    "Scaffold",
     "TQDMRoundBar",
 ]

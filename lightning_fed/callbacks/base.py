@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flwr.clientapp.typing import Mod
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 
 from lightning_fed.errors import ClientError, ConfigurationError
 from lightning_fed.seeding import seed_for
@@ -48,7 +49,9 @@ class FederatedCallback(Callback):
 
     - **server**: ``server_strategy`` builds the Flower strategy, or wraps the one that another callback built;
     - **wire**: ``client_mods`` gives Flower client mods, which see each message and reply;
-    - **local training**: ``local_callbacks`` gives plain Lightning callbacks for the clients' trainers.
+    - **local training**: ``local_callbacks`` gives plain Lightning callbacks for the clients' trainers. One of them may
+      be a ``LocalMethod``, which gets tensors with the weights, sends some back and keeps some: ``tensors_to_client``
+      and ``tensors_from_client`` are the server's side of it.
 
     What a callback *decides* has exactly one owner; any number may *watch* by the ``on_*`` hooks. State that must
     survive a restart goes into Lightning's ``state_dict`` / ``load_state_dict``.
@@ -71,6 +74,10 @@ class FederatedCallback(Callback):
         """
         return strategy
 
+    def aggregation(self) -> Averaging | None:
+        """Return the aggregation that the method is defined with, for where no callback decides it."""
+        return None
+
     def client_mods(self, stage: Stage) -> Sequence[Mod]:
         """Return Flower mods around the client's ``"train"`` or ``"evaluate"`` function, outermost first."""
         return []
@@ -78,6 +85,31 @@ class FederatedCallback(Callback):
     def local_callbacks(self) -> Sequence[Callback]:
         """Return new Lightning callbacks for one client's local fit."""
         return []
+
+    def tensors_to_client(self, trainer: Trainer, round: int, client: int) -> Mapping[str, Tensor]:
+        """Return the tensors that a client is sent beside the weights when it trains, by name; they are not copied.
+
+        Called for each client of the cohort, ascending, before any of them trains, and once more before the first round
+        where clients may be vectorized. Strategies and mods do not see them.
+        """
+        return {}
+
+    def tensors_expected(self, sent: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return tensors like those that have to come back from a client: names, shapes, kinds of dtype.
+
+        Args:
+            sent: What ``tensors_to_client`` gave for it, which is what this gives by default.
+        """
+        return sent
+
+    def tensors_from_client(
+        self, trainer: Trainer, round: int, report: ClientReport, tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Take in what a client's ``LocalMethod`` has sent, after ``on_round_start`` and before ``on_round_end``.
+
+        Called in client order, once for each good reply of the round, with finite tensors as they are expected. What
+        of it goes into ``state_dict`` has to wait for ``on_round_end``.
+        """
 
     def on_federation_start(self, trainer: Trainer) -> None:
         """Act once the data is dealt out and the strategy built; the first round is about to start."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -90,14 +90,17 @@ class ClientSide:
             )
             LookAhead(first, self.data).look()
 
-    def probe_vectorized(self, stages: Sequence[str], clients: int, weights: Weights, seed: int) -> None:
+    def probe_vectorized(self, stages: Sequence[str], tasks: Sequence[LocalTask]) -> None:
         """Find out, before the first round, in which stages clients can be vectorized.
+
+        Args:
+            stages: Those that there will be.
+            tasks: What the first two clients would do, or the only one.
 
         Raises:
             ConfigurationError: If that is required and cannot be done.
         """
         if self.dispatcher is not None:
-            tasks = [LocalTask(client, 1, seed, weights) for client in range(min(clients, 2))]
             for stage in stages:
                 self.dispatcher.probe(stage, tasks, self.work, bool(self.mods.get(stage)))
 
@@ -108,7 +111,26 @@ class _Call:
 
     message: Message
     context: Context
-    detached: Weights
+    integers: Weights
+    methods: Weights
+
+    @classmethod
+    def of(cls, message: Message, context: Context) -> _Call:
+        return cls(message, context, extras.detach_integers(message), extras.detach_methods(message))
+
+    def task(self, stage: str, message: Message | None = None) -> LocalTask:
+        """Return what the client is to do, as its mods left the message."""
+        context, instruction = self.context, messages.read_instruction(message or self.message)
+        return LocalTask(
+            client=int(context.node_config[messages.CLIENT]),
+            round=instruction.round,
+            seed=instruction.seed,
+            weights=extras.merge_integers(instruction.weights, self.integers),
+            state=messages.get_fit_state(context) if stage == "train" else None,
+            callback_states=messages.get_callback_states(context),
+            received=self.methods,
+            memory=messages.get_memory(context),
+        )
 
 
 class LocalClientApp(ClientApp, ServedApp):
@@ -156,13 +178,12 @@ class LocalClientApp(ClientApp, ServedApp):
     def serve(self, received: Sequence[tuple[Message, Context]]) -> list[Message]:
         """Return the replies to messages of one type, in their order."""
         side, stage = self._side, received[0][0].metadata.message_type
-        calls = [_Call(message, context, extras.detach_integers(message)) for message, context in received]
+        calls = [_Call.of(message, context) for message, context in received]
         results: Sequence[LocalResult | None] = [None] * len(calls)
         if len(calls) > 1 and side.dispatcher is not None and not side.is_stale:
-            tasks = [_task(stage, call.message, call.context, call.detached) for call in calls]
-            results = side.dispatcher.run(stage, tasks, side.work)
+            results = side.dispatcher.run(stage, [call.task(stage) for call in calls], side.work)
         return [
-            _serve(side, stage, call) if result is None else _with_extras(_reply(stage, call.message, result), result)
+            _serve(side, stage, call) if result is None else _ended(stage, call, result)
             for call, result in zip(calls, results, strict=True)
         ]
 
@@ -192,7 +213,7 @@ def _serve(side: ClientSide, stage: str, call: _Call) -> Message:
     results: list[LocalResult] = []
 
     def run(message: Message, context: Context) -> Message:
-        results[:] = [_run(side, stage, message, context, call.detached)]
+        results[:] = [_run(side, stage, message, context, call)]
         return _reply(stage, message, results[0])
 
     try:
@@ -200,6 +221,13 @@ def _serve(side: ClientSide, stage: str, call: _Call) -> Message:
     except Exception as exception:
         return messages.error_reply(call.message, exception)
     return _with_extras(reply, *results)
+
+
+def _ended(stage: str, call: _Call, result: LocalResult) -> Message:
+    """Return the reply of one of several that worked together, without mods and with no state but methods' memory."""
+    if stage == "train":
+        messages.set_memory(call.context, result.memory)
+    return _with_extras(_reply(stage, call.message, result), result)
 
 
 def _with_mods(run: ClientAppCallable, mods: Sequence[Mod]) -> ClientAppCallable:
@@ -212,8 +240,8 @@ def _wrap(inner: ClientAppCallable, mod: Mod) -> ClientAppCallable:
     return lambda message, context: mod(message, context, inner)
 
 
-def _run(side: ClientSide, stage: str, message: Message, context: Context, detached: Weights) -> LocalResult:
-    task = _task(stage, message, context, detached)
+def _run(side: ClientSide, stage: str, message: Message, context: Context, call: _Call) -> LocalResult:
+    task = replace(call, context=context).task(stage, message)
     if side.is_stale:
         raise ClientError(
             "was not trained: what the server changed between rounds could not be changed in its process"
@@ -226,19 +254,8 @@ def _run(side: ClientSide, stage: str, message: Message, context: Context, detac
     if stage == "train":
         messages.set_fit_state(context, result.state)
         messages.set_callback_states(context, result.callback_states)
+        messages.set_memory(context, result.memory)
     return result
-
-
-def _task(stage: str, message: Message, context: Context, detached: Weights) -> LocalTask:
-    instruction = messages.read_instruction(message)
-    return LocalTask(
-        client=int(context.node_config[messages.CLIENT]),
-        round=instruction.round,
-        seed=instruction.seed,
-        weights=extras.merge_integers(instruction.weights, detached),
-        state=messages.get_fit_state(context) if stage == "train" else None,
-        callback_states=messages.get_callback_states(context),
-    )
 
 
 def _reply(stage: str, message: Message, result: LocalResult) -> Message:
@@ -253,5 +270,5 @@ def _with_extras(reply: Message, *results: LocalResult) -> Message:
     """Return a reply that mods have done with, and what they must not see."""
     if not reply.has_error():
         for result in results:
-            extras.attach(reply, extras.Extras.of(result.weights, result.metrics, result.notes))
+            extras.attach(reply, extras.Extras.of(result.weights, result.metrics, result.notes, result.sent))
     return reply

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed.callbacks.base import ClientReport, FailureOwner, Stage
 from lightning_fed.errors import ClientError, FederationError, RoundError
+from lightning_fed.server.methods import Methods, MethodTensors
 from lightning_fed.server.roster import CohortGrid, Roster
 from lightning_fed.strategies import WeightedMean
 from lightning_fed.strategies.needs import needed_numbers, needs_change
@@ -36,6 +37,7 @@ class Terms:
         seed: The run's seed.
         timeout: Seconds to wait for the replies of one stage.
         max_examples: The greatest number of examples that a client is believed to have.
+        methods: The methods that have tensors.
     """
 
     strategy: Strategy
@@ -45,6 +47,7 @@ class Terms:
     seed: int
     timeout: float
     max_examples: float
+    methods: Methods
 
 
 @dataclass
@@ -77,6 +80,7 @@ class Exchange:
         self.terms, self.stage, self.round, self.cohort = terms, stage, round, cohort
         self.weights = weights
         self._apart = IntegerTensors(weights)
+        self._methods = MethodTensors(terms.methods, round) if stage == "train" else None
         inside = list(all_inside(terms.strategy))
         self._expected = _expected(inside, terms.max_examples, weights, stage == "train")
         # Where a strategy of ours weighs all clients alike, integer tensors are weighed so, too.
@@ -110,6 +114,8 @@ class Exchange:
             ) from error
         self._apart.attach(sent)
         sent.sort(key=lambda message: roster.client_of(message.metadata.dst_node_id))
+        if self._methods is not None:
+            self._methods.attach(sent, roster.client_of)
         self.cohort = [roster.client_of(message.metadata.dst_node_id) for message in sent]
         return sent
 
@@ -211,6 +217,9 @@ class Exchange:
             raise self._error(client, _explain(said, exception)) from exception
         try:
             read = read_reply(reply, self._expected)
+            report = ClientReport(client, read.num_examples, read.scalars)
+            if self._methods is not None:
+                self._methods.take(report, read.extras.methods)
         except ClientError as error:
             raise self._error(client, str(error), type(error), error.tensor) from None
         self.notes.update(dict.fromkeys(read.extras.notes))
@@ -220,7 +229,6 @@ class Exchange:
             self.states.append((read.num_examples, metrics.with_own(read.extras.states, read.scalars)))
             self.reported.append((read.num_examples, read.scalars))
             self._counted.append(client)
-            report = ClientReport(client, read.num_examples, read.scalars)
             self.terms.tell("on_client_end", self.round, self.stage, report)
         return read.num_examples
 

@@ -145,6 +145,11 @@ class Federation(Callback):
             with self._session.saving():
                 yield
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let a checkpoint in the middle of a round hold what methods had when it began."""
+        if self._session is not None:
+            checkpoint["callbacks"].update(self._session.states_before())
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the run keeps from round to round; tensors and plain values only.
 

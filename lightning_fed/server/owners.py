@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -21,6 +21,7 @@ from lightning_fed.callbacks.base import (
     PartitionOwner,
     Stage,
 )
+from lightning_fed.client.local.method import named
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.strategies import ServerOptimizer
 from lightning_fed.values.weights import parameter_names
@@ -93,17 +94,23 @@ class Owners:
             return least
         return self.known_clients() or least
 
-    def training(self) -> list[FederatedCallback]:
-        """Return those that have a part in local training.
+    def training(self) -> dict[str, FederatedCallback]:
+        """Return those that have a part in local training, each under a name that is its own in this run.
 
         Only these go to the clients, who may be in other processes, where a logger or a progress bar cannot be sent.
         """
-        return [c for c in self.callbacks if is_overridden("local_callbacks", c, FederatedCallback)]
+        named: dict[str, FederatedCallback] = {}
+        for callback in self.callbacks:
+            if is_overridden("local_callbacks", callback, FederatedCallback):
+                kind = type(callback).__name__
+                alike = sum(type(other).__name__ == kind for other in named.values())
+                named[f"{kind}-{alike + 1}" if alike else kind] = callback
+        return named
 
 
-def local_callbacks(methods: Sequence[FederatedCallback]) -> list[Callback]:
+def local_callbacks(methods: Mapping[str, FederatedCallback]) -> list[Callback]:
     """Return new callbacks of all methods for one client's local fit."""
-    return [callback for method in methods for callback in method.local_callbacks()]
+    return [callback for name, method in methods.items() for callback in named(name, method.local_callbacks())]
 
 
 def of(decision: Decision, callbacks: Sequence[FederatedCallback]) -> list[FederatedCallback]:
@@ -149,7 +156,8 @@ def build(federated: Sequence[FederatedCallback], num_clients: int | None) -> Ow
         return next(iter(of(decision, federated)), None)
 
     partition = owner("partition") or Partition(num_clients or 1)
-    aggregation = owner("aggregation") or FedAvg()
+    own = (aggregation for callback in federated if (aggregation := callback.aggregation()) is not None)
+    aggregation = owner("aggregation") or next(own, None) or FedAvg()
     cohorts = owner("cohort") or CohortOwner()
     failures = owner("failures") or FailureOwner()
     defaults = [c for c in (partition, aggregation, cohorts, failures) if c not in federated]

@@ -59,7 +59,7 @@ class Roles:
             arguments.refuse(owners.owner_faults(federated, self._num_clients))
             self._federated, self.owners = federated, owners.build(federated, self._num_clients)
         monitors = [callback for callback in callbacks if isinstance(callback, LearningRateMonitor)]
-        methods = [*self.owners.training(), *([LearningRates(monitors)] if monitors else [])]
+        methods = {**self.owners.training(), **({"learning rates": LearningRates(monitors)} if monitors else {})}
         self._options.method_callbacks = partial(owners.local_callbacks, methods)
 
     def begin(self, callbacks: Sequence[Callback]) -> None:

@@ -37,6 +37,7 @@ from lightning_fed.callbacks.base import CLIENT_METRICS, CohortOwner, FailureOwn
 from lightning_fed.errors import FederationError, RoundError
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.server.exchange import About, Exchange, Terms, name_of
+from lightning_fed.server.methods import Methods
 from lightning_fed.server.roster import Roster
 from lightning_fed.strategies.own_metrics import own_metrics
 from lightning_fed.tracebacks import words
@@ -76,6 +77,7 @@ class Rounds:
         timeout: Seconds to wait for the replies of one stage.
         max_examples: The greatest number of examples that a client is believed to have.
         max_clients: Truncates cohorts (``fast_dev_run``).
+        methods: The methods that have tensors, if there are any.
     """
 
     def __init__(
@@ -93,12 +95,15 @@ class Rounds:
         timeout: float = 3600.0,
         max_examples: float = math.inf,
         max_clients: int | None = None,
+        methods: Methods | None = None,
     ) -> None:
         self.grid, self.strategy, self.callbacks, self.cohorts = grid, strategy, callbacks, cohorts
         self.trainer, self.module = trainer, module
         self.seed, self.timeout, self.max_clients = seed, timeout, max_clients
         self.roster = roster
-        self._terms = Terms(strategy, roster, failures, self._tell, seed, timeout, max_examples)
+        self._terms = Terms(
+            strategy, roster, failures, self._tell, seed, timeout, max_examples, methods or Methods({}, trainer)
+        )
         self._said: set[str] = set()
 
     def run(self, round: int, weights: Weights, evaluate: bool) -> RoundResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flwr.serverapp import Grid
 from lightning.pytorch import LightningModule
@@ -14,12 +14,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed.callbacks.base import CLIENT_METRICS
 from lightning_fed.client.app import ClientSide
+from lightning_fed.client.local.work import LocalTask
 from lightning_fed.engines.base import ClientGrid, LocalGrid
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_all, seed_for
 from lightning_fed.server import placement
 from lightning_fed.server.checkpoint import Found, RunState
 from lightning_fed.server.deal import Deal
+from lightning_fed.server.methods import Methods
 from lightning_fed.server.owners import Owners
 from lightning_fed.server.roster import RollCall, Roster
 from lightning_fed.server.rounds import RoundResult, Rounds
@@ -88,10 +90,12 @@ class RunningRound:
     Attributes:
         before: The global weights that it began with.
         new: Those that it gave; as ``before`` while it has given none.
+        methods: What methods with tensors had in a checkpoint when it began, by ``state_key``.
     """
 
     before: weights.Weights
     new: weights.Weights
+    methods: dict[str, Any]
 
 
 class Session:
@@ -105,6 +109,7 @@ class Session:
 
     Attributes:
         state: What the run keeps from round to round.
+        num_clients: How many clients there are.
 
     Raises:
         ConfigurationError: If strategy, callbacks and clients do not fit together.
@@ -122,7 +127,8 @@ class Session:
         strategy = owners.build_strategy(self._module)
         require_client_part(strategy, self._side.mods["train"], knows_clients=self._has_clients)
         roster = self._roster_of(given.grid)
-        self._clients = roster.num_clients
+        self.num_clients = roster.num_clients
+        self._methods = Methods(owners.training(), trainer)
         self.rounds = Rounds(
             given.grid,
             roster,
@@ -130,6 +136,7 @@ class Session:
             callbacks=owners.callbacks,
             cohorts=owners.cohorts,
             failures=owners.failures,
+            methods=self._methods,
             trainer=trainer,
             module=self._module,
             seed=settings.seed,
@@ -137,10 +144,10 @@ class Session:
             max_examples=settings.max_examples,
             max_clients=settings.max_clients,
         )
-        owners.check_cohort(self._clients, settings.max_clients)
+        owners.check_cohort(self.num_clients, settings.max_clients)
         self._warn_of_monitors()
         script = given.resumed.script if given.resumed else self.script_of(given.side, owners, trainer)
-        self.state = RunState(settings.seed, self._clients, ours, strategy, script)
+        self.state = RunState(settings.seed, self.num_clients, ours, strategy, script)
         self._found = given.resumed.found if given.resumed else None
         self._running: RunningRound | None = None
 
@@ -180,14 +187,14 @@ class Session:
         trainer = self._trainer
         where = f"{self._engine} on {trainer.strategy.root_device}, seed {self._settings.seed}"
         evaluates = self._evaluates(trainer.check_val_every_n_epoch or 1)
-        rank_zero_info(summary(self._owners, self._clients, trainer.max_epochs, where, evaluates, self._has_clients))
+        rank_zero_info(summary(self._owners, self.num_clients, trainer.max_epochs, where, evaluates, self._has_clients))
         for callback in self._owners.callbacks:
             callback.on_federation_start(trainer)
 
     def run_round(self) -> RoundResult:
         """Run one round; if it fails the module has the weights of before."""
         round, before = self._trainer.current_round, weights.read(self._module)
-        self._running = running = RunningRound(before, before)
+        self._running = running = RunningRound(before, before, self._methods.states())
         self.state.begin_round()
         if not self._has_probed:
             self._has_probed = True
@@ -210,6 +217,10 @@ class Session:
             weights.load(self._module, self._running.new)
             self._running = None
             self.state.end_round()
+
+    def states_before(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of methods in the middle of a round, by ``state_key``."""
+        return {} if self._running is None else self._running.methods
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -234,7 +245,14 @@ class Session:
         """Can clients be vectorized?"""
         stages = ["train", "evaluate"] if self._evaluates(self._trainer.check_val_every_n_epoch or 1) else ["train"]
         with self._weights_kept() as before:
-            self._side.probe_vectorized(stages, self._owners.partition.num_clients, before, self._settings.seed)
+            clients, seed = min(self._owners.partition.num_clients, 2), self._settings.seed
+            tasks = [
+                LocalTask(
+                    client, 1, seed, before, received=self._methods.to_client(self._trainer.current_round, client)
+                )
+                for client in range(clients)
+            ]
+            self._side.probe_vectorized(stages, tasks)
 
     def _evaluates(self, round: int) -> bool:
         """Return whether clients evaluate in a round."""
@@ -247,11 +265,11 @@ class Session:
 
     def _warn_of_monitors(self) -> None:
         """Clients that change from round to round are no measure of it."""
-        evaluate = self._owners.cohorts.size("evaluate", self._clients)
+        evaluate = self._owners.cohorts.size("evaluate", self.num_clients)
         monitors = placement.monitors_of_a_part(self._trainer.callbacks, CLIENT_METRICS)
-        if monitors and 0 < evaluate < self._clients:
+        if monitors and 0 < evaluate < self.num_clients:
             rank_zero_warn(
-                f"{' and '.join(monitors)}: {evaluate} of {self._clients} clients evaluate in a round, each round"
+                f"{' and '.join(monitors)}: {evaluate} of {self.num_clients} clients evaluate in a round, each round"
                 " others, so the metric jumps with who they are. Let all evaluate, fraction_evaluate=1.0, or monitor"
                 " the server's own validation."
             )

@@ -50,6 +50,11 @@ class ServerTrainer(Trainer):
         return self.current_epoch + 1
 
     @property
+    def num_clients(self) -> int:
+        """How many clients the run has, from ``on_federation_start`` on."""
+        return self.federation.session.num_clients
+
+    @property
     def global_step(self) -> int:
         """How many times the server has taken new weights over. Also after ``fit``, when the view is off."""
         return self.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed

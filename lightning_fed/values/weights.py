@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch import LightningModule
@@ -204,8 +204,19 @@ def _is_alike(dtype: torch.dtype, other: torch.dtype) -> bool:
     return dtype == other or both_floating or (dtype.is_complex and other.is_complex)
 
 
-def check_update(update: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
+def check_update(
+    update: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+    who: str = "the global model",
+    rule: str = "Every client must build the same module.",
+) -> None:
     """Check a client's weights against the global ones.
+
+    Args:
+        update: The client's.
+        reference: The global ones.
+        who: Who has these, in an error.
+        rule: What to do about it.
 
     Raises:
         InvalidUpdateError: If a name is missing or unknown, a shape or kind of dtype differs, or a value is NaN, Inf or
@@ -213,24 +224,19 @@ def check_update(update: Mapping[str, Tensor], reference: Mapping[str, Tensor]) 
     """
     for name in reference:
         if name not in update:
-            raise InvalidUpdateError(f"sent no {name!r}. Every client must build the same module.", tensor=name)
+            raise InvalidUpdateError(f"sent no {name!r}. {rule}", tensor=name)
     for name, tensor in update.items():
         if name not in reference:
-            raise InvalidUpdateError(
-                f"sent {name!r}, which the global model does not have. Every client must build the same module.",
-                tensor=name,
-            )
+            raise InvalidUpdateError(f"sent {name!r}, which {who} does not have. {rule}", tensor=name)
         if tensor.shape != reference[name].shape:
             raise InvalidUpdateError(
-                f"sent {name!r} of shape {tuple(tensor.shape)}, the global model has {tuple(reference[name].shape)}."
-                " Every client must build the same module.",
+                f"sent {name!r} of shape {tuple(tensor.shape)}, {who} has {tuple(reference[name].shape)}. {rule}",
                 tensor=name,
             )
         if not _is_alike(tensor.dtype, reference[name].dtype):
             raise InvalidUpdateError(
-                f"sent {name!r} as {dtype_name(tensor.dtype)}, the global model has"
-                f" {dtype_name(reference[name].dtype)}. Floating tensors may differ in width; integer and bool ones"
-                " keep their dtype.",
+                f"sent {name!r} as {dtype_name(tensor.dtype)}, {who} has {dtype_name(reference[name].dtype)}."
+                " Floating tensors may differ in width; integer and bool ones keep their dtype.",
                 tensor=name,
             )
         if not _is_usable(tensor, reference[name]):
@@ -246,3 +252,13 @@ def _way_out(reference: Mapping[str, Tensor]) -> str:
         "A smaller learning rate or `gradient_clip_val=` keeps local training finite;"
         " `FaultTolerance(min_results=...)` goes on without such clients."
     )
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are the same memory."""
+    return one is other or (one.data_ptr() == other.data_ptr() and one.stride() == other.stride())
+
+
+def share_weights(weights: Sequence[Mapping[str, Tensor]]) -> bool:
+    """Return whether all clients have the very same tensors."""
+    return all(is_same(tensor, other[name]) for other in weights[1:] for name, tensor in weights[0].items())

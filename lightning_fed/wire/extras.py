@@ -1,4 +1,4 @@
-"""What travels beside the records that strategies and mods see: integer and bool tensors, metric states, notes.
+"""What travels beside the records that strategies and mods see: integer tensors, those of methods, metrics, notes.
 
 The one place that knows of integer and bool tensors. No strategy averages them and no mod counts them (a clip norm must
 not): they are split off the weights here, have a mean of their own, and are merged with what the strategy made of the
@@ -30,7 +30,7 @@ _DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.
 _DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 
 _INTEGERS, _STATES, _SPECS = "lightning-fed.integers", "lightning-fed.states", "lightning-fed.specs"
-_NOTES = "lightning-fed.notes"
+_NOTES, _METHODS = "lightning-fed.notes", "lightning-fed.methods"
 
 
 def split_integers(weights: Mapping[str, Tensor]) -> tuple[Weights, Weights]:
@@ -73,9 +73,23 @@ class IntegerTensors:
         return {**averaged, **self._mean.value()}
 
 
+def attach_methods(message: Message, tensors: ArrayRecord) -> None:
+    """Put what methods send to a client beside the weights."""
+    message.content[_METHODS] = tensors
+
+
 def detach_integers(message: Message) -> Weights:
-    """Detach what came beside a message, before mods see it."""
-    record = _take(message.content, _INTEGERS, ArrayRecord)
+    """Detach the integer tensors that came beside a message, before mods see it."""
+    return _tensors(message, _INTEGERS)
+
+
+def detach_methods(message: Message) -> Weights:
+    """Detach what methods sent, likewise, by ``"method/name"``."""
+    return _tensors(message, _METHODS)
+
+
+def _tensors(message: Message, key: str) -> Weights:
+    record = _take(message.content, key, ArrayRecord)
     return {} if record is None else unpack(record)
 
 
@@ -101,11 +115,14 @@ class Extras:
     integers: Weights = field(default_factory=dict)
     states: list[MetricState] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    methods: Weights = field(default_factory=dict)
 
     @classmethod
-    def of(cls, weights: Weights, states: list[MetricState], notes: list[str]) -> Extras:
+    def of(
+        cls, weights: Weights, states: list[MetricState], notes: list[str], methods: Weights | None = None
+    ) -> Extras:
         """Return those of a client's result: what ``without_integers`` leaves out, and all that is not weights."""
-        return cls(split_integers(weights)[1], states, notes)
+        return cls(split_integers(weights)[1], states, notes, methods or {})
 
 
 def without_integers(weights: Mapping[str, Tensor]) -> Weights:
@@ -114,11 +131,13 @@ def without_integers(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def attach(reply: Message, extras: Extras) -> None:
-    """Put integer tensors, metric states and notes to the user on a reply that the mods have done with."""
+    """Put integer tensors, methods' tensors, metric states and notes on a reply that the mods have done with."""
     if extras.notes:
         reply.content[_NOTES] = ConfigRecord({"texts": extras.notes})
     if extras.integers:
         reply.content[_INTEGERS] = pack(extras.integers)
+    if extras.methods:
+        reply.content[_METHODS] = pack(extras.methods)
     if extras.states:
         arrays = {f"{i}/{key}": t for i, state in enumerate(extras.states) for key, t in state.tensors.items()}
         specs = [[s.name, s.kind, s.attribute, s.updates, s.logged, s.on_bar] for s in extras.states]
@@ -128,7 +147,8 @@ def attach(reply: Message, extras: Extras) -> None:
 
 def detach(reply: Message) -> Extras:
     """Detach what ``attach`` attached, before a strategy sees the reply."""
-    extras, notes = Extras(integers=detach_integers(reply)), _take(reply.content, _NOTES, ConfigRecord)
+    extras = Extras(integers=detach_integers(reply), methods=detach_methods(reply))
+    notes = _take(reply.content, _NOTES, ConfigRecord)
     extras.notes = [] if notes is None else [plain(str(text), 2000) for text in cast(list[str], notes["texts"])[:20]]
     specs = _take(reply.content, _SPECS, ConfigRecord)
     record = _take(reply.content, _STATES, ArrayRecord)

@@ -26,6 +26,7 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NUM_EXAMPLES, ROUND, SEED = "num-examples", "server-round", "run-seed"
 CLIENT = "partition-id"
 _FIT_STATE, _CALLBACK_STATES = "lightning-fed.fit-state", "lightning-fed.callback-states"
+_MEMORY = "lightning-fed.memory"
 TRACEBACK = "\nThe client's traceback:\n"  # between the two parts of what an error reply says
 CLIENT_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
@@ -198,6 +199,20 @@ def get_callback_states(context: Context) -> bytes | None:
 def set_callback_states(context: Context, states: bytes | None) -> None:
     """Keep the callbacks' states with the client."""
     _set(context, _CALLBACK_STATES, states)
+
+
+def get_memory(context: Context) -> Weights:
+    """Return what the client's methods keep, by ``"method/name"``; to be read and not written."""
+    record = context.state.get(_MEMORY)
+    return unpack(record) if isinstance(record, ArrayRecord) else {}
+
+
+def set_memory(context: Context, memory: Weights) -> None:
+    """Keep what methods have with the client."""
+    if memory:
+        context.state[_MEMORY] = pack(memory)
+    else:
+        context.state.pop(_MEMORY, None)
 
 
 def _get(context: Context, key: str) -> bytes | None:

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import FederatedCallback
+from lightning_fed.callbacks import FedAvg, FederatedCallback, LocalMethod, PartialParticipation, Scaffold
 from lightning_fed.engines import Engine, InProcess, Processes, Ray
 from lightning_fed.testing import ToyModule, toy_data
 from lightning_fed.values.weights import Weights, read
@@ -138,3 +138,23 @@ def test_the_method_of_one_s_own(capsys: pytest.CaptureFixture[str], tmp_path: P
         max_rounds=1, num_clients=2, callbacks=[method()], accelerator="cpu", default_root_dir=tmp_path
     ).fit(Model(), Data())
     assert capsys.readouterr().out.count(" sends ") == 2
+
+
+@pytest.mark.parametrize("engine", ["in process", "processes"])
+def test_the_method_with_tensors_and_memory_is_scaffold(engine: str, tmp_path: Path) -> None:
+    names = {"torch": torch, "FederatedCallback": FederatedCallback, "LocalMethod": LocalMethod, "FedAvg": FedAvg}
+    method = run(block("A method with tensors and memory"), None, **names)["MyScaffold"]
+
+    def fit(scaffold: FederatedCallback, **how: Any) -> Weights:
+        torch.manual_seed(0)
+        model, callbacks = Model(), [PartialParticipation(0.5), scaffold]
+        trainer = FederatedTrainer(
+            max_rounds=3, num_clients=4, callbacks=callbacks, accelerator="cpu", default_root_dir=tmp_path, **how
+        )
+        trainer.fit(model, Data())
+        return read(model)
+
+    expected = fit(Scaffold())
+    for how in ({"engine": ENGINES[engine]()}, {"engine": ENGINES[engine](), "vectorize_clients": "require"}):
+        for name, tensor in fit(method(), **how).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)

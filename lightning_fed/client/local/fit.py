@@ -13,6 +13,7 @@ from lightning_fed.client.local.elapsed import stand_after, start_at_epoch
 from lightning_fed.client.local.examples import CountExamples, examples_in, nothing_to_train_on
 from lightning_fed.client.local.fit_state import FitState
 from lightning_fed.client.local.isolation import quiet, restoring
+from lightning_fed.client.local.method import ended, methods_among
 from lightning_fed.client.local.run import (
     LocalHooks,
     LocalResult,
@@ -97,8 +98,18 @@ def _trained(work: LocalWork, hooks: LocalHooks) -> tuple[LocalResult, FitState]
         examples = examples_in(loaders.train, trainer.num_training_batches) or counter.count
         if not examples or trainer.limit_train_batches == 0:
             raise nothing_to_train_on(trainer.train_dataloader, trainer.limit_train_batches)
-        kept = state.dump(), trainer.task.callback_states
-        return LocalResult(weights.read(module), examples, logged_numbers(trainer), trainer.caught, *kept, notes), state
+        [(sent, memory)] = ended(methods_among(callbacks))
+        return LocalResult(
+            weights.read(module),
+            examples,
+            logged_numbers(trainer),
+            trainer.caught,
+            state.dump(),
+            trainer.task.callback_states,
+            notes,
+            sent,
+            memory,
+        ), state
 
 
 def local_evaluate(work: LocalWork) -> LocalResult:

@@ -27,6 +27,7 @@ from lightning_fed.client.local.isolation import (
     restoring,
     signal_handlers,
 )
+from lightning_fed.client.local.method import begin, methods_among
 from lightning_fed.client.local.own_callbacks import CallbackStates, keeps_state, own_copies
 from lightning_fed.client.local.trainer import LocalTrainer
 from lightning_fed.client.local.views import BuildingClientView, ClientDataView, ClientView, OwnDataView, client_view
@@ -54,6 +55,8 @@ class LocalResult:
         state: What it keeps of optimizers and schedulers.
         callback_states: What it keeps of its callbacks.
         notes: What is to be said to the user.
+        sent: What goes to the server's methods, by ``"method/name"``.
+        memory: What it keeps of its methods, likewise.
     """
 
     weights: Weights
@@ -63,6 +66,8 @@ class LocalResult:
     state: bytes | None = None
     callback_states: bytes | None = None
     notes: list[str] = field(default_factory=list)
+    sent: Weights = field(default_factory=dict)
+    memory: Weights = field(default_factory=dict)
 
 
 class LocalHooks(Callback):
@@ -81,10 +86,15 @@ class LocalHooks(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(trainer, LocalTrainer)
+        self.begin(trainer, pl_module)
         kept = FitState.load(trainer.task.state)
         self.hand_steps = catch_up(trainer, self.options.client_state, kept)
         if self.options.client_state == "global" and self.options.rounds != 1 and not finetunes(trainer):
             self.hand_rates = HandRates(trainer, kept.rates)
+
+    def begin(self, trainer: LocalTrainer, module: LightningModule) -> None:
+        """Give methods what they begin with; optimizers are made, and nobody else has seen the module yet."""
+        begin(methods_among(trainer.callbacks), module, [trainer.task])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.options.epochs and trainer.current_epoch + 1 == self.first_epoch + self.options.epochs:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics import Metric
 
 from lightning_fed._compat.lightning import (
@@ -51,6 +51,8 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
     Attributes:
         as_configured: Optimizers and schedulers as ``configure_optimizers`` gave them.
     """
+
+    callbacks: list[Callback]
 
     def __init__(self, work: LocalWork, fast_dev_run: int | bool = False, **kwargs: Any) -> None:
         self.task, self.loaders = work.task, work.loaders

@@ -69,6 +69,8 @@ class LocalTask:
         weights: The round's weights.
         state: What the client kept of its last fit, by ``FitState.dump``.
         callback_states: What its callbacks kept, by ``fit_state.dump_callbacks``.
+        received: What the server's methods sent beside the weights, by ``"method/name"``.
+        memory: What its methods keep, likewise.
         set_up: Whether the module has to be set up.
     """
 
@@ -78,6 +80,8 @@ class LocalTask:
     weights: Weights
     state: bytes | None = None
     callback_states: bytes | None = None
+    received: Weights = field(default_factory=dict)
+    memory: Weights = field(default_factory=dict)
     set_up: bool = False
 
     def seed_of(self, purpose: str) -> Callable[[str], int]:

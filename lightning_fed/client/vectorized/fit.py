@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from lightning_fed.client.local.elapsed import stand_after, start_at_epoch
 from lightning_fed.client.local.examples import examples_in
 from lightning_fed.client.local.isolation import LocalData
+from lightning_fed.client.local.method import ended, methods_among
 from lightning_fed.client.local.run import (
     LocalHooks,
     LocalResult,
@@ -23,9 +24,10 @@ from lightning_fed.client.vectorized.compiled_step import CompiledStep
 from lightning_fed.client.vectorized.data import StackedLoader
 from lightning_fed.client.vectorized.rng import NotStackable, Streams
 from lightning_fed.client.vectorized.trainer import CohortHooks, CohortTrainer, CohortView
-from lightning_fed.client.vectorized.weights import Stack, share_weights
+from lightning_fed.client.vectorized.weights import Stack
 from lightning_fed.values.data import ClientLoaders
 from lightning_fed.values.metrics import MetricState, scalar
+from lightning_fed.values.weights import share_weights
 
 
 @dataclass
@@ -67,9 +69,10 @@ def vectorized_fit(works: Sequence[LocalWork], how: StackOptions) -> list[LocalR
         finally:
             trainer.release(work.module)
         counts = [examples_in(one.loaders.train, trainer.num_training_batches) or 0 for one in works]
+        kept = ended(methods_among(callbacks), len(works))
         return [
-            LocalResult(own, count, _scalars(states), states)
-            for own, count, states in zip(weights, counts, trainer.each_caught, strict=True)
+            LocalResult(own, count, _scalars(states), states, sent=sent, memory=memory)
+            for own, count, states, (sent, memory) in zip(weights, counts, trainer.each_caught, kept, strict=True)
         ]
 
 
@@ -111,6 +114,7 @@ def _cohort_trainer(
     trainer.is_trial = how.is_trial
     seeds = [one.task.seed_of(stage)("") for one in works]
     streams = Streams(seeds, trainer.strategy.root_device)
+    trainer.tasks = [one.task for one in works]
     trainer.stack = Stack(work.module, [one.task.weights for one in works], streams, how.draws)
     own = [one.loaders.train if stage == "train" else one.loaders.val for one in works]
     for client, (loader, one) in enumerate(zip(own, works, strict=True)):

@@ -11,16 +11,18 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fed._compat.lightning import ResultMetric, results_of, running_hook, set_running_hook
 from lightning_fed.client.local.fast_loop import takes_index
+from lightning_fed.client.local.method import begin, methods_among
 from lightning_fed.client.local.run import LocalHooks
 from lightning_fed.client.local.trainer import LocalTrainer
 from lightning_fed.client.local.views import ClientView
+from lightning_fed.client.local.work import LocalTask
 from lightning_fed.client.vectorized.compiled_step import CompiledStep
 from lightning_fed.client.vectorized.data import StackedBatch
 from lightning_fed.client.vectorized.log import Entry, Logged, StackedLog
@@ -64,6 +66,7 @@ class CohortTrainer(LocalTrainer):
     """The trainer of many clients at once."""
 
     stack: Stack
+    tasks: Sequence[LocalTask]
     compiled: CompiledStep | None = None
     is_trial = False
 
@@ -271,9 +274,10 @@ def _loss(given: Any) -> Tensor:
 class CohortHooks(LocalHooks):
     """As ``LocalHooks``; installs the stacked weights once optimizers are made, and before anything else sees them."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self, trainer: LocalTrainer, module: LightningModule) -> None:
+        """See ``LocalHooks``."""
         assert isinstance(trainer, CohortTrainer)
         if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
             raise NotStackable("its ReduceLROnPlateau follows each client's own metric")
+        begin(methods_among(trainer.callbacks), module, trainer.tasks)
         trainer.stack.install(trainer.optimizers, compiled=trainer.compiled is not None)
-        super().on_train_start(trainer, pl_module)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_fed._compat.torch import buffers_in, parameters_in, tree_flatten, tree_unflatten
 from lightning_fed.client.vectorized.rng import DrawsApart, NotStackable, Streams
-from lightning_fed.values.weights import Weights
+from lightning_fed.values.weights import Weights, is_same
 
 # What they do to an element of a parameter depends on that element's gradients alone.
 ELEMENTWISE = frozenset(
@@ -184,7 +184,7 @@ class Stack:
     def _stacked(self, slot: _Slot, transposed: bool) -> Tensor:
         name = next((name for name in slot.names if name in self._weights[0]), None)
         given = [slot.own.detach()] if name is None else [weights[name] for weights in self._weights]
-        alike = all(_is_same(given[0], other) for other in given)
+        alike = all(is_same(given[0], other) for other in given)
         own = [one.to(slot.own.device, slot.own.dtype) for one in (given[:1] if alike else given)]
         if transposed:
             own = [one.mT for one in own]
@@ -210,15 +210,6 @@ class Stack:
 
 def _is_like(value: Any, own: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == own.shape and value.dim() > 0
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.data_ptr() == other.data_ptr() and one.stride() == other.stride())
-
-
-def share_weights(weights: Sequence[Mapping[str, Tensor]]) -> bool:
-    """Return whether all clients have the very same tensors."""
-    return all(_is_same(tensor, other[name]) for other in weights[1:] for name, tensor in weights[0].items())
 
 
 def _slots(module: nn.Module) -> list[_Slot]:

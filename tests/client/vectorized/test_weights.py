@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lightning_fed.client.vectorized.rng import NotStackable, Streams
-from lightning_fed.client.vectorized.weights import Stack, clip_each_by_norm, share_weights
+from lightning_fed.client.vectorized.weights import Stack, clip_each_by_norm
+from lightning_fed.values.weights import share_weights
 
 
 def stacked(module: nn.Module, count: int = 3) -> Stack:

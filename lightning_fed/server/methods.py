@@ -1,0 +1,123 @@
+"""The tensors of methods: what goes to each client beside the weights, and what comes back, checked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Message
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_fed.callbacks.base import ClientReport, FederatedCallback
+from lightning_fed.client.local.method import of_method
+from lightning_fed.errors import ClientError, FederationError, RoundError
+from lightning_fed.tracebacks import words
+from lightning_fed.values.weights import Weights, as_global, check_update
+from lightning_fed.views import overrides
+from lightning_fed.wire.extras import attach_methods
+from lightning_fed.wire.messages import pack
+
+_HOOKS = ("tensors_to_client", "tensors_from_client")
+
+
+class Methods:
+    """The federated callbacks that have tensors.
+
+    Args:
+        named: All federated callbacks with a part in local training, by name.
+        trainer: The server's trainer, handed to their hooks.
+    """
+
+    def __init__(self, named: Mapping[str, FederatedCallback], trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._methods = {
+            name: method
+            for name, method in named.items()
+            if any(overrides(method, FederatedCallback, hook) for hook in _HOOKS)
+        }
+
+    def states(self) -> dict[str, Any]:
+        """Return copies of what these have in a checkpoint, by ``state_key``."""
+        return {method.state_key: copy.deepcopy(method.state_dict()) for method in self._methods.values()}
+
+    def to_client(self, round: int, client: int) -> Weights:
+        """Return what goes to a client, by ``"method/name"``.
+
+        Raises:
+            RoundError: If a method raises, or gives something else.
+        """
+        sent: Weights = {}
+        for name, method in self._methods.items():
+            try:
+                given = dict(method.tensors_to_client(self._trainer, round, client))
+                for key, tensor in given.items():
+                    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+                        raise TypeError(f"{key!r} is a {type(tensor).__name__} and no (dense) tensor")
+            except Exception as error:
+                raise self._fault(name, "tensors_to_client", round, client, error) from error
+            sent.update({f"{name}/{key}": tensor for key, tensor in given.items()})
+        return sent
+
+    def check(self, sent: Weights, came: Weights) -> Weights:
+        """Return what came of a client for its methods, in the order and the dtypes that they expect.
+
+        Raises:
+            ClientError: If it is not what has to come back.
+        """
+        expected: Weights = {}
+        for name, method in self._methods.items():
+            like = method.tensors_expected(of_method(sent, name))
+            expected.update({f"{name}/{key}": tensor for key, tensor in like.items()})
+        check_update(came, expected, "its method", "Every client must run the same callbacks.")
+        return as_global(came, expected)
+
+    def take(self, round: int, report: ClientReport, came: Weights) -> None:
+        """Give methods what came of a client.
+
+        Raises:
+            RoundError: If one raises.
+        """
+        for name, method in self._methods.items():
+            try:
+                method.tensors_from_client(self._trainer, round, report, of_method(came, name))
+            except Exception as error:
+                raise self._fault(name, "tensors_from_client", round, report.client, error) from error
+
+    def _fault(self, name: str, hook: str, round: int, client: int, error: Exception) -> FederationError:
+        if isinstance(error, FederationError) and not isinstance(error, ClientError):
+            return error
+        said = f"Round {round}: {name}.{hook}() failed for client {client}: {words(error)}"
+        return RoundError(said, round=round, client=client, stage="train")
+
+
+class MethodTensors:
+    """The tensors of methods in one round.
+
+    Args:
+        methods: Those of the run.
+        round: The round.
+    """
+
+    def __init__(self, methods: Methods, round: int) -> None:
+        self._methods, self._round = methods, round
+        self._sent: dict[int, Weights] = {}
+
+    def attach(self, messages: Sequence[Message], client_of: Callable[[int], int]) -> None:
+        """Put each client's beside what the strategy sends it; the same tensors are one record."""
+        records: dict[tuple[tuple[str, int], ...], ArrayRecord] = {}
+        for message in messages:
+            client = client_of(message.metadata.dst_node_id)
+            self._sent[client] = sent = self._methods.to_client(self._round, client)
+            if sent:
+                key = tuple((name, id(tensor)) for name, tensor in sent.items())
+                if key not in records:
+                    records[key] = pack({name: tensor.detach().cpu() for name, tensor in sent.items()})
+                attach_methods(message, records[key])
+
+    def take(self, report: ClientReport, came: Weights) -> None:
+        """Check what came of a client, and give it to the methods; raises as ``Methods.check`` and ``Methods.take``."""
+        came = self._methods.check(self._sent[report.client], came)
+        self._methods.take(self._round, report, came)
