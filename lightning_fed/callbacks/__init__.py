@@ -12,6 +12,7 @@ from lightning_fed.callbacks.history import History
 from lightning_fed.callbacks.participation import PartialParticipation
 from lightning_fed.callbacks.partition import Partition
 from lightning_fed.callbacks.progress import RichRoundBar, RoundPrinter, TQDMRoundBar
+from lightning_fed.callbacks.sampler import Participation
 from lightning_fed.callbacks.scaffold import Scaffold
 from lightning_fed.client.local.method import LocalMethod
 
@@ -31,6 +32,7 @@ __all__ = [
     "History",
     "LocalMethod",
     "PartialParticipation",
+    "Participation",
     "Partition",
     "RichRoundBar",
     "RoundPrinter",

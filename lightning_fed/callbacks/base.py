@@ -171,8 +171,13 @@ class CohortOwner(FederatedCallback):
     decides = frozenset({"cohort"})
     min_available_clients = 1
 
+    @property
+    def varies(self) -> bool:
+        """Whether another number of clients may take part in each round."""
+        return False
+
     def size(self, stage: Stage, num_clients: int) -> int:
-        """Return how many clients take part in a stage."""
+        """Return how many clients take part in a stage; where that varies, of the first round."""
         return num_clients
 
     def sample(self, stage: Stage, round: int, num_clients: int, seed: int) -> list[int]:

@@ -31,7 +31,7 @@ def summary(
         deals: Whether clients' data is dealt out here, so that its sizes are known.
     """
     train, evaluate = (owners.cohorts.size(stage, clients) for stage in ("train", "evaluate"))
-    evaluating = f", {evaluate} evaluate" if evaluates else ""
+    evaluating = (f", {evaluate} evaluate" if evaluates else "") + (" in the first" if owners.cohorts.varies else "")
     limit = "no limit of rounds" if max_rounds == -1 else f"rounds: {max_rounds}"
     sizes = owners.partition.sizes() if deals and clients <= _MOST_CLIENTS else None
     rows = {

@@ -36,12 +36,17 @@ SIMPLE = {
     "FlowerStrategy": lambda: callbacks.FlowerStrategy(FlowerFedAvgM(min_available_nodes=1, min_train_nodes=1)),
     "History": lambda: callbacks.History(),
     "PartialParticipation": lambda: callbacks.PartialParticipation(0.5),
+    "Participation": lambda: callbacks.Participation(everybody),
     "Partition": lambda: callbacks.Partition(2),
     "RichRoundBar": lambda: callbacks.RichRoundBar(),
     "RoundPrinter": lambda: callbacks.RoundPrinter(),
     "Scaffold": lambda: callbacks.Scaffold(),
     "TQDMRoundBar": lambda: callbacks.TQDMRoundBar(),
 }
+
+
+def everybody(round, clients, generator):
+    return clients
 
 
 def client_loader(client: int) -> DataLoader:
