@@ -236,3 +236,54 @@ def scaffold(
         c = {k: c[k] + sum(change[k] for change in changes) / len(round) for k in names}
         after.append(x)
     return after
+
+
+def fednova_normalizer(steps: int, lr: float, momentum: float, mu: float) -> float:
+    """``a_i`` (Wang et al. 2020, section 4): the sum of the coefficients with which a client's gradients count.
+
+    With momentum and a proximal term at once: where one weight would be, from 0, if every gradient were -1.
+    """
+    a = counter = 0.0
+    for _ in range(steps):
+        if not momentum:
+            a = (1 - lr * mu) * a + 1
+            continue
+        counter = momentum * counter + 1 - lr * mu * a
+        a += counter
+    return a
+
+
+def fednova(
+    module: nn.Module,
+    batches: Sequence[Sequence[Sequence[Any] | None]],
+    sizes: Sequence[float],
+    loss: Callable[[nn.Module, Any], Tensor],
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    mu: float = 0.0,
+) -> list[Weights]:
+    """``x + (sum_i p_i a_i) sum_i p_i delta_i / a_i``; arguments and result as ``plain_federated_sgd``.
+
+    In front is with a proximal term what ``a_i`` would be without: the number of steps, where there is no momentum.
+    """
+    x = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    names = [k for k, _ in module.named_parameters()]
+    after = []
+    for round in batches:
+        cohort = [(own, size) for own, size in zip(round, sizes, strict=True) if own is not None]
+        total = sum(size for _, size in cohort)
+        ys = [_local_sgd(module, x, own, loss, lr, momentum, mu) for own, _ in cohort]
+        a = [fednova_normalizer(len(own), lr, momentum, mu) for own, _ in cohort]
+        effective = sum(size / total * fednova_normalizer(len(own), lr, momentum, 0.0) for own, size in cohort)
+        new = weighted_mean(ys, [size for _, size in cohort])
+        for k in names:
+            direction = sum(
+                size / total * (y[k].double() - x[k].double()) / own
+                for y, own, (_, size) in zip(ys, a, cohort, strict=True)
+            )
+            new[k] = (x[k].double() + effective * direction).to(x[k].dtype)
+        x = new
+        after.append(x)
+    module.load_state_dict(x)
+    return after

@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_fed.callbacks.base import Averaging, ClientReport, FederatedCallback, Stage
 from lightning_fed.callbacks.fedavg import FedAvg, FedAvgM
+from lightning_fed.callbacks.local_steps import is_skipped, zeros_of
 from lightning_fed.client.local.method import LocalMethod
 from lightning_fed.errors import ClientError, ConfigurationError, require
 
@@ -74,7 +75,7 @@ class Scaffold(FederatedCallback):
 
     def on_federation_start(self, trainer: Trainer) -> None:
         """Make the controls, or check those that a checkpoint held."""
-        zeros = zero_controls(trainer.lightning_module)
+        zeros = zeros_of(trainer.lightning_module, frozen=False)
         if self._control and _forms(self._control) != _forms(zeros):
             wrong = sorted(set(_forms(self._control).items()) ^ set(_forms(zeros).items()))[0][0]
             raise ConfigurationError(
@@ -129,7 +130,7 @@ class ControlVariates(LocalMethod):
 
     def initial_memory(self, pl_module: LightningModule) -> dict[str, Tensor]:
         """Return zeros, of parameters that do not train now, too."""
-        return zero_controls(pl_module, all_of_them=True)
+        return zeros_of(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare the correction ``c - c_i``."""
@@ -150,7 +151,7 @@ class ControlVariates(LocalMethod):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Sum this optimizer's gradients, and correct them; those of a step that is skipped do not count."""
         own = [(group, p) for group in optimizer.param_groups for p in group["params"] if p in self._names]
-        if all(p.grad is None for _, p in own) or _is_skipped(trainer, [p.grad for _, p in own]):
+        if all(p.grad is None for _, p in own) or is_skipped(trainer, [p.grad for _, p in own]):
             return
         for group, p in own:
             name = self._names[p]
@@ -182,28 +183,12 @@ class ControlVariates(LocalMethod):
         return (self._begin[name] - p.detach()).to(own.dtype) / (steps * self._rates[name]) - self._correction[name]
 
 
-def zero_controls(module: LightningModule, all_of_them: bool = False) -> dict[str, Tensor]:
-    """Return a control of zero for each parameter that trains, or for all."""
-    return {
-        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        for name, p in module.named_parameters()
-        if p.requires_grad or all_of_them
-    }
-
-
 def _forms(controls: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: control.shape for name, control in controls.items()}
 
 
 def _wide(control: Tensor) -> torch.dtype:
     return torch.promote_types(control.dtype, torch.float64)
-
-
-def _is_skipped(trainer: Trainer, grads: Sequence[Tensor | None]) -> bool:
-    """Return whether a gradient scaler will leave the step out."""
-    if getattr(trainer.precision_plugin, "scaler", None) is None:
-        return False
-    return not all(grad.isfinite().all() for grad in grads if grad is not None)
 
 
 def _rate(optimizer: Optimizer, group: dict[str, Any]) -> float:

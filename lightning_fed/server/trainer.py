@@ -54,6 +54,10 @@ class ServerTrainer(Trainer):
         """How many clients the run has, from ``on_federation_start`` on."""
         return self.federation.session.num_clients
 
+    def node_of(self, client: int) -> int:
+        """Return a client's address in the run: the ``src_node_id`` of its replies, where a strategy reads them."""
+        return self.federation.session.rounds.roster.node_of(client)
+
     @property
     def global_step(self) -> int:
         """How many times the server has taken new weights over. Also after ``fit``, when the view is off."""

@@ -50,13 +50,13 @@ class WeightedMean(FedAvg):
             coefficient = messages.num_examples(reply, self.weighted_by_key)
             arrays = messages.first(reply.content, ArrayRecord)
             assert arrays is not None
-            mean.add(messages.unpack(arrays), 1.0 if self.uniform else coefficient)
+            self.take(mean, reply.metadata.src_node_id, messages.unpack(arrays), 1.0 if self.uniform else coefficient)
             metrics.add(reply, coefficient)
             # The next client trains while the iterator moves on: keep nothing of this one meanwhile.
             del reply, arrays
         if not mean.total:
             return None, None
-        new = self.apply_mean(mean.value())
+        new = self.finish(mean)
         self._weights = {}
         return messages.pack(new), metrics.value()
 
@@ -67,6 +67,14 @@ class WeightedMean(FedAvg):
             if not reply.has_error():
                 metrics.add(reply, messages.num_examples(reply, self.weighted_by_key))
         return metrics.value() if metrics.total else None
+
+    def take(self, mean: RunningMean, node_id: int, weights: Weights, coefficient: float) -> None:
+        """Take one client's weights into the round's mean."""
+        mean.add(weights, coefficient)
+
+    def finish(self, mean: RunningMean) -> Weights:
+        """Return what becomes of the round's mean, now that all replies are in it."""
+        return self.apply_mean(mean.value())
 
     def apply_mean(self, mean: Weights) -> Weights:
         """Return what becomes of the clients' mean; the mean itself here."""

@@ -3,82 +3,40 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import ClientData, FedAdam, FederatedCallback, FedProx, PartialParticipation, Scaffold
+from lightning_fed.callbacks import ClientData, FedAdam, FederatedCallback, FedProx, Scaffold
 from lightning_fed.errors import ConfigurationError, FederationError
 from tests import references
+from tests.callbacks.rounds import (
+    HOOKS,
+    WAYS,
+    adam,
+    assert_close,
+    assert_equal,
+    assert_resumes,
+    batches,
+    federated,
+    loaders,
+    loss,
+    momentum,
+    sgd,
+)
 from tests.helpers import QUIET
 from tests.integration.test_algorithms import Classifier, network
 
-SIZES, ROUNDS, EPOCHS, BATCH = (6, 12, 22, 10), 3, 2, 4
-COHORTS = [[0, 2, 3], [1, 2], [0, 1, 2, 3]]
-
-sgd = partial(torch.optim.SGD, lr=0.1)
-OPTIMIZERS = {
-    "SGD": sgd,
-    "momentum": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01),
-    "Adam": partial(torch.optim.Adam, lr=0.01),
-}
-
-
-class Chosen(PartialParticipation):
-    """The cohorts above."""
-
-    def size(self, stage: str, num_clients: int) -> int:
-        return 2
-
-    def sample(self, stage: str, round: int, num_clients: int, seed: int) -> list[int]:
-        return COHORTS[round - 1]
-
-
-def loaders(sizes: Sequence[int] = SIZES, dtype: torch.dtype = torch.float64) -> list[DataLoader[Any]]:
-    generator = torch.Generator().manual_seed(11)
-    made = []
-    for client, size in enumerate(sizes):
-        x = torch.randn(size, 6, generator=generator).to(dtype) + client
-        y = (torch.randint(0, 3, (size,), generator=generator) + client) % 3
-        made.append(DataLoader(TensorDataset(x, y), batch_size=BATCH))
-    return made
-
-
-def loss(net: nn.Module, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(net(batch[0]), batch[1])
+OPTIMIZERS = {"SGD": sgd, "momentum": momentum, "Adam": adam}
 
 
 def by_the_paper(net: nn.Module, optimizer: Any, **how: Any) -> references.Weights:
-    data = [list(loader) * EPOCHS for loader in loaders()]
-    rounds = [[data[i] if i in cohort else None for i in range(len(SIZES))] for cohort in COHORTS]
-    return references.scaffold(copy.deepcopy(net), rounds, loss, optimizer, **how)[-1]
-
-
-def federated(net: nn.Module, optimizer: Any, *methods: Any, **arguments: Any) -> references.Weights:
-    module = Classifier(copy.deepcopy(net), optimizer)
-    trainer = FederatedTrainer(
-        max_rounds=ROUNDS,
-        local_epochs=EPOCHS,
-        callbacks=[ClientData(loaders()), Chosen(), *methods],
-        **arguments,
-        **QUIET,
-    )
-    trainer.fit(module)
-    return module.net.state_dict()
-
-
-def assert_close(ours: references.Weights, theirs: references.Weights, rtol: float = 1e-9) -> None:
-    for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected, rtol=rtol, atol=1e-12, msg=lambda text: f"{name}: {text}")
+    return references.scaffold(copy.deepcopy(net), batches(), loss, optimizer, **how)[-1]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -99,13 +57,6 @@ def test_the_servers_learning_rate() -> None:
     assert_close(federated(net, sgd, Scaffold(server_learning_rate=0.3)), by_the_paper(net, sgd, server_lr=0.3))
 
 
-WAYS: dict[str, dict[str, Any]] = {
-    "vectorized": {"vectorize_clients": "require"},
-    "processes": {"engine": "processes"},
-    "vectorized on processes": {"engine": "processes", "vectorize_clients": "require"},
-}
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_engines_and_vectorized_clients_give_the_same(way: str) -> None:
     net = network(torch.float64, batch_norm=True)
@@ -114,40 +65,13 @@ def test_engines_and_vectorized_clients_give_the_same(way: str) -> None:
     if "vectorize_clients" in WAYS[way]:
         assert_close(other, alone)
     else:
-        assert all(torch.equal(other[name], tensor) for name, tensor in alone.items())
+        assert_equal(other, alone)
 
 
-class Stops(FederatedCallback):
-    """Raises once, when a hook is called in a round."""
-
-    def __init__(self, hook: str, round: int = 3) -> None:
-        setattr(self, hook, self._stop)
-        self.round, self.is_over = round, False
-
-    def _stop(self, trainer: Any, round: int, *rest: Any) -> None:
-        if round == self.round and not self.is_over:
-            self.is_over = True
-            raise RuntimeError("stopped")
-
-
-@pytest.mark.parametrize("hook", ["on_round_start", "on_client_end", "on_round_end"])
+@pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("way", ["in process", "vectorized", "processes"])
 def test_a_run_that_is_stopped_in_a_round_goes_on_bit_for_bit(way: str, hook: str, tmp_path: Path) -> None:
-    net, arguments = network(torch.float64), WAYS.get(way, {})
-    whole = federated(net, OPTIMIZERS["momentum"], Scaffold(), **arguments)
-    stops = Stops(hook)
-
-    def fit(module: Classifier, ckpt_path: str | None = None) -> None:
-        callbacks = [ClientData(loaders()), Chosen(), Scaffold(), stops, OnExceptionCheckpoint(tmp_path)]
-        arguments_ = {**QUIET, **arguments, "enable_checkpointing": True}
-        trainer = FederatedTrainer(max_rounds=ROUNDS, local_epochs=EPOCHS, callbacks=callbacks, **arguments_)
-        trainer.fit(module, ckpt_path=ckpt_path)
-
-    with pytest.raises(RuntimeError, match="stopped"):
-        fit(Classifier(copy.deepcopy(net), OPTIMIZERS["momentum"]))
-    module = Classifier(network(torch.float64), OPTIMIZERS["momentum"])
-    fit(module, str(tmp_path / "on_exception.ckpt"))
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in module.net.state_dict().items())
+    assert_resumes(tmp_path, hook, OPTIMIZERS["momentum"], Scaffold, **WAYS.get(way, {}))
 
 
 def test_with_fedprox_and_fedadam_it_is_the_composed_method() -> None:
@@ -164,15 +88,14 @@ def test_with_fedprox_and_fedadam_it_is_the_composed_method() -> None:
         anchor.update({name: p.detach().clone() for name, p in theirs.named_parameters()})
         return sgd(parameters)
 
-    theirs, x, data = copy.deepcopy(net), {}, [list(loader) * EPOCHS for loader in loaders()]
+    theirs, x = copy.deepcopy(net), {}
     step, moments = references.fedadam(0.05, 0.9, 0.99, 1e-3), [{}]
 
     def server(x: references.Weights, mean: references.Weights) -> references.Weights:
         x, moments[0] = step(x, mean, moments[0])
         return x
 
-    rounds = [[data[i] if i in cohort else None for i in range(len(SIZES))] for cohort in COHORTS]
-    x = references.scaffold(theirs, rounds, objective, begin, server=server)[-1]
+    x = references.scaffold(theirs, batches(), objective, begin, server=server)[-1]
     assert_close(ours, x)
 
 

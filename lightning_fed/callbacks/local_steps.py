@@ -1,0 +1,30 @@
+"""What methods that follow a client's optimizer step by step have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+
+def zeros_of(module: LightningModule, frozen: bool = True) -> dict[str, Tensor]:
+    """Return zeros like a module's parameters by name, in float32 or wider.
+
+    Args:
+        module: The module.
+        frozen: Whether those count that do not train now.
+    """
+    return {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        for name, p in module.named_parameters()
+        if p.requires_grad or frozen
+    }
+
+
+def is_skipped(trainer: Trainer, grads: Sequence[Tensor | None]) -> bool:
+    """Return whether a gradient scaler will leave the step with these gradients out."""
+    if getattr(trainer.precision_plugin, "scaler", None) is None:
+        return False
+    return not all(grad.isfinite().all() for grad in grads if grad is not None)
