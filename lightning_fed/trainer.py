@@ -27,7 +27,7 @@ from lightning_fed.server.alone import alone
 from lightning_fed.server.deal import Deal, own_data
 from lightning_fed.server.environment import defaults_from_environment, taken_from_environment
 from lightning_fed.server.federation import Federation
-from lightning_fed.server.plan import Given, resolve
+from lightning_fed.server.plan import Given, LocalEpochs, resolve
 from lightning_fed.server.roles import Roles
 from lightning_fed.server.rounds import quiet_flower
 from lightning_fed.server.trainer import ServerTrainer
@@ -62,7 +62,8 @@ class FederatedTrainer(ServerTrainer):
     Args:
         max_rounds: How many rounds to train; -1 for no limit (with ``max_time`` or ``EarlyStopping``).
         num_clients: Short for ``Partition(num_clients)``, an IID partition of the train set.
-        local_epochs: How many epochs a client trains in a round; 1 by default.
+        local_epochs: How many epochs a client trains in a round; 1 by default. A list has one number for each round, of
+            which the last goes on; a function gives that of a round, from 1.
         local_steps: How many optimizer steps a client trains in a round, in place of ``local_epochs``.
         engine: Where clients run: ``"in_process"``, one after the other; ``"processes"``, several at a time on all
             cores; ``"ray"``, in actors of a Ray cluster; or an ``Engine``, ``engines.SuperLink(...)`` over a network.
@@ -99,7 +100,7 @@ class FederatedTrainer(ServerTrainer):
         *,
         max_rounds: int | None = None,
         num_clients: int | None = None,
-        local_epochs: int | None = None,
+        local_epochs: LocalEpochs = None,
         local_steps: int | None = None,
         engine: str | Engine = "in_process",
         num_workers: int | None = None,

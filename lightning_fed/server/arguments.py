@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning_fed.checks import number_faults
 from lightning_fed.engines import ENGINES, Engine
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.server import owners, placement
+from lightning_fed.values import by_round
 
 CLIENTS = (
     "gradient_clip_val",
@@ -130,7 +131,7 @@ def take_client_arguments(arguments: dict[str, Any], cuda: list[int], local_epoc
     Args:
         arguments: Those of a ``Trainer``, by name.
         cuda: The CUDA devices that they ask for.
-        local_epochs: The epochs of a client in a round.
+        local_epochs: The epochs of a client in a round; the most where they change.
     """
     for name in REFUSED:
         arguments.pop(name, None)
@@ -231,6 +232,18 @@ def vectorize_faults(vectorize: object, compiles: bool, engine: object) -> list[
             " by itself."
         ]
     return []
+
+
+# What is good for the local epochs of a round.
+EPOCHS: tuple[Callable[[float], bool], str] = (lambda number: number >= 1, "a whole number, at least 1")
+
+
+def epochs_faults(given: Any, rounds: int | None) -> list[str]:
+    """Return a sentence for each fault in local epochs by round; ``limit_faults`` looks at one number for all."""
+    if callable(given) and (not isinstance(rounds, Integral) or rounds < 1):
+        return ["local_epochs= is a function of the round: say how many rounds there are, max_rounds=10."]
+    found = by_round.faults("local_epochs", given, *EPOCHS, whole=True) if by_round.changes(given) else []
+    return [f"{fault}." for fault in found]
 
 
 def limit_faults(numbers: dict[str, int | None], endless: bool) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
@@ -17,8 +18,10 @@ from lightning_fed.engines import ENGINES, Engine, made
 from lightning_fed.seeding import run_seed
 from lightning_fed.server import arguments
 from lightning_fed.server.session import Settings
+from lightning_fed.values import by_round
 
 Vectorize = bool | int | Literal["require"]
+LocalEpochs = int | Sequence[int] | Callable[[int], int] | None
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Given:
 
     max_rounds: int | None
     num_clients: int | None
-    local_epochs: int | None
+    local_epochs: LocalEpochs
     local_steps: int | None
     engine: str | Engine
     num_workers: int | None
@@ -52,7 +55,7 @@ class Given:
         return {
             "max_rounds": self.max_rounds,
             "num_clients": self.num_clients,
-            "local_epochs": self.local_epochs,
+            "local_epochs": 1 if by_round.changes(self.local_epochs) else cast(int | None, self.local_epochs),
             "local_steps": self.local_steps,
             "num_workers": self.num_workers,
             "clients_per_device": self.clients_per_device,
@@ -99,17 +102,19 @@ def resolve(given: Given) -> RunPlan:
     counts = {name: None if number is None else int(number) for name, number in given.numbers().items()}
     server, dev_run = dict(given.trainer), int(given.trainer.get("fast_dev_run") or 0)
     cuda = arguments.cuda_devices(server.get("accelerator", "auto"), server.get("devices", "auto"))
-    clients = arguments.take_client_arguments(server, cuda, counts["local_epochs"] or 1)
+    epochs = _epochs(given.local_epochs, counts["max_rounds"])
+    clients = arguments.take_client_arguments(server, cuda, epochs if isinstance(epochs, int) else max(epochs))
     server["max_epochs"] = -1 if counts["max_rounds"] is None else counts["max_rounds"]
     if dev_run:
-        counts["local_epochs"], counts["local_steps"] = 1, None
+        epochs, counts["local_steps"] = 1, None
         told = True if dev_run == 1 else dev_run  # as Lightning's own attribute
         clients |= {"fast_dev_run": told, "limit_train_batches": dev_run, "limit_val_batches": dev_run}
     engine = made(given.engine, cuda, counts["num_workers"], counts["clients_per_device"] or 1)
     _choose_device(engine, cuda, given.trainer.get("devices", "auto"), clients)
     local = LocalOptions(
         trainer=clients,
-        epochs=None if counts["local_steps"] else counts["local_epochs"] or 1,
+        epochs=None if counts["local_steps"] else epochs,
+        epochs_by=getattr(given.local_epochs, "__qualname__", None),
         steps=counts["local_steps"],
         callbacks=for_clients,
         client_state=given.client_state,
@@ -122,6 +127,14 @@ def resolve(given: Given) -> RunPlan:
     return RunPlan(own, server, local, engine, counts["num_clients"], *how, settings, dev_run)
 
 
+def _epochs(given: LocalEpochs, rounds: int | None) -> int | tuple[int, ...]:
+    """Return the local epochs of a round, or those of each, of which the last goes on."""
+    if not by_round.changes(given):
+        return int(cast(int | None, given) or 1)
+    rounds = len(given) if isinstance(given, Sequence) else rounds or 1
+    return by_round.table("FederatedTrainer(local_epochs=...)", given, rounds, *arguments.EPOCHS)
+
+
 def _refuse(given: Given, callbacks: list[Any], client_callbacks: list[Any]) -> None:
     numbers, trainer = given.numbers(), given.trainer
     arguments.refuse(
@@ -129,6 +142,7 @@ def _refuse(given: Given, callbacks: list[Any], client_callbacks: list[Any]) -> 
         arguments.refusals(trainer),
         arguments.placement_faults(callbacks, client_callbacks, given.num_clients),
         arguments.limit_faults(numbers, endless=bool(trainer.get("max_time") or trainer.get("fast_dev_run"))),
+        arguments.epochs_faults(given.local_epochs, numbers["max_rounds"]),
         checks.number_faults({"seed": given.seed}),
         checks.positive_faults("timeout", given.timeout, "a number of seconds above 0"),
         checks.positive_faults("max_examples", given.max_examples, "a number above 0; float('inf') is no limit"),

@@ -45,7 +45,8 @@ class Script:
         callbacks: Sequence[Callback],
     ) -> Script:
         """Return that of a run with these options of local fits, federated callbacks, and callbacks of the trainer."""
-        local = {"local_epochs": options.epochs, "local_steps": options.steps, "client_state": options.client_state}
+        epochs = options.epochs_by or options.epochs
+        local = {"local_epochs": epochs, "local_steps": options.steps, "client_state": options.client_state}
         own = {str(name): value for name, value in module.hparams.items() if not str(name).startswith("_")}
         name = type(module).__name__
         groups = {"FederatedTrainer": local, name: own} if own else {"FederatedTrainer": local}

@@ -16,6 +16,32 @@ def changes(given: object) -> bool:
     return callable(given) or isinstance(given, Sequence)
 
 
+def total(given: int | tuple[int, ...], rounds: int) -> int:
+    """Return the sum of the first rounds' numbers.
+
+    >>> total(3, 4), total((1, 2), 4)
+    (12, 7)
+    """
+    if isinstance(given, int):
+        return given * rounds
+    return sum(given[:rounds]) + given[-1] * max(0, rounds - len(given))
+
+
+def table(call: str, given: Any, rounds: int, is_good: Callable[[float], bool], rule: str) -> tuple[int, ...]:
+    """Return the whole numbers of all rounds, up to where the last one goes on; arguments as ``at``.
+
+    Raises:
+        ConfigurationError: If a function gives something else.
+
+    >>> table("", lambda round: min(round, 3), 6, bool, "")
+    (1, 2, 3)
+    """
+    numbers = [int(at(call, given, round, is_good, rule, True)) for round in range(1, rounds + 1)]
+    while len(numbers) > 1 and numbers[-1] == numbers[-2]:
+        numbers.pop()
+    return tuple(numbers)
+
+
 def faults(name: str, given: Any, is_good: Callable[[float], bool], rule: str, whole: bool = False) -> list[str]:
     """Return a sentence if what was given is not good in a round; what a function gives only its call tells.
 

@@ -93,6 +93,26 @@ def of(trainer: FederatedTrainer, cls: type) -> Any:
     return found
 
 
+def test_what_may_change_from_round_to_round_is_a_list_there(config):
+    lists = CONFIG.replace("fraction_train: 0.5", "fraction_train: [0.25, 1.0], weights: [1, 2, 3, 4]")
+    lists = lists.replace("  max_rounds: 3\n", "  max_rounds: 3\n  local_epochs: [1, 2]\n")
+    assert lists.count("[") == 3
+    Path(config).write_text(lists)
+    trainer = cli("fit", "--config", config).trainer
+    assert trainer.local_options.epochs == (1, 2)
+    assert of(trainer, PartialParticipation).size("train", 4, 2) == 4
+    assert of(trainer, PartialParticipation).weights == [1, 2, 3, 4]
+
+
+def test_clients_by_a_column_are_written_there_too(config):
+    lines = CONFIG.splitlines()
+    [begin] = [i for i, line in enumerate(lines) if line.strip() == "partitioner:"]
+    lines[begin : begin + 3] = ["        by: targets"]
+    Path(config).write_text("\n".join(lines))
+    made = cli("--config", config, run=False)
+    assert of(made.trainer, Partition).by == "targets"
+
+
 def test_a_yaml_file_and_a_few_words_on_the_command_line_make_a_federation(config):
     made = cli("fit", "--config", config, "--optimizer", "Adam", "--optimizer.lr", "0.05", "--trainer.local_epochs=2")
     trainer = made.trainer

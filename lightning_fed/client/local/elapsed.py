@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
 
 from lightning_fed.errors import ClientError
+from lightning_fed.values.by_round import total
 
 
 @dataclass(frozen=True)
@@ -20,24 +21,32 @@ class Plan:
     """How a run divides a client's training into rounds.
 
     Attributes:
-        epochs: Local epochs a round, or ``None`` where ``steps`` counts.
+        epochs: Local epochs of the round at hand, or ``None`` where ``steps`` counts.
         steps: Local optimizer steps a round, or ``None``.
         rounds: The rounds of the run, or -1 for no limit.
         anew: Whether schedules begin anew each round.
+        by_round: The local epochs of each round, of which the last goes on, where they change.
     """
 
     epochs: int | None = 1
     steps: int | None = None
     rounds: int = -1
     anew: bool = False
+    by_round: tuple[int, ...] = ()
 
-    def limits(self, rounds: int) -> tuple[int, int]:
-        """Return the epochs and the optimizer steps of some rounds, -1 for what does not limit them."""
-        return _times(self.epochs, rounds), _times(self.steps, rounds)
+    @property
+    def most_epochs(self) -> int:
+        """The epochs of the round that has the most."""
+        return max(self.by_round or (self.epochs or 0,))
 
+    def epochs_in(self, rounds: int) -> int:
+        """Return the epochs of the first rounds, 0 where ``steps`` counts."""
+        return total(self.by_round or self.epochs or 0, rounds)
 
-def _times(count: int | None, rounds: int) -> int:
-    return -1 if count is None or rounds == -1 else count * rounds
+    def limits(self) -> tuple[int, int]:
+        """Return the epochs and the optimizer steps of the run, -1 for what does not limit them."""
+        epochs = -1 if self.epochs is None or self.rounds == -1 else self.epochs_in(self.rounds)
+        return epochs, -1 if self.steps is None or self.rounds == -1 else self.steps * self.rounds
 
 
 class Elapsed(NamedTuple):
@@ -67,7 +76,8 @@ class ByHand(NamedTuple):
     Attributes:
         paces: How often the user's code steps each schedule.
         batches: The batches of a round of ``local_steps``, else ``None``.
-        steps: The optimizer steps of a round; ``None`` where nothing tells.
+        steps: The optimizer steps of a round, of an epoch where rounds have unequal ones; ``None`` where nothing
+            tells yet, -1 where nothing will.
     """
 
     paces: tuple[Pace, ...] = ()
@@ -102,13 +112,14 @@ def elapsed(trainer: Any, plan: Plan, rounds: int, by_hand: ByHand | None = None
     batches, accumulated = trainer.num_training_batches, Accumulation(trainer)
     endless = batches == math.inf
     if by_hand is not None:
-        steps = None if by_hand.steps is None else by_hand.steps * rounds
+        parts = plan.epochs_in(rounds) if plan.by_round else rounds
+        steps = None if by_hand.steps in (None, -1) else by_hand.steps * parts
         if plan.epochs is not None:
-            return Elapsed(plan.epochs * rounds, 0, steps)
+            return Elapsed(plan.epochs_in(rounds), 0, steps)
         passed = (by_hand.batches or 0) * rounds
         return Elapsed(None, passed, steps) if endless else Elapsed(passed // batches, passed % batches, steps)
     if plan.steps is None:
-        epochs = (plan.epochs or 0) * rounds
+        epochs = plan.epochs_in(rounds)
         return Elapsed(epochs, 0, None if endless else accumulated.steps(epochs, batches))
     steps = plan.steps * rounds
     if endless:
@@ -158,11 +169,12 @@ def stand_after(trainer: Any, module: LightningModule, rounds: int, loader: Any)
         rounds: The rounds that are over.
         loader: The client's train loader, which tells how many batches an epoch has if it is one with a length.
     """
-    limit, epoch = trainer.limit_train_batches, rounds * (trainer.plan.epochs or 1) - 1
+    limit, plan = trainer.limit_train_batches, trainer.plan
+    epoch = (rounds if plan.epochs is None else plan.epochs_in(rounds)) - 1
     length = sized_len(loader) if isinstance(loader, DataLoader) and module.automatic_optimization else None
     if length:
         trainer.fit_loop.max_batches = min(length, limit) if isinstance(limit, int) else int(length * limit)
-        end = elapsed(trainer, trainer.plan, rounds)
+        end = elapsed(trainer, plan, rounds)
         trainer.steps_before = end.steps
         epoch = (end.epochs or 0) + bool(end.batches) - 1
     start_at_epoch(trainer, epoch)
@@ -223,7 +235,8 @@ class TrainerInARun(Trainer):
     @property
     def estimated_stepping_batches(self) -> int | float:
         """The optimizer steps that a schedule runs over: of one round where it begins anew each round, else of all."""
-        epochs, steps = self.plan.limits(1 if self.plan.anew else self.plan.rounds)
+        plan = self.plan
+        epochs, steps = (plan.epochs or -1, plan.steps or -1) if plan.anew else plan.limits()
         if epochs == -1:
             return steps if steps != -1 else float("inf")
         run, self.fit_loop.max_epochs = self.fit_loop.max_epochs, epochs
@@ -235,7 +248,7 @@ class TrainerInARun(Trainer):
     @property
     def max_steps(self) -> int:
         """The optimizer steps of the whole run, as ``max_epochs`` are its epochs; -1 where steps do not limit it."""
-        return self.plan.limits(self.plan.rounds)[1]
+        return self.plan.limits()[1]
 
     @property
     def global_step(self) -> int:

@@ -62,11 +62,31 @@ class HandSteps:
                     " stepped: {'scheduler': ..., 'interval': 'epoch', 'frequency': 10}."
                 )
         paces = tuple(pace for pace in found if pace is not None)
-        told = ByHand(paces, batches if self._plan.steps else None, loop.global_step)
+        told = ByHand(paces, batches if self._plan.steps else None, self._steps(loop.global_step, round))
         schedules = [(config.scheduler, pace) for config, pace in zip(self._configs, told.paces, strict=True)]
         end = elapsed(self._trainer, self._plan, round, told)
         require_known(schedules, end, self._trainer.num_training_batches)
         return told
+
+    def _steps(self, steps: int, round: int) -> int:
+        """Return the optimizer steps of a round, of an epoch where rounds have unequal ones; -1 if these differ.
+
+        Raises:
+            ClientError: If they do, and the user's code asked how many steps there were before.
+        """
+        if not self._plan.by_round:
+            return steps
+        each, rest = divmod(steps, self._plan.epochs or 1)
+        before = None if self._known is None else self._known.steps
+        if not rest and before in (None, each):
+            return each
+        if self._trainer.was_asked:
+            raise ClientError(
+                "has a module that asks for global_step and takes its optimizer steps by hand, not equally many in each"
+                f" epoch ({steps} in the {self._plan.epochs} of round {round}): nothing tells how many it took in all"
+                " rounds before, for local_epochs= changes from round to round. Write one number for all rounds."
+            )
+        return -1
 
     def misled(self, told: ByHand | None) -> bool:
         """Return whether the fit began in the wrong place for want of what it has told."""
@@ -77,7 +97,9 @@ class HandSteps:
     def _pace(self, i: int, config: Any, batches: int) -> Pace | None:
         if self._known is not None:
             return self._known.paces[i] if self._explains(self._known.paces[i], i, batches) else None
-        rules = [*declared_paces([config]), Pace("epoch", 1), Pace("step", 1), Pace("round", self._counts[i])]
+        rules = [*declared_paces([config]), Pace("epoch", 1), Pace("step", 1)]
+        if not self._plan.by_round:  # of which another round has others
+            rules.append(Pace("round", self._counts[i]))
         return next((pace for pace in rules if self._explains(pace, i, batches)), None)
 
     def _explains(self, pace: Pace, i: int, batches: int) -> bool:

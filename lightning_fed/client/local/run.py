@@ -97,7 +97,8 @@ class LocalHooks(Callback):
         begin(methods_among(trainer.callbacks), module, [trainer.task])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.options.epochs and trainer.current_epoch + 1 == self.first_epoch + self.options.epochs:
+        epochs = self.options.epochs_of(getattr(trainer, "current_round"))  # noqa: B009
+        if epochs and trainer.current_epoch + 1 == self.first_epoch + epochs:
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -140,7 +141,7 @@ def _limited(work: LocalWork, is_silent: bool) -> dict[str, Any]:
     """Return the user's arguments for a client's trainer, with the run's limits; a silent one does not validate."""
     # The epochs of the whole run, as current_epoch counts them; LocalHooks end the fit after the round's.
     plan = work.options.plan(work.task.round)
-    limit = {"max_epochs": plan.limits(plan.rounds)[0], "max_steps": plan.steps or -1}
+    limit = {"max_epochs": plan.limits()[0], "max_steps": plan.steps or -1}
     return {**copy.deepcopy(work.options.trainer), **limit, **({"limit_val_batches": 0} if is_silent else {})}
 
 

@@ -261,7 +261,7 @@ def stands_still(trainer: Any, config: Any) -> bool:
     if plan.epochs is None:
         last = elapsed(trainer, replace(plan, steps=plan.steps - 1), 1)
     else:
-        last = Elapsed(plan.epochs - 1, 0 if endless else trainer.num_training_batches - 1, None)
+        last = Elapsed(plan.most_epochs - 1, 0 if endless else trainer.num_training_batches - 1, None)
     seen = _Way(trainer, 0, last, 1).count(Pace(config.interval, config.frequency))
     if isinstance(schedule, ReduceLROnPlateau):
         return seen < schedule.patience + 2  # the best, and more bad ones than it has patience for

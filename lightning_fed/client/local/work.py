@@ -13,6 +13,7 @@ from lightning_fed.client.local.elapsed import Plan
 from lightning_fed.client.local.isolation import Isolation, making_data
 from lightning_fed.seeding import seed_for
 from lightning_fed.state.snapshot import DataSnapshot
+from lightning_fed.values.by_round import total
 from lightning_fed.values.data import ClientLoaders
 from lightning_fed.values.weights import Weights
 
@@ -25,7 +26,7 @@ class LocalOptions:
 
     Attributes:
         trainer: Arguments for each client's ``Trainer``.
-        epochs: Local epochs a round, or ``None`` where ``steps`` counts.
+        epochs: Local epochs a round; those of each, of which the last goes on; or ``None`` where ``steps`` counts.
         steps: Local optimizer steps a round, or ``None``.
         callbacks: The user's client callbacks, copied for each fit.
         method_callbacks: Builds the callbacks that federated methods bring, outermost first.
@@ -34,10 +35,11 @@ class LocalOptions:
         rounds: The rounds of the run, or -1 for no limit.
         isolation: Restores module and datamodule after each local run.
         log_dir: The server's ``log_dir``.
+        epochs_by: The name of the function that gives the epochs of a round, for a resumed run to compare.
     """
 
     trainer: dict[str, Any] = field(default_factory=dict)
-    epochs: int | None = 1
+    epochs: int | tuple[int, ...] | None = 1
     steps: int | None = None
     callbacks: Sequence[Callback] = ()
     method_callbacks: Callable[[], Sequence[Callback]] = list
@@ -46,16 +48,22 @@ class LocalOptions:
     rounds: int = -1
     isolation: Isolation = field(default_factory=Isolation)
     log_dir: str | None = None
+    epochs_by: str | None = None
+
+    def epochs_of(self, round: int) -> int | None:
+        """Return the local epochs of a round, or ``None`` where ``steps`` counts."""
+        return self.epochs[min(round, len(self.epochs)) - 1] if isinstance(self.epochs, tuple) else self.epochs
 
     def first_epoch(self, round: int) -> int:
         """Return the number of the first epoch of a round: a client's epochs count on from round to round."""
-        return (round - 1) * (self.epochs or 1)
+        return total(self.epochs or 1, round - 1)
 
     def plan(self, round: int) -> Plan:
         """Return how the run divides a client's training into rounds, of which this is one."""
         # A server that runs more rounds than this side was told of must not find that there is nothing left to train.
         rounds = self.rounds if self.rounds == -1 else max(self.rounds, round)
-        return Plan(self.epochs, self.steps, rounds, self.client_state == "reset")
+        by_round = self.epochs if isinstance(self.epochs, tuple) else ()
+        return Plan(self.epochs_of(round), self.steps, rounds, self.client_state == "reset", by_round)
 
 
 @dataclass
