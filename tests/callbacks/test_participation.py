@@ -249,10 +249,11 @@ def test_weights_by_examples_need_clients_whose_examples_are_known(tmp_path):
         fit(tmp_path, clients, PartialParticipation(0.5, weights="examples"))
 
 
-def test_the_summary_says_that_other_rounds_have_other_cohorts(tmp_path, caplog):
-    with caplog.at_level("INFO"):
-        fit(tmp_path, PartialParticipation([0.4, 1.0]), rounds=1)
-    assert "2 train, 5 evaluate in the first; rounds: 1" in caplog.text
+def test_the_summary_says_that_other_rounds_have_other_cohorts(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("lightning_fed.server.session.rank_zero_info", said.append)
+    fit(tmp_path, PartialParticipation([0.4, 1.0]), rounds=1)
+    assert "2 train, 5 evaluate in the first; rounds: 1" in said[0]
 
 
 # ------------------------------------------------------------------------------------------------- available
