@@ -287,3 +287,55 @@ def fednova(
         after.append(x)
     module.load_state_dict(x)
     return after
+
+
+def feddyn(
+    module: nn.Module,
+    batches: Sequence[Sequence[Sequence[Any] | None]],
+    loss: Callable[[nn.Module, Any], Tensor],
+    optimizer: Callable[[Any], torch.optim.Optimizer],
+    *,
+    alpha: float,
+    mu: float = 0.0,
+) -> tuple[list[Weights], list[Weights]]:
+    """Acar et al. 2021, Algorithm 1: the clients' mean after each round, and what clients were sent in each.
+
+    The terms stand in the objective, and autograd has their gradients. Buffers take the mean.
+
+    Args:
+        module: The model; it is trained in place.
+        batches: ``batches[round][client]`` is the list of batches, or ``None`` where the client is not in the cohort.
+        loss: ``loss(module, batch)`` gives the scalar to differentiate.
+        optimizer: Makes the clients' optimizer, new in each round.
+        alpha: The strength of the terms.
+        mu: Strength of FedProx's term, in addition.
+    """
+    mean = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    names = [k for k, _ in module.named_parameters()]
+    h = {k: torch.zeros_like(mean[k]) for k in names}
+    linear = [dict(h) for _ in batches[0]]
+    after, sent = [], []
+    for round in batches:
+        x = {k: v - h[k] / alpha if k in h else v for k, v in mean.items()}
+        ys = []
+        for i, steps in enumerate(round):
+            if steps is None:
+                continue
+            module.load_state_dict(x)
+            module.train()
+            local = optimizer(module.parameters())
+            for batch in steps:
+                objective = loss(module, batch)
+                for k, p in module.named_parameters():
+                    objective = objective - (linear[i][k] * p).sum() + (alpha + mu) / 2 * ((p - x[k]) ** 2).sum()
+                local.zero_grad()
+                objective.backward()
+                local.step()
+            y = {k: v.detach().clone() for k, v in module.state_dict().items()}
+            linear[i] = {k: linear[i][k] - alpha * (y[k] - x[k]) for k in names}
+            ys.append(y)
+        h = {k: h[k] - alpha / len(round) * sum(y[k] - x[k] for y in ys) for k in names}
+        mean = weighted_mean(ys, [1.0] * len(ys))
+        after.append(mean)
+        sent.append(x)
+    return after, sent

@@ -5,6 +5,7 @@ from lightning_fed.callbacks.client_data import ClientData
 from lightning_fed.callbacks.client_metrics import ClientMetrics
 from lightning_fed.callbacks.fault_tolerance import FaultTolerance
 from lightning_fed.callbacks.fedavg import FedAvg, FedAvgM
+from lightning_fed.callbacks.feddyn import FedDyn
 from lightning_fed.callbacks.fednova import FedNova
 from lightning_fed.callbacks.fedopt import FedAdagrad, FedAdam, FedYogi
 from lightning_fed.callbacks.fedprox import FedProx
@@ -26,6 +27,7 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedDyn",
     "FedNova",
     "FedProx",
     "FedYogi",

@@ -30,6 +30,7 @@ SIMPLE = {
     "FedAdam": lambda: callbacks.FedAdam(),
     "FedAvg": lambda: callbacks.FedAvg(),
     "FedAvgM": lambda: callbacks.FedAvgM(),
+    "FedDyn": lambda: callbacks.FedDyn(),
     "FedNova": lambda: callbacks.FedNova(),
     "FedProx": lambda: callbacks.FedProx(mu=0.1),
     "FedYogi": lambda: callbacks.FedYogi(),
