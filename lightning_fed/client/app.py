@@ -23,7 +23,7 @@ from lightning_fed.errors import ClientError
 from lightning_fed.seeding import random_states_kept
 from lightning_fed.state.snapshot import DataSnapshot, Snapshot
 from lightning_fed.values.data import ClientLoaders
-from lightning_fed.values.weights import Weights
+from lightning_fed.values.weights import Weights, check_update, is_finite
 from lightning_fed.views import move_to_class
 from lightning_fed.wire import extras, messages
 from lightning_fed.wire.served_app import ServedApp
@@ -226,7 +226,7 @@ def _serve(side: ClientSide, stage: str, call: _Call) -> Message:
 def _ended(stage: str, call: _Call, result: LocalResult) -> Message:
     """Return the reply of one of several that worked together, without mods and with no state but methods' memory."""
     if stage == "train":
-        messages.set_memory(call.context, result.memory)
+        _remember(call.context, call.task(stage), result)
     return _with_extras(_reply(stage, call.message, result), result)
 
 
@@ -254,8 +254,20 @@ def _run(side: ClientSide, stage: str, message: Message, context: Context, call:
     if stage == "train":
         messages.set_fit_state(context, result.state)
         messages.set_callback_states(context, result.callback_states)
-        messages.set_memory(context, result.memory)
+        _remember(context, task, result)
     return result
+
+
+def _remember(context: Context, task: LocalTask, result: LocalResult) -> None:
+    """Keep what methods remember, unless the server will refuse the reply: NaN in it would be there for ever."""
+    if result.memory:
+        if not all(is_finite(tensor) for tensor in result.sent.values()):
+            return
+        try:
+            check_update(result.weights, task.weights)
+        except ClientError:
+            return
+    messages.set_memory(context, result.memory)
 
 
 def _reply(stage: str, message: Message, result: LocalResult) -> Message:
