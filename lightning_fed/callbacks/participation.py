@@ -177,7 +177,12 @@ def _is_fraction(stage: Stage) -> Any:
 def _weights_faults(weights: Any) -> list[str]:
     if weights is None or (isinstance(weights, str) and weights == "examples"):
         return []
-    good = not isinstance(weights, str) and isinstance(weights, Sequence)
-    if good and all(checks.is_number(weight) and 0 <= weight < math.inf for weight in weights) and sum(weights) > 0:
-        return []
-    return [f"weights={weights!r} must be 'examples', or a list with a number for each client, 0 or more, not all 0"]
+    rule = "must be 'examples', or a list with a number for each client, 0 or more, not all 0"
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
+        return [f"weights={weights!r} {rule}"]
+    wrong = [i for i, one in enumerate(weights) if not (checks.is_number(one) and 0 <= one < math.inf)]
+    if wrong or not any(weights):
+        none = "weights=..., all 0," if weights else "weights=[]"
+        which = f"weights=..., in which client {wrong[0]} has {weights[wrong[0]]!r}," if wrong else none
+        return [f"{which} {rule}"]
+    return []

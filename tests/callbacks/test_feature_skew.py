@@ -71,6 +71,13 @@ def test_kept_in_memory_it_is_the_same():
     assert isinstance(kept.client(1, round=1).train.dataset, TensorDataset)
 
 
+@pytest.mark.filterwarnings("ignore:DataLoader\\(num_workers=1\\) starts")
+def test_read_by_a_loader_s_own_worker_it_is_the_same():
+    own = partition()
+    own.prepare(DataLoader(data(), batch_size=4, num_workers=1), 0)
+    assert all(map(torch.equal, examples(own, 1), examples(prepared(), 1)))
+
+
 def test_what_makes_a_client_s_function_may_draw_too():
     def rotated(client: int) -> Any:
         angle = torch.rand(1)

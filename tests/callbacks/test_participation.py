@@ -216,7 +216,31 @@ def largest_generator_says(round, clients, generator):
     return generator.permutation(clients)[: 1 + round % 3]
 
 
+class LargestLosses(CohortOwner):
+    """The two clients whose last loss was the largest; a client that has not trained yet comes first."""
+
+    def __init__(self):
+        self.losses = {}
+
+    def size(self, stage, num_clients):
+        return 2
+
+    def sample(self, stage, round, num_clients, seed):
+        return sorted(sorted(range(num_clients), key=lambda client: -self.losses.get(client, 9.0))[:2])
+
+    def on_client_end(self, trainer, round, stage, report):
+        if stage == "train":
+            self.losses[report.client] = report.metrics["train_loss"]
+
+    def state_dict(self):
+        return {"losses": dict(self.losses)}
+
+    def load_state_dict(self, state_dict):
+        self.losses = dict(state_dict["losses"])
+
+
 METHODS = {
+    "learns": LargestLosses,
     "by round": lambda: PartialParticipation([0.4, 1.0, 0.2], lambda round: 0.4 + 0.2 * (round % 2)),
     "by examples": lambda: PartialParticipation(0.4, 0.6, weights="examples"),
     "available": lambda: PartialParticipation(0.4, weights=[1, 2, 3, 4, 5], available=by_size_of_the_day),
