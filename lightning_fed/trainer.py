@@ -15,8 +15,9 @@ from lightning.pytorch.utilities.compile import from_compiled
 
 from lightning_fed import checks
 from lightning_fed._compat.torch import OptimizedModule
-from lightning_fed.client.app import ClientSide, build_client_app
+from lightning_fed.client.app import build_client_app
 from lightning_fed.client.local.work import ClientState
+from lightning_fed.client.side import ClientSide
 from lightning_fed.client.vectorized.compiled_step import CompiledStep
 from lightning_fed.client.vectorized.dispatch import Dispatcher
 from lightning_fed.engines import Engine
@@ -252,7 +253,7 @@ class FederatedTrainer(ServerTrainer):
         self._roles.adopt([*self.callbacks, *given])
         side = task.side
         side.mods, task.deal.owner = self.owners.mods(), self.owners.partition
-        side.is_set_up, side.dispatcher = False, None
+        side.is_set_up, side.dispatcher, side.staying_of = False, None, self.owners.staying
         return side
 
     def _task(self, model: Any, train: Any, val: Any, datamodule: LightningDataModule | None) -> _Task:

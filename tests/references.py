@@ -339,3 +339,49 @@ def feddyn(
         after.append(mean)
         sent.append(x)
     return after, sent
+
+
+def personal_sgd(
+    module: nn.Module,
+    batches: Sequence[Sequence[Sequence[Any] | None]],
+    sizes: Sequence[float],
+    loss: Callable[[nn.Module, Any], Tensor],
+    personal: Callable[[str], bool],
+    optimizer: Callable[[Any], torch.optim.Optimizer],
+) -> tuple[list[Weights], list[Weights]]:
+    """FedAvg over the tensors that are not personal (Arivazhagan et al. 2019, Algorithm 1; Li et al. 2021, FedBN).
+
+    Args:
+        module: The model; it is trained in place.
+        batches: ``batches[round][client]`` is the list of batches, or ``None`` where the client is not in the cohort.
+        sizes: Each client's number of training examples.
+        loss: ``loss(module, batch)`` gives the scalar to differentiate.
+        personal: Whether a tensor of that name is each client's own.
+        optimizer: Makes the clients' optimizer, new in each round.
+
+    Returns:
+        The shared tensors after each round, and each client's own tensors at the end.
+    """
+    x = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    own = [{k: v for k, v in x.items() if personal(k)} for _ in sizes]
+    shared = {k: v for k, v in x.items() if not personal(k)}
+    after = []
+    for round in batches:
+        updates, counts = [], []
+        for i, steps in enumerate(round):
+            if steps is None:
+                continue
+            module.load_state_dict({**shared, **own[i]})
+            module.train()
+            local = optimizer(module.parameters())
+            for batch in steps:
+                local.zero_grad()
+                loss(module, batch).backward()
+                local.step()
+            y = {k: v.detach().clone() for k, v in module.state_dict().items()}
+            own[i] = {k: y[k] for k in own[i]}
+            updates.append({k: y[k] for k in shared})
+            counts.append(sizes[i])
+        shared = weighted_mean(updates, counts)
+        after.append(shared)
+    return after, own

@@ -13,6 +13,7 @@ from lightning_fed.callbacks.flower_strategy import FlowerStrategy
 from lightning_fed.callbacks.history import History
 from lightning_fed.callbacks.participation import PartialParticipation
 from lightning_fed.callbacks.partition import Partition
+from lightning_fed.callbacks.personal import FedBN, FedPer, LGFedAvg, Personal, TrainableOnly
 from lightning_fed.callbacks.progress import RichRoundBar, RoundPrinter, TQDMRoundBar
 from lightning_fed.callbacks.sampler import Participation
 from lightning_fed.callbacks.scaffold import Scaffold
@@ -27,19 +28,24 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedBN",
     "FedDyn",
     "FedNova",
+    "FedPer",
     "FedProx",
     "FedYogi",
     "FederatedCallback",
     "FlowerStrategy",
     "History",
+    "LGFedAvg",
     "LocalMethod",
     "PartialParticipation",
     "Participation",
     "Partition",
+    "Personal",
     "RichRoundBar",
     "RoundPrinter",
     "Scaffold",
     "TQDMRoundBar",
+    "TrainableOnly",
 ]

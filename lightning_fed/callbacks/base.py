@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from flwr.clientapp.typing import Mod
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_fed.errors import ClientError, ConfigurationError
 from lightning_fed.seeding import seed_for
 from lightning_fed.strategies import WeightedMean
+from lightning_fed.values.staying import Staying
 
 if TYPE_CHECKING:
     from lightning_fed.values.data import ClientLoaders
@@ -35,11 +36,15 @@ class ClientReport:
         client: The client's index.
         num_examples: Its averaging coefficient: the examples that its loaders yield in an epoch.
         metrics: The numbers that it reports under the user's names.
+        bytes_down: The bytes of the tensors that it was sent: weights, and those of methods.
+        bytes_up: The bytes of those that it sent.
     """
 
     client: int
     num_examples: float
     metrics: dict[str, float] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
 
 
 class FederatedCallback(Callback):
@@ -78,6 +83,10 @@ class FederatedCallback(Callback):
         """Return the aggregation that the method is defined with, for where no callback decides it."""
         return None
 
+    def stays(self, module: nn.Module) -> Staying:
+        """Return which tensors of the module do not travel; it has the weights with which the fit begins."""
+        return Staying()
+
     def client_mods(self, stage: Stage) -> Sequence[Mod]:
         """Return Flower mods around the client's ``"train"`` or ``"evaluate"`` function, outermost first."""
         return []
@@ -101,6 +110,13 @@ class FederatedCallback(Callback):
             sent: What ``tensors_to_client`` gave for it, which is what this gives by default.
         """
         return sent
+
+    def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Check what a client has sent, beyond what is expected; nothing of it has been taken by anybody yet.
+
+        Raises:
+            ClientError: If it cannot be used: ``raise ClientError("sent ...")``.
+        """
 
     def tensors_from_client(
         self, trainer: Trainer, round: int, report: ClientReport, tensors: Mapping[str, Tensor]

@@ -60,13 +60,16 @@ class FedNova(Averaging):
         """Return what has the form of the answer."""
         return {"normalizer": torch.zeros(()), "steps": torch.zeros(())}
 
+    def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Check that the update can be divided by it."""
+        if wrong := [f"{name}={float(number):g}" for name, number in tensors.items() if not number > 0]:
+            raise ClientError(f"sent {' and '.join(wrong)} for FedNova, which divides by it; it is greater than 0.")
+
     def tensors_from_client(
         self, trainer: Trainer, round: int, report: ClientReport, tensors: Mapping[str, Tensor]
     ) -> None:
         """Tell the strategy how far the client went."""
         progress = Progress(float(tensors["normalizer"]), float(tensors["steps"]))
-        if not (progress.normalizer > 0 and progress.steps > 0):
-            raise ValueError(f"it sent {progress}, and both are greater than 0")
         self._progress[trainer.node_of(report.client)] = progress  # type: ignore[attr-defined]
 
 

@@ -50,8 +50,9 @@ class ProximalTerm(Callback):
         self._anchor: dict[Tensor, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the round's weights."""
-        self._anchor = {p: p.detach().clone() for p in pl_module.parameters()}
+        """Remember the round's weights; personal ones are not the round's."""
+        personal = getattr(trainer, "personal", ())
+        self._anchor = {p: p.detach().clone() for name, p in pl_module.named_parameters() if name not in personal}
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -75,7 +75,8 @@ class Scaffold(FederatedCallback):
 
     def on_federation_start(self, trainer: Trainer) -> None:
         """Make the controls, or check those that a checkpoint held."""
-        zeros = zeros_of(trainer.lightning_module, frozen=False)
+        personal = trainer.personal  # type: ignore[attr-defined]
+        zeros = {n: zero for n, zero in zeros_of(trainer.lightning_module, frozen=False).items() if n not in personal}
         if self._control and _forms(self._control) != _forms(zeros):
             wrong = sorted(set(_forms(self._control).items()) ^ set(_forms(zeros).items()))[0][0]
             raise ConfigurationError(
@@ -134,7 +135,9 @@ class ControlVariates(LocalMethod):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare the correction ``c - c_i``."""
-        self._names = {p: name for name, p in pl_module.named_parameters() if p.requires_grad}
+        personal = trainer.personal  # type: ignore[attr-defined]
+        shared = [(name, p) for name, p in pl_module.named_parameters() if name not in personal]
+        self._names = {p: name for name, p in shared if p.requires_grad}
         if unknown := self._names.values() - self.received.keys():
             raise ClientError(
                 f"trains {min(unknown)!r}, of which Scaffold has no control: it did not train when the run began. Let"

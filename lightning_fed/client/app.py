@@ -3,106 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
-from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_fed.client.changes import Changes, apply
-from lightning_fed.client.local.fit import local_evaluate, local_fit, set_up
+from lightning_fed.client.local.fit import local_evaluate, local_fit
 from lightning_fed.client.local.isolation import weights_of
-from lightning_fed.client.local.look_ahead import LookAhead
 from lightning_fed.client.local.run import LocalResult
-from lightning_fed.client.local.work import LocalOptions, LocalTask, LocalWork
-from lightning_fed.client.vectorized.dispatch import Dispatcher
+from lightning_fed.client.local.work import LocalTask
+from lightning_fed.client.side import ClientSide
 from lightning_fed.errors import ClientError
 from lightning_fed.seeding import random_states_kept
 from lightning_fed.state.snapshot import DataSnapshot, Snapshot
-from lightning_fed.values.data import ClientLoaders
 from lightning_fed.values.weights import Weights, check_update, is_finite
 from lightning_fed.views import move_to_class
 from lightning_fed.wire import extras, messages
 from lightning_fed.wire.served_app import ServedApp
-
-
-class DataSource(Protocol):
-    """Where clients' data comes from."""
-
-    def __call__(self, client: int, round: int) -> ClientLoaders:
-        """Return a client's loaders in a round."""
-
-    def roots(self) -> dict[str, Any]:
-        """Return what clients' data depends on, by name."""
-
-
-@dataclass
-class ClientSide:
-    """All that a client app needs to serve any client.
-
-    Attributes:
-        module: The module, which server and clients share within one process.
-        options: What all local fits have in common.
-        data: ``data(client, round)`` gives a client's loaders.
-        datamodule: The server's datamodule, or ``None``.
-        mods: Flower client mods by stage, outermost first.
-        is_set_up: Whether the module has been set up in this process.
-        dispatcher: Trains several clients as one stacked model, or ``None``.
-        is_stale: Why this process' copies are not as the server's are; empty if they are.
-    """
-
-    module: LightningModule
-    options: LocalOptions
-    data: DataSource
-    datamodule: LightningDataModule | None = None
-    mods: dict[str, Sequence[Mod]] = field(default_factory=dict)
-    is_set_up: bool = False
-    dispatcher: Dispatcher | None = None
-    is_stale: str = ""
-
-    def roots(self) -> dict[str, Any]:
-        """Return what a client's work depends on besides weights and data, by name."""
-        return {"module": self.module, "options": vars(self.options), "mods": self.mods}
-
-    def data_roots(self) -> dict[str, Any]:
-        """Return what a client's data depends on, likewise."""
-        return {"datamodule": self.datamodule, **self.data.roots()}
-
-    def work(self, task: LocalTask) -> LocalWork:
-        """Return what a client works on; opens its data, and everybody's generators are the caller's to keep."""
-        loaders = self.data(task.client, task.round)
-        return LocalWork(self.module, self.datamodule, loaders, task, self.options)
-
-    def set_up(self, work: LocalWork) -> None:
-        """Set the module up, if nobody has done so in this process."""
-        if not self.is_set_up:
-            set_up(work)
-            self.is_set_up = True
-
-    def look_ahead(self, weights: Weights, seed: int) -> None:
-        """Look, before the first round, at what ``configure_optimizers`` gives; raises as ``LookAhead.look``."""
-        with random_states_kept():
-            first = LocalWork(
-                self.module, self.datamodule, ClientLoaders(), LocalTask(0, 1, seed, weights), self.options
-            )
-            LookAhead(first, self.data).look()
-
-    def probe_vectorized(self, stages: Sequence[str], tasks: Sequence[LocalTask]) -> None:
-        """Find out, before the first round, in which stages clients can be vectorized.
-
-        Args:
-            stages: Those that there will be.
-            tasks: What the first two clients would do, or the only one.
-
-        Raises:
-            ConfigurationError: If that is required and cannot be done.
-        """
-        if self.dispatcher is not None:
-            for stage in stages:
-                self.dispatcher.probe(stage, tasks, self.work, bool(self.mods.get(stage)))
 
 
 @dataclass
@@ -183,7 +104,7 @@ class LocalClientApp(ClientApp, ServedApp):
         if len(calls) > 1 and side.dispatcher is not None and not side.is_stale:
             results = side.dispatcher.run(stage, [call.task(stage) for call in calls], side.work)
         return [
-            _serve(side, stage, call) if result is None else _ended(stage, call, result)
+            _serve(side, stage, call) if result is None else _ended(side, stage, call, result)
             for call, result in zip(calls, results, strict=True)
         ]
 
@@ -223,10 +144,13 @@ def _serve(side: ClientSide, stage: str, call: _Call) -> Message:
     return _with_extras(reply, *results)
 
 
-def _ended(stage: str, call: _Call, result: LocalResult) -> Message:
+def _ended(side: ClientSide, stage: str, call: _Call, result: LocalResult) -> Message:
     """Return the reply of one of several that worked together, without mods and with no state but methods' memory."""
     if stage == "train":
-        _remember(call.context, call.task(stage), result)
+        try:
+            _remember(side, call.context, side.complete(call.task(stage)), result)
+        except ClientError as error:
+            return messages.error_reply(call.message, error)
     return _with_extras(_reply(stage, call.message, result), result)
 
 
@@ -254,20 +178,33 @@ def _run(side: ClientSide, stage: str, message: Message, context: Context, call:
     if stage == "train":
         messages.set_fit_state(context, result.state)
         messages.set_callback_states(context, result.callback_states)
-        _remember(context, task, result)
+        _remember(side, context, task, result)
     return result
 
 
-def _remember(context: Context, task: LocalTask, result: LocalResult) -> None:
-    """Keep what methods remember, unless the server will refuse the reply: NaN in it would be there for ever."""
-    if result.memory:
-        if not all(is_finite(tensor) for tensor in result.sent.values()):
-            return
-        try:
-            check_update(result.weights, task.weights)
-        except ClientError:
-            return
-    messages.set_memory(context, result.memory)
+def _remember(side: ClientSide, context: Context, task: LocalTask, result: LocalResult) -> None:
+    """Keep what stays with the client, unless the server will refuse the reply: NaN in it would be there for ever.
+
+    Raises:
+        ClientError: If the client's own tensors cannot be used, and what travels can.
+    """
+    staying, sent = side.options.staying, result.weights
+    kept = side.keep(result)
+    if not kept:
+        messages.set_memory(context, kept)
+        return
+    try:
+        check_update(result.weights, staying.shared(task.weights))
+    except ClientError:
+        return
+    if not all(is_finite(tensor) for tensor in result.sent.values()):
+        return
+    try:
+        own = {name: task.weights[name] for name in staying.personal}
+        check_update({name: sent[name] for name in own}, own)
+    except ClientError as error:
+        raise ClientError(f"has its own tensors that cannot be used: it {error}", tensor=error.tensor) from None
+    messages.set_memory(context, kept)
 
 
 def _reply(stage: str, message: Message, result: LocalResult) -> Message:

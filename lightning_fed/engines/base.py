@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from torch import nn
 
 from lightning_fed._compat.flower import Run
+from lightning_fed.values.staying import Staying
 
 T = TypeVar("T")
 
@@ -30,12 +31,13 @@ class ClientGrid(Grid):
     def __init__(self, run: Run, num_clients: Callable[[], int]) -> None:
         self._run, self._count = run, num_clients
 
-    def gather(self, module: nn.Module, seed: int) -> None:
+    def gather(self, module: nn.Module, seed: int, staying: Staying) -> None:
         """Wait until the clients are there, where they come from elsewhere.
 
         Args:
             module: The server's, set up: theirs must be like it.
             seed: The run's seed.
+            staying: Which of its tensors do not travel.
         """
 
     @property

@@ -24,6 +24,7 @@ from lightning_fed.engines.members import Members
 from lightning_fed.engines.superlink_work import SiteDelivery, Work
 from lightning_fed.errors import ConfigurationError, FederationError
 from lightning_fed.values.module_form import form_of
+from lightning_fed.values.staying import Staying
 from lightning_fed.wire import roll_call
 
 T = TypeVar("T")
@@ -81,7 +82,7 @@ class SuperLinkGrid(ClientGrid):
             self._members = Members(self.served, self.num_clients, {}, 0)
         return self._members
 
-    def gather(self, module: nn.Module, seed: int) -> None:
+    def gather(self, module: nn.Module, seed: int, staying: Staying) -> None:
         """See ``ClientGrid``.
 
         Raises:
@@ -90,7 +91,7 @@ class SuperLinkGrid(ClientGrid):
         total, least = self.num_clients, self._least or self.num_clients
         if least > total:
             raise ConfigurationError(f"SuperLink(min_clients={least}): there are {total} clients.")
-        self._members = Members(self.served, total, form_of(module), seed)
+        self._members = Members(self.served, total, form_of(module, staying), seed)
         self.patiently(lambda: self.members.wait(least, self.patience.connect))
 
     def begin_round(self) -> None:

@@ -19,7 +19,7 @@ from lightning_fed.strategies.needs import needed_numbers, needs_change
 from lightning_fed.strategies.own_metrics import all_inside, is_users
 from lightning_fed.tracebacks import release_frames, words
 from lightning_fed.values import metrics
-from lightning_fed.values.weights import Weights, check_update
+from lightning_fed.values.weights import Weights, check_update, size_of
 from lightning_fed.wire import messages
 from lightning_fed.wire.extras import IntegerTensors
 from lightning_fed.wire.reply import Expected, read_reply
@@ -79,7 +79,7 @@ class Exchange:
     def __init__(self, terms: Terms, stage: Stage, round: int, cohort: Sequence[int], weights: Weights) -> None:
         self.terms, self.stage, self.round, self.cohort = terms, stage, round, cohort
         self.weights = weights
-        self._apart = IntegerTensors(weights)
+        self._apart, self._size = IntegerTensors(weights), size_of(weights)
         self._methods = MethodTensors(terms.methods, round) if stage == "train" else None
         inside = list(all_inside(terms.strategy))
         self._expected = _expected(inside, terms.max_examples, weights, stage == "train")
@@ -219,6 +219,9 @@ class Exchange:
             read = read_reply(reply, self._expected)
             report = ClientReport(client, read.num_examples, read.scalars)
             if self._methods is not None:
+                arrays = messages.first(reply.content, ArrayRecord) or ArrayRecord()
+                report.bytes_down = self._size + self._methods.bytes_to(client)
+                report.bytes_up = size_of(messages.unpack(arrays), read.extras.integers, read.extras.methods)
                 self._methods.take(report, read.extras.methods)
         except ClientError as error:
             raise self._error(client, str(error), type(error), error.tensor) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed._compat.known_lightning import is_known, why_slower
-from lightning_fed._compat.lightning import set_train_source
-from lightning_fed.client.app import ClientSide
-from lightning_fed.server.checkpoint import Found
+from lightning_fed._compat.lightning import set_train_source, trainer_of
+from lightning_fed.client.side import ClientSide, personal_in
+from lightning_fed.errors import ConfigurationError
+from lightning_fed.server.checkpoint import Found, RunState
 from lightning_fed.server.deal import Deal
 from lightning_fed.server.exchange import About
 from lightning_fed.server.owners import Owners
@@ -23,6 +25,7 @@ from lightning_fed.server.session import FitInputs, Resumed, Session, Settings
 from lightning_fed.server.view import RoundLoader
 from lightning_fed.values import weights
 from lightning_fed.wire.checkpoint_file import FEDERATION
+from lightning_fed.wire.messages import memory_in
 
 
 class Saves(Protocol):
@@ -149,6 +152,16 @@ class Federation(Callback):
         """Let a checkpoint in the middle of a round hold what methods had when it began."""
         if self._session is not None:
             checkpoint["callbacks"].update(self._session.states_before())
+
+    def personal_module(self, client: int, module: LightningModule) -> LightningModule:
+        """See ``FederatedTrainer.personal_module``."""
+        if not isinstance(self._state, RunState):
+            raise ConfigurationError(f"personal_module({client!r}): there has been no fit with this trainer.")
+        own = personal_in(memory_in(self._state.kept_by(client)))
+        running = None if self._session is None else self._session.weights_before()
+        copied = copy.deepcopy(module, {id(trainer_of(module)): None})
+        weights.load(copied, {**(running or weights.read(copied)), **own})
+        return copied
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the run keeps from round to round; tensors and plain values only.

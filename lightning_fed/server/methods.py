@@ -15,7 +15,7 @@ from lightning_fed.callbacks.base import ClientReport, FederatedCallback
 from lightning_fed.client.local.method import of_method
 from lightning_fed.errors import ClientError, FederationError, RoundError
 from lightning_fed.tracebacks import words
-from lightning_fed.values.weights import Weights, as_global, check_update
+from lightning_fed.values.weights import Weights, as_global, check_update, size_of
 from lightning_fed.views import overrides
 from lightning_fed.wire.extras import attach_methods
 from lightning_fed.wire.messages import pack
@@ -72,7 +72,10 @@ class Methods:
             like = method.tensors_expected(of_method(sent, name))
             expected.update({f"{name}/{key}": tensor for key, tensor in like.items()})
         check_update(came, expected, "its method", "Every client must run the same callbacks.")
-        return as_global(came, expected)
+        came = as_global(came, expected)
+        for name, method in self._methods.items():
+            method.check_tensors(of_method(came, name))
+        return came
 
     def take(self, round: int, report: ClientReport, came: Weights) -> None:
         """Give methods what came of a client.
@@ -116,6 +119,10 @@ class MethodTensors:
                 if key not in records:
                     records[key] = pack({name: tensor.detach().cpu() for name, tensor in sent.items()})
                 attach_methods(message, records[key])
+
+    def bytes_to(self, client: int) -> int:
+        """Return how many bytes went to a client."""
+        return size_of(self._sent[client])
 
     def take(self, report: ClientReport, came: Weights) -> None:
         """Check what came of a client, and give it to the methods; raises as ``Methods.check`` and ``Methods.take``."""

@@ -24,6 +24,7 @@ from lightning_fed.callbacks.base import (
 from lightning_fed.client.local.method import named
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.strategies import ServerOptimizer
+from lightning_fed.values.staying import Staying, staying
 from lightning_fed.values.weights import parameter_names
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -62,6 +63,10 @@ class Owners:
         for callback in others:
             strategy = built(callback, strategy)
         return strategy
+
+    def staying(self, module: nn.Module) -> Staying:
+        """Return which tensors of the module do not travel; raises as ``staying``."""
+        return staying(module, [callback.stays for callback in self.callbacks])
 
     def check_cohort(self, clients: int, max_clients: int | None) -> None:
         """Check who takes part in a round.

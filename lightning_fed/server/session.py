@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed.callbacks.base import CLIENT_METRICS
-from lightning_fed.client.app import ClientSide
 from lightning_fed.client.local.work import LocalTask
+from lightning_fed.client.side import ClientSide
 from lightning_fed.engines.base import ClientGrid, LocalGrid
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_all, seed_for
@@ -26,7 +26,7 @@ from lightning_fed.server.owners import Owners
 from lightning_fed.server.roster import RollCall, Roster
 from lightning_fed.server.rounds import RoundResult, Rounds
 from lightning_fed.server.script import Script, arguments_of
-from lightning_fed.server.summary import summary, where_results_go
+from lightning_fed.server.summary import summary, what_travels, where_results_go
 from lightning_fed.strategies.client_part import require_client_part
 from lightning_fed.values import weights
 
@@ -110,6 +110,7 @@ class Session:
     Attributes:
         state: What the run keeps from round to round.
         num_clients: How many clients there are.
+        staying: Which tensors do not travel.
 
     Raises:
         ConfigurationError: If strategy, callbacks and clients do not fit together.
@@ -124,6 +125,8 @@ class Session:
         self._has_probed = not self._has_clients
         if self._has_clients:
             given.deal.open()
+        self.staying = owners.staying(self._module)
+        given.side.take_staying(self.staying)
         strategy = owners.build_strategy(self._module)
         require_client_part(strategy, self._side.mods["train"], knows_clients=self._has_clients)
         roster = self._roster_of(given.grid)
@@ -154,7 +157,7 @@ class Session:
     def _roster_of(self, grid: Grid) -> Roster:
         """Return who is behind a grid, once they are there."""
         if isinstance(grid, ClientGrid):
-            grid.gather(self._module, self._settings.seed)
+            grid.gather(self._module, self._settings.seed, self.staying)
             return grid
         if hasattr(grid, "client_states"):
             raise ConfigurationError(
@@ -187,7 +190,10 @@ class Session:
         trainer = self._trainer
         where = f"{self._engine} on {trainer.strategy.root_device}, seed {self._settings.seed}"
         evaluates = self._evaluates(trainer.check_val_every_n_epoch or 1)
-        rank_zero_info(summary(self._owners, self.num_clients, trainer.max_epochs, where, evaluates, self._has_clients))
+        travels = what_travels(self.staying, weights.read(self._module, copy=False))
+        rank_zero_info(
+            summary(self._owners, self.num_clients, trainer.max_epochs, where, evaluates, self._has_clients, travels)
+        )
         for callback in self._owners.callbacks:
             callback.on_federation_start(trainer)
 
@@ -201,11 +207,11 @@ class Session:
             self._probe_vectorized()
         evaluates = self._evaluates(round)
         try:
-            result = self.rounds.run(round, before, evaluates)
+            result = self.rounds.run(round, self.staying.shared(before), evaluates)
         except BaseException:
             weights.load(self._module, before)
             raise
-        running.new = result.weights
+        running.new = {name: result.weights.get(name, tensor) for name, tensor in before.items()}
         self._trainer.forget_earlier(result.metrics, evaluates)
         # What the server draws from here on (its validation) depends on the round alone, also after a restart.
         seed_all(seed_for(self._settings.seed, "server", round=round))
@@ -217,6 +223,10 @@ class Session:
             weights.load(self._module, self._running.new)
             self._running = None
             self.state.end_round()
+
+    def weights_before(self) -> weights.Weights | None:
+        """Return the global weights in the middle of a round, where the module may have a client's; else ``None``."""
+        return None if self._running is None else self._running.before
 
     def states_before(self) -> dict[str, Any]:
         """Return what a checkpoint holds of methods in the middle of a round, by ``state_key``."""

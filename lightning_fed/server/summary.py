@@ -12,13 +12,21 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_fed.callbacks.base import FederatedCallback
 from lightning_fed.callbacks.flower_strategy import FlowerStrategy
 from lightning_fed.server.owners import Owners
+from lightning_fed.values.staying import Staying
+from lightning_fed.values.weights import Weights, size_of
 
 # Beyond so many clients each one's data is not looked at.
 _MOST_CLIENTS = 1000
 
 
 def summary(
-    owners: Owners, clients: int, max_rounds: int | None, engine: str, evaluates: bool, deals: bool = True
+    owners: Owners,
+    clients: int,
+    max_rounds: int | None,
+    engine: str,
+    evaluates: bool,
+    deals: bool = True,
+    travels: str = "",
 ) -> str:
     """Return a few lines.
 
@@ -29,6 +37,7 @@ def summary(
         engine: The engine, and where it trains.
         evaluates: Whether clients evaluate.
         deals: Whether clients' data is dealt out here, so that its sizes are known.
+        travels: Which tensors travel, where not all do.
     """
     train, evaluate = (owners.cohorts.size(stage, clients) for stage in ("train", "evaluate"))
     evaluating = (f", {evaluate} evaluate" if evaluates else "") + (" in the first" if owners.cohorts.varies else "")
@@ -38,9 +47,24 @@ def summary(
         "clients": f"{clients}{_examples(sizes)}",
         "each round": f"{train} train{evaluating}; {limit}",
         "method": " + ".join(_label(callback) for callback in owners.callbacks if _is_method(callback)),
+        **({"travels": travels} if travels else {}),
         "engine": engine,
     }
     return "\n".join(["Federation", *(f"  {name:<10}  {text}" for name, text in rows.items())])
+
+
+def what_travels(staying: Staying, weights: Weights) -> str:
+    """Return a line on the weights that travel, and those that do not; empty where all do."""
+    if not staying:
+        return ""
+    shared = staying.shared(weights)
+    parts = [
+        f"{len(names)} {what} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("personal", staying.personal), ("frozen", staying.frozen))
+        if names
+    ]
+    sizes = f"{size_of(shared):,} of {size_of(weights):,} bytes each way"
+    return f"{len(shared)} of {len(weights)} tensors, {sizes}; not: {', '.join(parts)}"
 
 
 def where_results_go(trainer: Trainer) -> str:
@@ -66,7 +90,7 @@ def _examples(sizes: list[int] | None) -> str:
 
 
 def _is_method(callback: FederatedCallback) -> bool:
-    parts = ("server_strategy", "client_mods", "local_callbacks")
+    parts = ("server_strategy", "client_mods", "local_callbacks", "stays")
     return any(is_overridden(part, callback, FederatedCallback) for part in parts)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed._compat.lightning import results_of, shown_metrics
@@ -57,6 +57,21 @@ class ServerTrainer(Trainer):
     def node_of(self, client: int) -> int:
         """Return a client's address in the run: the ``src_node_id`` of its replies, where a strategy reads them."""
         return self.federation.session.rounds.roster.node_of(client)
+
+    @property
+    def personal(self) -> frozenset[str]:
+        """The names of tensors that are each client's own, from ``on_federation_start`` on."""
+        return self.federation.session.staying.personal
+
+    def personal_module(self, client: int) -> LightningModule:
+        """Return a copy of the module with a client's own tensors in it (``Personal``), and the others' as they are.
+
+        During a fit or after it. A client that has not trained yet has none: its module is the server's.
+
+        Raises:
+            ConfigurationError: If there is no such client, nothing is personal, or the client is somewhere else.
+        """
+        return self.federation.personal_module(client, self.lightning_module)
 
     @property
     def global_step(self) -> int:

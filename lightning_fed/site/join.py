@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from lightning_fed._compat.flower_node import Key, read_key
-from lightning_fed.client.app import ClientSide, build_client_app
+from lightning_fed.client.app import build_client_app
 from lightning_fed.client.local.work import LocalTask
+from lightning_fed.client.side import ClientSide
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import random_states_kept
 from lightning_fed.site.resident import Membership, Site
@@ -61,7 +62,7 @@ def join(
     def form(seed: int) -> Form:
         with random_states_kept():
             side.set_up(side.work(LocalTask(client, 1, seed, {})))
-        return form_of(side.module)
+        return form_of(side.module, side.options.staying)
 
     folder = Path(state_dir or Path(side.options.trainer["default_root_dir"]) / f"client-{client}")
     member = Membership(where, client, None if private_key is None else _key(private_key), lease)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_fed.values.staying import Staying
 from lightning_fed.values.weights import dtype_name, read
 
 Form = dict[str, str]
@@ -15,14 +16,19 @@ Form = dict[str, str]
 _FROZEN = "values of what is frozen"
 
 
-def form_of(module: nn.Module) -> Form:
+def form_of(module: nn.Module, staying: Staying | None = None) -> Form:
     """Describe a module: its tensors by name, with kind and shape, and a digest of all parameters that are not trained.
+
+    Of tensors that are personal it tells the name alone.
 
     >>> form_of(nn.Linear(2, 1))
     {'weight': 'float [1, 2]', 'bias': 'float [1]'}
     """
-    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    personal = frozenset[str]() if staying is None else staying.personal
+    named = {name: p for name, p in module.named_parameters() if name not in personal}
+    frozen = {name: p for name, p in named.items() if not p.requires_grad}
     form = {name: _text(tensor, name in frozen) for name, tensor in read(module, copy=False).items()}
+    form |= dict.fromkeys(sorted(personal), "personal")
     return {**form, _FROZEN: _digest(frozen)} if frozen else form
 
 

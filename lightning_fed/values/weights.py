@@ -74,14 +74,14 @@ def parameter_names(module: nn.Module) -> frozenset[str]:
     Tied parameters have all their names. A state dict may be renamed by an override, a hook or a package such as peft.
     """
     state = read(module, copy=False)
-    parameters, buffers = ({_place(tensor) for tensor in own} for own in (module.parameters(), module.buffers()))
-    names = {name for name, tensor in state.items() if _place(tensor) in parameters}
+    parameters, buffers = ({place_of(tensor) for tensor in own} for own in (module.parameters(), module.buffers()))
+    names = {name for name, tensor in state.items() if place_of(tensor) in parameters}
     others = {name: tensor for name, tensor in state.items() if is_averaged(tensor) and name not in names}
-    unclear = {name: tensor.clone() for name, tensor in others.items() if _place(tensor) not in buffers}
+    unclear = {name: tensor.clone() for name, tensor in others.items() if place_of(tensor) not in buffers}
     return frozenset(names | _moving(module, unclear) if unclear else names)
 
 
-def _place(tensor: Tensor) -> tuple[object, ...]:
+def place_of(tensor: Tensor) -> tuple[object, ...]:
     """Return where a tensor is in memory, and how it lies there."""
     if tensor.layout is not torch.strided:
         return (id(tensor),)
@@ -128,6 +128,11 @@ def refuse_unfit(module: nn.Module) -> None:
 def is_averaged(tensor: Tensor) -> bool:
     """Return whether a tensor holds numbers that a strategy may average: floating or complex, not integer or bool."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def size_of(*weights: Mapping[str, Tensor]) -> int:
+    """Return how many bytes tensors have."""
+    return sum(tensor.nbytes for one in weights for tensor in one.values())
 
 
 def is_finite(tensor: Tensor) -> bool:

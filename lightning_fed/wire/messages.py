@@ -203,7 +203,12 @@ def set_callback_states(context: Context, states: bytes | None) -> None:
 
 def get_memory(context: Context) -> Weights:
     """Return what the client's methods keep, by ``"method/name"``; to be read and not written."""
-    record = context.state.get(_MEMORY)
+    return memory_in(context.state)
+
+
+def memory_in(state: RecordDict) -> Weights:
+    """Return the same of a client's state."""
+    record = state.get(_MEMORY)
     return unpack(record) if isinstance(record, ArrayRecord) else {}
 
 

@@ -40,6 +40,11 @@ SIMPLE = {
     "PartialParticipation": lambda: callbacks.PartialParticipation(0.5),
     "Participation": lambda: callbacks.Participation(everybody),
     "Partition": lambda: callbacks.Partition(2),
+    "FedBN": lambda: callbacks.FedBN(),
+    "FedPer": lambda: callbacks.FedPer("net.0"),
+    "LGFedAvg": lambda: callbacks.LGFedAvg("net.0"),
+    "Personal": lambda: callbacks.Personal("net.0.bias"),
+    "TrainableOnly": lambda: callbacks.TrainableOnly(),
     "RichRoundBar": lambda: callbacks.RichRoundBar(),
     "RoundPrinter": lambda: callbacks.RoundPrinter(),
     "Scaffold": lambda: callbacks.Scaffold(),
@@ -49,6 +54,14 @@ SIMPLE = {
 
 def everybody(round, clients, generator):
     return clients
+
+
+class WithNorm(ToyModule):
+    """A module for all of them: FedBN wants a BatchNorm layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.append(torch.nn.BatchNorm1d(2))
 
 
 def client_loader(client: int) -> DataLoader:
@@ -74,7 +87,7 @@ def run(name: str, quiet, rounds: int = 2) -> FederatedCallback:
     owners = [] if "partition" in callback.decides else [callbacks.Partition(2, val_fraction=0.25)]
     bar = {"enable_progress_bar": isinstance(callback, ProgressBar)}
     trainer = FederatedTrainer(max_rounds=rounds, callbacks=[*owners, callback], **{**quiet, **bar})
-    trainer.fit(ToyModule(), None if name == "ClientData" else client_loader(0))
+    trainer.fit(WithNorm(), None if name == "ClientData" else client_loader(0))
     assert trainer.global_step == rounds
     return callback
 

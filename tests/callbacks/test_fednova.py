@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import ClientData, FedAvg, FederatedCallback, FedNova, FedProx
+from lightning_fed.callbacks import ClientData, FedAvg, FedNova, FedProx, LocalMethod
 from lightning_fed.errors import ConfigurationError, FederationError
 from tests import references
 from tests.callbacks.rounds import (
@@ -212,19 +212,18 @@ def test_two_aggregations_are_refused() -> None:
         FederatedTrainer(max_rounds=1, num_clients=2, callbacks=[FedAvg(), FedNova()])
 
 
-class Lies(FederatedCallback):
-    """Makes a client send 0."""
+class SendsNothing(L.Callback):
+    """Makes client 2 send 0; it comes after the method's own part."""
 
-    def on_federation_start(self, trainer: Any) -> None:
-        nova = next(one for one in trainer.callbacks if isinstance(one, FedNova))
-        take = nova.tensors_from_client
-
-        def lying(trainer: Any, round: int, report: Any, tensors: Any) -> None:
-            take(trainer, round, report, {**tensors, "normalizer": torch.zeros(())} if report.client == 2 else tensors)
-
-        nova.tensors_from_client = lying
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.client_id == 2:
+            counter = next(one for one in trainer.callbacks if isinstance(one, LocalMethod))
+            counter.sent["normalizer"] = torch.zeros(())
 
 
 def test_a_client_that_says_it_went_nowhere_is_named() -> None:
-    with pytest.raises(FederationError, match=r"Round 1: FedNova.* failed for client 2: .* both are greater than 0"):
-        federated(network(torch.float64), sgd, FedNova(), Lies())
+    with pytest.raises(
+        FederationError,
+        match=r"Round 1, train: client 2 sent normalizer=0 for FedNova, which divides by it; it is greater",
+    ):
+        federated(network(torch.float64), sgd, FedNova(), client_callbacks=[SendsNothing()])

@@ -50,12 +50,13 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
 
     Attributes:
         as_configured: Optimizers and schedulers as ``configure_optimizers`` gave them.
+        personal: The names of the client's own tensors, which do not travel.
     """
 
     callbacks: list[Callback]
 
     def __init__(self, work: LocalWork, fast_dev_run: int | bool = False, **kwargs: Any) -> None:
-        self.task, self.loaders = work.task, work.loaders
+        self.task, self.loaders, self.personal = work.task, work.loaders, work.options.staying.personal
         self.as_configured = AsConfigured()
         self.caught: list[MetricState] = []
         self.computed: set[str] = set()

@@ -15,6 +15,7 @@ from lightning_fed.seeding import seed_for
 from lightning_fed.state.snapshot import DataSnapshot
 from lightning_fed.values.by_round import total
 from lightning_fed.values.data import ClientLoaders
+from lightning_fed.values.staying import Staying
 from lightning_fed.values.weights import Weights
 
 ClientState = Literal["reset", "carry", "global"]
@@ -36,6 +37,7 @@ class LocalOptions:
         isolation: Restores module and datamodule after each local run.
         log_dir: The server's ``log_dir``.
         epochs_by: The name of the function that gives the epochs of a round, for a resumed run to compare.
+        staying: Which tensors do not travel.
     """
 
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -49,6 +51,7 @@ class LocalOptions:
     isolation: Isolation = field(default_factory=Isolation)
     log_dir: str | None = None
     epochs_by: str | None = None
+    staying: Staying = field(default_factory=Staying)
 
     def epochs_of(self, round: int) -> int | None:
         """Return the local epochs of a round, or ``None`` where ``steps`` counts."""
