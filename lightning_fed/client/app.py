@@ -51,6 +51,7 @@ class _Call:
             callback_states=messages.get_callback_states(context),
             received=self.methods,
             memory=messages.get_memory(context),
+            rounds=instruction.rounds,
         )
 
 

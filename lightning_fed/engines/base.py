@@ -31,13 +31,14 @@ class ClientGrid(Grid):
     def __init__(self, run: Run, num_clients: Callable[[], int]) -> None:
         self._run, self._count = run, num_clients
 
-    def gather(self, module: nn.Module, seed: int, staying: Staying) -> None:
+    def gather(self, module: nn.Module, seed: int, staying: Staying, rounds: int) -> None:
         """Wait until the clients are there, where they come from elsewhere.
 
         Args:
             module: The server's, set up: theirs must be like it.
             seed: The run's seed.
             staying: Which of its tensors do not travel.
+            rounds: The rounds of the run, or -1 for no limit.
         """
 
     @property

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import NamedTuple
 
-from flwr.app import ConfigRecord, Message, MessageType
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed._compat.flower_server import ReplyUnderWay, ServedRun
@@ -67,13 +66,11 @@ class Members:
     Args:
         run: The run.
         num_clients: How many clients there are.
-        form: The form of the server's module, which a site's must have.
-        seed: The run's seed.
+        question: What a node is asked when it comes.
     """
 
-    def __init__(self, run: ServedRun, num_clients: int, form: Mapping[str, str], seed: int) -> None:
-        self._run, self._num_clients = run, num_clients
-        self._question = roll_call.question(form, seed)
+    def __init__(self, run: ServedRun, num_clients: int, question: RecordDict) -> None:
+        self._run, self._num_clients, self._question = run, num_clients, question
         self._asked: dict[str, Asked] = {}
         self._coming: dict[str, ReplyUnderWay] = {}  # the answers of which parts are missing
         self._said: dict[Place, int | None] = {}  # by place its client; None where that is not known, or it is refused

@@ -79,10 +79,10 @@ class SuperLinkGrid(ClientGrid):
     def members(self) -> Members:
         """Who is here."""
         if self._members is None:
-            self._members = Members(self.served, self.num_clients, {}, 0)
+            self._members = Members(self.served, self.num_clients, roll_call.question({}, 0))
         return self._members
 
-    def gather(self, module: nn.Module, seed: int, staying: Staying) -> None:
+    def gather(self, module: nn.Module, seed: int, staying: Staying, rounds: int) -> None:
         """See ``ClientGrid``.
 
         Raises:
@@ -91,7 +91,8 @@ class SuperLinkGrid(ClientGrid):
         total, least = self.num_clients, self._least or self.num_clients
         if least > total:
             raise ConfigurationError(f"SuperLink(min_clients={least}): there are {total} clients.")
-        self._members = Members(self.served, total, form_of(module, staying), seed)
+        question = roll_call.question(form_of(module, staying), seed, rounds)
+        self._members = Members(self.served, total, question)
         self.patiently(lambda: self.members.wait(least, self.patience.connect))
 
     def begin_round(self) -> None:

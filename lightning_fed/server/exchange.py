@@ -35,6 +35,7 @@ class Terms:
         failures: Decides what becomes of failed clients.
         tell: ``tell(hook, *arguments)`` calls a hook of all callbacks.
         seed: The run's seed.
+        num_rounds: The rounds of the run, or -1 for no limit.
         timeout: Seconds to wait for the replies of one stage.
         max_examples: The greatest number of examples that a client is believed to have.
         methods: The methods that have tensors.
@@ -45,6 +46,7 @@ class Terms:
     failures: FailureOwner
     tell: Callable[..., None]
     seed: int
+    num_rounds: int
     timeout: float
     max_examples: float
     methods: Methods
@@ -101,7 +103,7 @@ class Exchange:
         strategy, roster = self.terms.strategy, self.terms.roster
         configure = strategy.configure_train if self.stage == "train" else strategy.configure_evaluate
         cohort_grid = CohortGrid(grid, [roster.node_of(client) for client in self.cohort])
-        config = messages.round_config(self.round, self.terms.seed)
+        config = messages.round_config(self.round, self.terms.seed, self.terms.num_rounds)
         try:
             sent = list(configure(self.round, messages.pack(self._apart.averaged), config, cohort_grid))
         except FederationError:

@@ -78,6 +78,7 @@ class Rounds:
         max_examples: The greatest number of examples that a client is believed to have.
         max_clients: Truncates cohorts (``fast_dev_run``).
         methods: The methods that have tensors, if there are any.
+        num_rounds: The rounds of the run, or -1 for no limit.
     """
 
     def __init__(
@@ -96,14 +97,14 @@ class Rounds:
         max_examples: float = math.inf,
         max_clients: int | None = None,
         methods: Methods | None = None,
+        num_rounds: int = -1,
     ) -> None:
         self.grid, self.strategy, self.callbacks, self.cohorts = grid, strategy, callbacks, cohorts
         self.trainer, self.module = trainer, module
         self.seed, self.timeout, self.max_clients = seed, timeout, max_clients
         self.roster = roster
-        self._terms = Terms(
-            strategy, roster, failures, self._tell, seed, timeout, max_examples, methods or Methods({}, trainer)
-        )
+        methods = methods or Methods({}, trainer)
+        self._terms = Terms(strategy, roster, failures, self._tell, seed, num_rounds, timeout, max_examples, methods)
         self._said: set[str] = set()
 
     def run(self, round: int, weights: Weights, evaluate: bool) -> RoundResult:

@@ -146,6 +146,7 @@ class Session:
             timeout=settings.timeout,
             max_examples=settings.max_examples,
             max_clients=settings.max_clients,
+            num_rounds=self._side.options.rounds,
         )
         owners.check_cohort(self.num_clients, settings.max_clients)
         self._warn_of_monitors()
@@ -157,7 +158,7 @@ class Session:
     def _roster_of(self, grid: Grid) -> Roster:
         """Return who is behind a grid, once they are there."""
         if isinstance(grid, ClientGrid):
-            grid.gather(self._module, self._settings.seed, self.staying)
+            grid.gather(self._module, self._settings.seed, self.staying, self._side.options.rounds)
             return grid
         if hasattr(grid, "client_states"):
             raise ConfigurationError(

@@ -19,12 +19,12 @@ class Answers:
 
     Args:
         app: What the client runs.
-        form: ``form(seed)`` tells the form of its module, which is set up for that.
+        form: ``form(told)`` tells the form of its module, which is set up for that.
         client: The client.
         states: What it keeps.
     """
 
-    def __init__(self, app: ClientApp, form: Callable[[int], Form], client: int, states: StateFolder) -> None:
+    def __init__(self, app: ClientApp, form: Callable[[messages.Told], Form], client: int, states: StateFolder) -> None:
         self._app, self._form, self._client, self._states = app, form, client, states
         self._last: tuple[roll_call.WorkMarks, RecordDict] | None = None  # the last work and its reply
 
@@ -59,7 +59,7 @@ class Answers:
         server = roll_call.take_form(message.content)
         if not server:
             return
-        if differs := difference(server, self._form(messages.read_seed(message))):
+        if differs := difference(server, self._form(messages.read_told(message))):
             raise ClientError(
                 f"client {self._client} has another module than the server: {differs}. Both have to build the"
                 " same module, with the same pretrained weights where some are not trained."

@@ -16,6 +16,7 @@ from lightning_fed.site.resident import Membership, Site
 from lightning_fed.site.states import StateFolder
 from lightning_fed.values.module_form import Form, form_of
 from lightning_fed.wire.address import Where, read_file
+from lightning_fed.wire.messages import Told
 
 File = str | os.PathLike[str]
 
@@ -59,9 +60,9 @@ def join(
     if not isinstance(client, int) or client < 0:
         raise ConfigurationError(f"join(client={client!r}): write this client's number, from 0.")
 
-    def form(seed: int) -> Form:
+    def form(told: Told) -> Form:
         with random_states_kept():
-            side.set_up(side.work(LocalTask(client, 1, seed, {})))
+            side.set_up(side.work(LocalTask(client, 1, told.seed, {}, rounds=told.rounds)))
         return form_of(side.module, side.options.staying)
 
     folder = Path(state_dir or Path(side.options.trainer["default_root_dir"]) / f"client-{client}")

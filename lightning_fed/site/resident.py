@@ -59,12 +59,14 @@ class Site:
 
     Args:
         app: What it runs.
-        form: ``form(seed)`` tells the form of its module, which is set up for that.
+        form: ``form(told)`` tells the form of its module, which is set up for that.
         member: Who it is.
         states: What it keeps.
     """
 
-    def __init__(self, app: ClientApp, form: Callable[[int], Form], member: Membership, states: StateFolder) -> None:
+    def __init__(
+        self, app: ClientApp, form: Callable[[messages.Told], Form], member: Membership, states: StateFolder
+    ) -> None:
         self._member, self._states = member, states
         self._answers = Answers(app, form, member.client, states)
         self._has_joined = False

@@ -23,7 +23,7 @@ Kind = TypeVar("Kind", ArrayRecord, MetricRecord, ConfigRecord)
 Made = dict[int, tuple[bytes, Tensor]]
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
-NUM_EXAMPLES, ROUND, SEED = "num-examples", "server-round", "run-seed"
+NUM_EXAMPLES, ROUND, SEED, ROUNDS = "num-examples", "server-round", "run-seed", "run-rounds"
 CLIENT = "partition-id"
 _FIT_STATE, _CALLBACK_STATES = "lightning-fed.fit-state", "lightning-fed.callback-states"
 _MEMORY = "lightning-fed.memory"
@@ -97,31 +97,45 @@ def _copy(array: Array) -> Array:
 # ---------------------------------------------------------------------------------------------- server to client
 
 
-def round_config(round: int, seed: int) -> ConfigRecord:
+def round_config(round: int, seed: int, rounds: int = -1) -> ConfigRecord:
     """Return the config that goes with every message of a round."""
-    return ConfigRecord({ROUND: round, SEED: seed})
+    return ConfigRecord({ROUND: round, SEED: seed, ROUNDS: rounds})
 
 
 @dataclass
-class Instruction:
-    """What a client is told: the round, the run's seed and the weights that strategies average."""
+class Told:
+    """What every message tells a client.
+
+    Attributes:
+        round: The round, from 1; 0 for a question.
+        seed: The run's seed.
+        rounds: The rounds of the run, -1 for no limit; ``None`` if a strategy or a mod has left it out.
+    """
 
     round: int
     seed: int
+    rounds: int | None
+
+
+@dataclass
+class Instruction(Told):
+    """What a client is told for its work: also the weights that strategies average."""
+
     weights: Weights
+
+
+def read_told(message: Message) -> Told:
+    """Read what any message of a round, or a question, has."""
+    config = first(message.content, ConfigRecord) or ConfigRecord()
+    rounds = config.get(ROUNDS)
+    return Told(_int(config.get(ROUND, 1)), _int(config.get(SEED, 0)), None if rounds is None else _int(rounds))
 
 
 def read_instruction(message: Message) -> Instruction:
     """Read a train or evaluate message as the client's mods left it."""
-    config = first(message.content, ConfigRecord) or ConfigRecord()
     arrays = first(message.content, ArrayRecord)
     assert arrays is not None
-    return Instruction(_int(config.get(ROUND, 1)), _int(config.get(SEED, 0)), unpack(arrays))
-
-
-def read_seed(message: Message) -> int:
-    """Read the run's seed, which any message of a round or a question has."""
-    return _int((first(message.content, ConfigRecord) or ConfigRecord()).get(SEED, 0))
+    return Instruction(**vars(read_told(message)), weights=unpack(arrays))
 
 
 def _int(value: Any) -> int:

@@ -77,10 +77,16 @@ class WorkMarks:
     mark: str
 
 
-def question(form: Mapping[str, str], seed: int) -> RecordDict:
-    """Ask a site which client it is, and whether its module is of the server's form."""
+def question(form: Mapping[str, str], seed: int, rounds: int = -1) -> RecordDict:
+    """Ask a site which client it is, and whether its module is of the server's form.
+
+    Args:
+        form: Of the server's module.
+        seed: The run's seed.
+        rounds: The rounds of the run, or -1 for no limit.
+    """
     lines = ConfigRecord({"names": list(form), "forms": list(form.values())})
-    return RecordDict({messages.CONFIG: messages.round_config(0, seed), _FORM: lines})
+    return RecordDict({messages.CONFIG: messages.round_config(0, seed, rounds), _FORM: lines})
 
 
 def take_form(content: RecordDict) -> dict[str, str] | None:

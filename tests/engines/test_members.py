@@ -18,6 +18,8 @@ from lightning_fed.wire import messages, roll_call
 from tests.engines.link import Came
 from tests.helpers import in_flower
 
+NOTHING = roll_call.question({}, seed=1)
+
 
 class Run:
     """A SuperLink with some nodes; ``says`` is what each says when asked: a client's number, a reply, or a function."""
@@ -57,7 +59,7 @@ def client(number) -> RecordDict:
 
 def looked(run: Run, clients: int = 2, times: int = 1) -> Members:
     def main():
-        members = Members(run, clients, form_of(nn.Linear(1, 1)), seed=1)
+        members = Members(run, clients, roll_call.question(form_of(nn.Linear(1, 1)), seed=1))
         for _ in range(times):
             members.look(at_once=True)
         return members
@@ -115,7 +117,7 @@ def test_where_nodes_are_known_by_their_keys_a_client_is_the_first_that_was_it()
     said = r"The site at node 9 \(hospital-b\) says that it is client 0, which node 7 \(hospital-a\), with another key"
 
     def main():
-        members = Members(run, 2, {}, seed=1)
+        members = Members(run, 2, NOTHING)
 
         def place():
             members.look(at_once=True)
@@ -140,7 +142,7 @@ def test_a_node_that_comes_anew_is_asked_anew():
     run = Run(n7=0)
 
     def main():
-        members = Members(run, 1, {}, seed=1)
+        members = Members(run, 1, NOTHING)
         members.look(at_once=True)
         run.since[7] = "2026-01-02"
         members.look(at_once=True)
@@ -158,7 +160,7 @@ def test_an_answer_of_which_parts_are_missing_holds_up_nobody_and_is_taken_when_
     run = Run(n7=None, n9=1)
 
     def main():
-        members = Members(run, 2, {}, seed=1)
+        members = Members(run, 2, NOTHING)
         members.look(at_once=True)
         assert members.missing() == [0]
         members.look(at_once=True)
@@ -175,7 +177,7 @@ def test_a_node_that_could_not_be_asked_is_asked_when_the_superlink_answers_agai
     run.is_away = True
 
     def main():
-        members = Members(run, 1, {}, seed=1)
+        members = Members(run, 1, NOTHING)
         with pytest.raises(LinkLost):
             members.look(at_once=True)
         run.is_away = False
@@ -219,7 +221,7 @@ REFUSED = {**MISTAKES, **STRANGE}
 @pytest.mark.parametrize(("says", "said"), REFUSED.values(), ids=REFUSED)
 def test_a_site_is_refused_in_one_line_and_the_others_are_taken(says, said):
     def main():
-        members = Members(run := Run(n7=says, n9=1), 2, {}, seed=1)
+        members = Members(run := Run(n7=says, n9=1), 2, NOTHING)
         for _ in range(2):
             members.look(at_once=True)
         assert members.missing() == [0]
@@ -261,7 +263,7 @@ def test_a_site_that_was_refused_and_left_is_forgotten():
     run = Run(n7=5, n9=1)
 
     def main():
-        members = Members(run, 2, {}, seed=1)
+        members = Members(run, 2, NOTHING)
         with pytest.warns(UserWarning, match="says that it is client 5"):
             members.look(at_once=True)
         del run.says[7]

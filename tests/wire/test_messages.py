@@ -122,17 +122,18 @@ def test_delivery_copies_no_tensor():
 # ------------------------------------------------------------------------------------------------- to the client
 
 
-def test_client_reads_round_seed_and_weights_that_the_server_sent():
-    content = RecordDict({"arrays": pack({"w": torch.ones(2)}), "config": messages.round_config(7, 2**31)})
+def test_client_reads_rounds_seed_and_weights_that_the_server_sent():
+    content = RecordDict({"arrays": pack({"w": torch.ones(2)}), "config": messages.round_config(7, 2**31, 9)})
     instruction = in_flower(lambda: messages.read_instruction(message(content)))
-    assert (instruction.round, instruction.seed) == (7, 2**31)
+    assert (instruction.round, instruction.seed, instruction.rounds) == (7, 2**31, 9)
     assert instruction.weights["w"].tolist() == [1, 1]
 
 
 def test_client_understands_a_plain_flower_message_under_any_keys():
     content = RecordDict({"my-arrays": pack({"w": torch.ones(1)}), "my-config": ConfigRecord({"lr": 0.1})})
     instruction = in_flower(lambda: messages.read_instruction(message(content)))
-    assert (instruction.round, instruction.seed, list(instruction.weights)) == (1, 0, ["w"])
+    assert (instruction.round, instruction.seed, instruction.rounds) == (1, 0, None)
+    assert list(instruction.weights) == ["w"]
 
 
 def test_integer_tensors_travel_beside_what_mods_and_strategies_see():

@@ -7,7 +7,7 @@ from torch import nn
 from lightning_fed._compat.flower_address import LinkLost
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.values.module_form import difference, form_of
-from lightning_fed.wire import roll_call
+from lightning_fed.wire import messages, roll_call
 from lightning_fed.wire.address import Where
 from tests.helpers import in_flower
 
@@ -16,7 +16,9 @@ RUN = "0123456789abcdef"
 
 def test_a_question_carries_the_form_of_the_servers_module():
     form = form_of(nn.BatchNorm1d(2))
-    content = roll_call.question(form, seed=7)
+    content = roll_call.question(form, seed=7, rounds=9)
+    told = in_flower(lambda: messages.read_told(Message(content, 1, "query")))
+    assert (told.seed, told.rounds) == (7, 9)
     assert roll_call.take_form(content) == form
     assert roll_call.take_form(content) is None
 

@@ -89,7 +89,7 @@ class LocalHooks(Callback):
         self.begin(trainer, pl_module)
         kept = FitState.load(trainer.task.state)
         self.hand_steps = catch_up(trainer, self.options.client_state, kept)
-        if self.options.client_state == "global" and self.options.rounds != 1 and not finetunes(trainer):
+        if self.options.client_state == "global" and trainer.plan.rounds != 1 and not finetunes(trainer):
             self.hand_rates = HandRates(trainer, kept.rates)
 
     def begin(self, trainer: LocalTrainer, module: LightningModule) -> None:
@@ -140,7 +140,7 @@ def build_trainer(kind: type[Kind], work: LocalWork, callbacks: Sequence[Callbac
 def _limited(work: LocalWork, is_silent: bool) -> dict[str, Any]:
     """Return the user's arguments for a client's trainer, with the run's limits; a silent one does not validate."""
     # The epochs of the whole run, as current_epoch counts them; LocalHooks end the fit after the round's.
-    plan = work.options.plan(work.task.round)
+    plan = work.plan
     limit = {"max_epochs": plan.limits()[0], "max_steps": plan.steps or -1}
     return {**copy.deepcopy(work.options.trainer), **limit, **({"limit_val_batches": 0} if is_silent else {})}
 

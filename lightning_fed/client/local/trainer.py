@@ -62,7 +62,7 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
         self.computed: set[str] = set()
         self.module_metrics = [child for child in work.module.modules() if isinstance(child, Metric)]
         self.logs_its_way = overrides(work.module, LightningModule, "log")
-        super().__init__(work.options.plan(work.task.round), work.task.round - 1, work.options.log_dir, **kwargs)
+        super().__init__(work.plan, work.task.round - 1, work.options.log_dir, **kwargs)
         self.fast_dev_run = fast_dev_run
         self._logs_fast = use_fast_loops(self)
         self.data: LocalData | None = None

@@ -33,7 +33,7 @@ class LocalOptions:
         method_callbacks: Builds the callbacks that federated methods bring, outermost first.
         client_state: What becomes of optimizers and schedulers from round to round.
         local_validation: Whether a fit validates on the client's held-out part.
-        rounds: The rounds of the run, or -1 for no limit.
+        rounds: The rounds of the run as this process' script has them, or -1 for no limit.
         isolation: Restores module and datamodule after each local run.
         log_dir: The server's ``log_dir``.
         epochs_by: The name of the function that gives the epochs of a round, for a resumed run to compare.
@@ -61,10 +61,16 @@ class LocalOptions:
         """Return the number of the first epoch of a round: a client's epochs count on from round to round."""
         return total(self.epochs or 1, round - 1)
 
-    def plan(self, round: int) -> Plan:
-        """Return how the run divides a client's training into rounds, of which this is one."""
-        # A server that runs more rounds than this side was told of must not find that there is nothing left to train.
-        rounds = self.rounds if self.rounds == -1 else max(self.rounds, round)
+    def plan(self, round: int, rounds: int | None = None) -> Plan:
+        """Return how the run divides a client's training into rounds.
+
+        Args:
+            round: The round at hand.
+            rounds: The rounds of the run as the server has them; ``None`` if it does not say.
+        """
+        rounds = self.rounds if rounds is None else rounds
+        # A server that runs more rounds than it has told must not find that there is nothing left to train.
+        rounds = rounds if rounds == -1 else max(rounds, round)
         by_round = self.epochs if isinstance(self.epochs, tuple) else ()
         return Plan(self.epochs_of(round), self.steps, rounds, self.client_state == "reset", by_round)
 
@@ -83,6 +89,7 @@ class LocalTask:
         received: What the server's methods sent beside the weights, by ``"method/name"``.
         memory: What its methods keep, likewise.
         set_up: Whether the module has to be set up.
+        rounds: The rounds of the run as the server has them, or -1 for no limit; ``None`` if it does not say.
     """
 
     client: int
@@ -94,6 +101,7 @@ class LocalTask:
     received: Weights = field(default_factory=dict)
     memory: Weights = field(default_factory=dict)
     set_up: bool = False
+    rounds: int | None = None
 
     def seed_of(self, purpose: str) -> Callable[[str], int]:
         """Give the seed of what draws for a purpose: of the generator at a path, of everybody's for an empty path."""
@@ -128,6 +136,11 @@ class LocalWork:
     loaders: ClientLoaders
     task: LocalTask
     options: LocalOptions
+
+    @property
+    def plan(self) -> Plan:
+        """How the run divides the client's training into rounds."""
+        return self.options.plan(self.task.round, self.task.rounds)
 
     @property
     def first_epoch(self) -> int:
