@@ -385,3 +385,59 @@ def personal_sgd(
         shared = weighted_mean(updates, counts)
         after.append(shared)
     return after, own
+
+
+def moon(
+    module: nn.Module,
+    batches: Sequence[Sequence[Sequence[Any] | None]],
+    sizes: Sequence[float],
+    features: Callable[[nn.Module, Any], Tensor],
+    loss: Callable[[nn.Module, Tensor, Any], Tensor],
+    optimizer: Callable[[Any], torch.optim.Optimizer],
+    *,
+    mu: float,
+    temperature: float,
+) -> list[Weights]:
+    """Li et al. 2021, Algorithm 1, over FedAvg; the state dict after each round.
+
+    Args:
+        module: The model; it is trained in place.
+        batches: ``batches[round][client]`` is the list of batches, or ``None`` where the client is not in the cohort.
+        sizes: Each client's number of training examples.
+        features: ``features(module, batch)`` gives the representation, (batch, size).
+        loss: ``loss(module, features, batch)`` gives the supervised loss.
+        optimizer: Makes the clients' optimizer, new in each round.
+        mu: The strength of the term.
+        temperature: Its temperature.
+    """
+    x = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    before: list[Weights | None] = [None for _ in batches[0]]
+    after = []
+    for round in batches:
+        ys = []
+        for i, steps in enumerate(round):
+            if steps is None:
+                continue
+            ends, y = [x, before[i] or x], x
+            module.load_state_dict(x)
+            local = optimizer(module.parameters())
+            for batch in steps:
+                z_x, z_p = [_without_training(module, end, features, batch) for end in ends]
+                module.load_state_dict(y)
+                z = features(module.train(), batch)
+                near, far = [(nn.functional.cosine_similarity(z, o) / temperature).exp() for o in (z_x, z_p)]
+                local.zero_grad()
+                (loss(module, z, batch) - mu * (near / (near + far)).log().mean()).backward()
+                local.step()
+                y = {k: v.detach().clone() for k, v in module.state_dict().items()}
+            before[i] = y
+            ys.append((sizes[i], y))
+        x = weighted_mean([y for _, y in ys], [size for size, _ in ys])
+        after.append(x)
+    return after
+
+
+def _without_training(module: nn.Module, weights: Weights, function: Any, batch: Any) -> Tensor:
+    module.load_state_dict(weights)
+    with torch.no_grad():
+        return function(module.eval(), batch)

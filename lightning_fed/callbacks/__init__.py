@@ -11,6 +11,7 @@ from lightning_fed.callbacks.fedopt import FedAdagrad, FedAdam, FedYogi
 from lightning_fed.callbacks.fedprox import FedProx
 from lightning_fed.callbacks.flower_strategy import FlowerStrategy
 from lightning_fed.callbacks.history import History
+from lightning_fed.callbacks.moon import Moon
 from lightning_fed.callbacks.participation import PartialParticipation
 from lightning_fed.callbacks.partition import Partition
 from lightning_fed.callbacks.personal import FedBN, FedPer, LGFedAvg, Personal, TrainableOnly
@@ -39,6 +40,7 @@ __all__ = [
     "History",
     "LGFedAvg",
     "LocalMethod",
+    "Moon",
     "PartialParticipation",
     "Participation",
     "Partition",

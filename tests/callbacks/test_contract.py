@@ -37,6 +37,7 @@ SIMPLE = {
     "FederatedCallback": lambda: callbacks.FederatedCallback(),
     "FlowerStrategy": lambda: callbacks.FlowerStrategy(FlowerFedAvgM(min_available_nodes=1, min_train_nodes=1)),
     "History": lambda: callbacks.History(),
+    "Moon": lambda: callbacks.Moon(representation="net.0"),
     "PartialParticipation": lambda: callbacks.PartialParticipation(0.5),
     "Participation": lambda: callbacks.Participation(everybody),
     "Partition": lambda: callbacks.Partition(2),
