@@ -297,6 +297,7 @@ def feddyn(
     *,
     alpha: float,
     mu: float = 0.0,
+    personal: Callable[[str], bool] = lambda name: False,
 ) -> tuple[list[Weights], list[Weights]]:
     """Acar et al. 2021, Algorithm 1: the clients' mean after each round, and what clients were sent in each.
 
@@ -309,9 +310,12 @@ def feddyn(
         optimizer: Makes the clients' optimizer, new in each round.
         alpha: The strength of the terms.
         mu: Strength of FedProx's term, in addition.
+        personal: Whether a tensor of that name is each client's own, which no term concerns.
     """
-    mean = {k: v.detach().clone() for k, v in module.state_dict().items()}
-    names = [k for k, _ in module.named_parameters()]
+    state = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    mean = {k: v for k, v in state.items() if not personal(k)}
+    own = [{k: v for k, v in state.items() if personal(k)} for _ in batches[0]]
+    names = [k for k, _ in module.named_parameters() if not personal(k)]
     h = {k: torch.zeros_like(mean[k]) for k in names}
     linear = [dict(h) for _ in batches[0]]
     after, sent = [], []
@@ -321,19 +325,20 @@ def feddyn(
         for i, steps in enumerate(round):
             if steps is None:
                 continue
-            module.load_state_dict(x)
+            module.load_state_dict({**x, **own[i]})
             module.train()
             local = optimizer(module.parameters())
             for batch in steps:
                 objective = loss(module, batch)
-                for k, p in module.named_parameters():
+                for k, p in ((k, p) for k, p in module.named_parameters() if k in h):
                     objective = objective - (linear[i][k] * p).sum() + (alpha + mu) / 2 * ((p - x[k]) ** 2).sum()
                 local.zero_grad()
                 objective.backward()
                 local.step()
             y = {k: v.detach().clone() for k, v in module.state_dict().items()}
             linear[i] = {k: linear[i][k] - alpha * (y[k] - x[k]) for k in names}
-            ys.append(y)
+            own[i] = {k: y[k] for k in own[i]}
+            ys.append({k: y[k] for k in mean})
         h = {k: h[k] - alpha / len(round) * sum(y[k] - x[k] for y in ys) for k in names}
         mean = weighted_mean(ys, [1.0] * len(ys))
         after.append(mean)

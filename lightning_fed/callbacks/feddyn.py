@@ -24,7 +24,7 @@ class FedDyn(Averaging):
     optimizer; afterwards ``lambda_i = lambda_i - alpha (y_i - x)``, which stays with it. The server has
     ``h = h - alpha / N sum_S (y_i - x)``, and sends ``mean_S(y_i) - h / alpha`` to the clients that train next. The
     module's weights, which are evaluated, saved and there at the end, are ``mean_S(y_i)``, all clients alike. All of
-    it begins at zero and acts on parameters; buffers take the mean.
+    it begins at zero and acts on parameters that travel; buffers take the mean.
 
     Args:
         alpha: The strength of the terms, > 0.
@@ -70,7 +70,9 @@ class DynamicTerm(LocalMethod):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember what came."""
-        trained = {p: name for name, p in pl_module.named_parameters() if p.requires_grad}
+        personal = getattr(trainer, "personal", ())
+        shared = {p: name for name, p in pl_module.named_parameters() if name not in personal}
+        trained = {p: name for p, name in shared.items() if p.requires_grad}
         if unknown := trained.values() - self.memory.keys():
             raise ClientError(
                 f"trains {min(unknown)!r}, which did not train when it took part first, so FedDyn remembers nothing of"

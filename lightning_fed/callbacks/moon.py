@@ -88,7 +88,12 @@ class ContrastiveTerm(LocalMethod):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to the representation."""
-        encoder = find(pl_module, self.representation)
+        encoder, personal = find(pl_module, self.representation), getattr(trainer, "personal", ())
+        if personal and all(f"{self.representation}.{name}" in personal for name, _ in encoder.named_parameters()):
+            raise ClientError(
+                f"has {self.representation!r} for its own: there are no features of the round's weights, from which"
+                " Moon's term keeps it near. Name a representation that is shared, or leave Moon out."
+            )
         self._round = tensors_of(encoder)
         self._handle = encoder.register_forward_hook(self._hear, with_kwargs=True)
 

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord
 from torch import nn
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import ClientData, FedAdam, FedDyn, FederatedCallback, FedProx
+from lightning_fed.callbacks import ClientData, FedAdam, FedDyn, FederatedCallback, FedPer, FedProx
 from lightning_fed.errors import ConfigurationError, FederationError
 from lightning_fed.values.weights import read
 from lightning_fed.wire import messages
@@ -52,6 +52,13 @@ def test_three_rounds_are_the_papers_with_any_optimizer(name: str) -> None:
 def test_with_fedprox_both_terms_count() -> None:
     net = network(torch.float64)
     assert_close(federated(net, sgd, FedProx(0.5), FedDyn(ALPHA)), by_the_paper(net, sgd, mu=0.5)[0][-1])
+
+
+def test_a_personal_head_is_left_alone() -> None:
+    net = network(torch.float64)
+    expected = by_the_paper(net, momentum, personal=lambda name: name.startswith("2."))[0][-1]
+    ours = federated(net, momentum, FedPer("net.2"), FedDyn(ALPHA))
+    assert_close({name: ours[name] for name in expected}, expected)
 
 
 SENT: list[tuple[str, int, references.Weights]] = []

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import ClientData, FedAvg, FedNova, FedProx, LocalMethod
+from lightning_fed.callbacks import ClientData, FedAvg, FedNova, FedPer, FedProx, LocalMethod
 from lightning_fed.errors import ConfigurationError, FederationError
 from tests import references
 from tests.callbacks.rounds import (
@@ -159,6 +159,13 @@ def test_engines_and_vectorized_clients_give_the_same(way: str) -> None:
     alone = federated(net, momentum, FedNova())
     other = federated(net, momentum, FedNova(), **WAYS[way])
     (assert_close if "vectorize_clients" in WAYS[way] else assert_equal)(other, alone)
+
+
+def test_a_personal_head_is_left_out() -> None:
+    """Equal numbers of steps are still FedAvg, of what travels."""
+    net, how = network(torch.float64), {"limit_train_batches": 2}
+    one, other = (federated(net, momentum, FedPer("net.2"), mean(), **how) for mean in (FedNova, FedAvg))
+    assert_equal(one, other)
 
 
 @pytest.mark.parametrize("hook", HOOKS)

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins import Precision
 from torch import nn
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import ClientData, FedProx, Moon
+from lightning_fed.callbacks import ClientData, FedProx, LGFedAvg, Moon
 from lightning_fed.callbacks.moon import ContrastiveTerm, tensors_of
 from lightning_fed.errors import ClientError, ConfigurationError, FederationError
 from tests import references
@@ -237,6 +237,11 @@ def test_frozen_features_are_refused() -> None:
     net.encoder.requires_grad_(False)
     with pytest.raises(FederationError, match=r"calls 'net.encoder', of which nothing trains"):
         federated(net, sgd, method())
+
+
+def test_a_representation_that_is_the_clients_own_is_refused() -> None:
+    with pytest.raises(FederationError, match=r"client 0 has 'net.encoder' for its own: there are no features"):
+        federated(network(), sgd, LGFedAvg("net.encoder"), method())
 
 
 class ByHandSteps(Classifier):
