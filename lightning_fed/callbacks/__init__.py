@@ -3,12 +3,14 @@
 from lightning_fed.callbacks.base import ClientReport, FederatedCallback
 from lightning_fed.callbacks.client_data import ClientData
 from lightning_fed.callbacks.client_metrics import ClientMetrics
+from lightning_fed.callbacks.ditto import Ditto
 from lightning_fed.callbacks.fault_tolerance import FaultTolerance
 from lightning_fed.callbacks.fedavg import FedAvg, FedAvgM
 from lightning_fed.callbacks.feddyn import FedDyn
 from lightning_fed.callbacks.fednova import FedNova
 from lightning_fed.callbacks.fedopt import FedAdagrad, FedAdam, FedYogi
 from lightning_fed.callbacks.fedprox import FedProx
+from lightning_fed.callbacks.fedrep import FedRep
 from lightning_fed.callbacks.flower_strategy import FlowerStrategy
 from lightning_fed.callbacks.history import History
 from lightning_fed.callbacks.moon import Moon
@@ -24,6 +26,7 @@ __all__ = [
     "ClientData",
     "ClientMetrics",
     "ClientReport",
+    "Ditto",
     "FaultTolerance",
     "FedAdagrad",
     "FedAdam",
@@ -34,6 +37,7 @@ __all__ = [
     "FedNova",
     "FedPer",
     "FedProx",
+    "FedRep",
     "FedYogi",
     "FederatedCallback",
     "FlowerStrategy",

@@ -127,6 +127,14 @@ class FederatedCallback(Callback):
         of it goes into ``state_dict`` has to wait for ``on_round_end``.
         """
 
+    def second_fit(self, received: Mapping[str, Tensor]) -> Sequence[Callback]:
+        """Return new callbacks for the fit of a second model, which a client keeps and evaluates in place of the other.
+
+        Args:
+            received: The weights that the client was sent.
+        """
+        return []
+
     def on_federation_start(self, trainer: Trainer) -> None:
         """Act once the data is dealt out and the strategy built; the first round is about to start."""
 

@@ -16,7 +16,7 @@ from lightning_fed.client.local.fit import local_evaluate, local_fit
 from lightning_fed.client.local.isolation import weights_of
 from lightning_fed.client.local.run import LocalResult
 from lightning_fed.client.local.work import LocalTask
-from lightning_fed.client.side import ClientSide
+from lightning_fed.client.side import ClientSide, own_in
 from lightning_fed.errors import ClientError
 from lightning_fed.seeding import random_states_kept
 from lightning_fed.state.snapshot import DataSnapshot, Snapshot
@@ -42,15 +42,16 @@ class _Call:
     def task(self, stage: str, message: Message | None = None) -> LocalTask:
         """Return what the client is to do, as its mods left the message."""
         context, instruction = self.context, messages.read_instruction(message or self.message)
+        memory, weights = messages.get_memory(context), extras.merge_integers(instruction.weights, self.integers)
         return LocalTask(
             client=int(context.node_config[messages.CLIENT]),
             round=instruction.round,
             seed=instruction.seed,
-            weights=extras.merge_integers(instruction.weights, self.integers),
+            weights={**weights, **own_in(memory)} if stage == "evaluate" else weights,
             state=messages.get_fit_state(context) if stage == "train" else None,
             callback_states=messages.get_callback_states(context),
             received=self.methods,
-            memory=messages.get_memory(context),
+            memory=memory,
             rounds=instruction.rounds,
         )
 
@@ -176,6 +177,7 @@ def _run(side: ClientSide, stage: str, message: Message, context: Context, call:
         work = side.work(task)
         side.set_up(work)
         result = local_fit(work) if stage == "train" else local_evaluate(work)
+        result.own = side.second_fit(work) if stage == "train" else {}
     if stage == "train":
         messages.set_fit_state(context, result.state)
         messages.set_callback_states(context, result.callback_states)
@@ -203,6 +205,7 @@ def _remember(side: ClientSide, context: Context, task: LocalTask, result: Local
     try:
         own = {name: task.weights[name] for name in staying.personal}
         check_update({name: sent[name] for name in own}, own)
+        check_update(result.own, task.weights if result.own else {})
     except ClientError as error:
         raise ClientError(f"has its own tensors that cannot be used: it {error}", tensor=error.tensor) from None
     messages.set_memory(context, kept)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from lightning_fed.client.local.fit import set_up
+from lightning_fed.client.local.fit import local_fit, set_up
 from lightning_fed.client.local.look_ahead import LookAhead
 from lightning_fed.client.local.method import of_method
 from lightning_fed.client.local.run import LocalResult
@@ -21,6 +22,8 @@ from lightning_fed.values.weights import Weights, read
 
 # The name under which a client's memory has its own weights, beside the names of methods.
 _PERSONAL = "personal"
+# The same of a second model of its own.
+_OWN = "own"
 
 
 class DataSource(Protocol):
@@ -96,6 +99,17 @@ class ClientSide:
             task.weights = {**self.own, **personal_in(task.memory), **task.weights}
         return task
 
+    def second_fit(self, work: LocalWork) -> Weights:
+        """Return the weights of the client's own model after a fit of its own; empty where it has none."""
+        if (callbacks := self.options.second_fit) is None:
+            return {}
+        x, own = self.options.staying.shared(work.task.weights), of_method(work.task.memory, _OWN)
+        task = replace(
+            work.task, weights={**work.task.weights, **own}, state=None, callback_states=None, memory={}, received={}
+        )
+        options = replace(self.options, callbacks=(), method_callbacks=partial(callbacks, x))
+        return local_fit(replace(work, task=task, options=options)).weights
+
     def look_ahead(self, weights: Weights, seed: int) -> None:
         """Look, before the first round, at what ``configure_optimizers`` gives; raises as ``LookAhead.look``."""
         with random_states_kept():
@@ -123,9 +137,14 @@ class ClientSide:
         staying = self.options.staying
         personal = {f"{_PERSONAL}/{name}": result.weights[name] for name in staying.personal}
         result.weights = staying.shared(result.weights)
-        return {**result.memory, **personal}
+        return {**result.memory, **personal, **{f"{_OWN}/{name}": tensor for name, tensor in result.own.items()}}
 
 
 def personal_in(memory: Weights) -> Weights:
-    """Return the client's own weights in what it keeps."""
+    """Return the client's own weights in what it keeps, with which it trains what travels."""
     return of_method(memory, _PERSONAL)
+
+
+def own_in(memory: Weights) -> Weights:
+    """Return the client's own weights in what it keeps, with which it evaluates."""
+    return {**personal_in(memory), **of_method(memory, _OWN)}

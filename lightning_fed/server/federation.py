@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed._compat.known_lightning import is_known, why_slower
 from lightning_fed._compat.lightning import set_train_source, trainer_of
-from lightning_fed.client.side import ClientSide, personal_in
+from lightning_fed.client.side import ClientSide, own_in
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.server.checkpoint import Found, RunState
 from lightning_fed.server.deal import Deal
@@ -157,7 +157,7 @@ class Federation(Callback):
         """See ``FederatedTrainer.personal_module``."""
         if not isinstance(self._state, RunState):
             raise ConfigurationError(f"personal_module({client!r}): there has been no fit with this trainer.")
-        own = personal_in(memory_in(self._state.kept_by(client)))
+        own = own_in(memory_in(self._state.kept_by(client)))
         running = None if self._session is None else self._session.weights_before()
         copied = copy.deepcopy(module, {id(trainer_of(module)): None})
         weights.load(copied, {**(running or weights.read(copied)), **own})

@@ -68,6 +68,10 @@ class Owners:
         """Return which tensors of the module do not travel; raises as ``staying``."""
         return staying(module, [callback.stays for callback in self.callbacks])
 
+    def of_a_second_fit(self) -> list[FederatedCallback]:
+        """Return those that let clients train a model of their own beside the global one; there is one at most."""
+        return trains_a_second(self.callbacks)
+
     def check_cohort(self, clients: int, max_clients: int | None) -> None:
         """Check who takes part in a round.
 
@@ -118,6 +122,11 @@ def local_callbacks(methods: Mapping[str, FederatedCallback]) -> list[Callback]:
     return [callback for name, method in methods.items() for callback in named(name, method.local_callbacks())]
 
 
+def trains_a_second(callbacks: Sequence[FederatedCallback]) -> list[FederatedCallback]:
+    """Return the callbacks that let clients train a model of their own beside the global one."""
+    return [callback for callback in callbacks if is_overridden("second_fit", callback, FederatedCallback)]
+
+
 def of(decision: Decision, callbacks: Sequence[FederatedCallback]) -> list[FederatedCallback]:
     """Return the callbacks that decide one thing; more than one is a fault."""
     return [callback for callback in callbacks if decision in callback.decides]
@@ -130,6 +139,8 @@ def owner_faults(federated: Sequence[FederatedCallback], num_clients: int | None
         names = [type(callback).__name__ for callback in of(decision, federated)]
         if len(names) > 1:
             found.append(f"{' and '.join(names)} both decide the {decision}: keep one of them.")
+    if len(names := [type(callback).__name__ for callback in trains_a_second(federated)]) > 1:
+        found.append(f"{' and '.join(names)} both train a second model of each client: keep one of them.")
     deals = of("partition", federated)
     found += [
         f"{type(one).__name__} decides the partition: derive it from lightning_fed.callbacks.base.PartitionOwner."

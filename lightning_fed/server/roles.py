@@ -61,6 +61,8 @@ class Roles:
         monitors = [callback for callback in callbacks if isinstance(callback, LearningRateMonitor)]
         methods = {**self.owners.training(), **({"learning rates": LearningRates(monitors)} if monitors else {})}
         self._options.method_callbacks = partial(owners.local_callbacks, methods)
+        second = self.owners.of_a_second_fit()
+        self._options.second_fit = second[0].second_fit if second else None
 
     def begin(self, callbacks: Sequence[Callback]) -> None:
         """Begin the server's fit; the list of its callbacks is whole."""

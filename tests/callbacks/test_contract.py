@@ -42,6 +42,8 @@ SIMPLE = {
     "Participation": lambda: callbacks.Participation(everybody),
     "Partition": lambda: callbacks.Partition(2),
     "FedBN": lambda: callbacks.FedBN(),
+    "Ditto": lambda: callbacks.Ditto(),
+    "FedRep": lambda: callbacks.FedRep("net.0"),
     "FedPer": lambda: callbacks.FedPer("net.0"),
     "LGFedAvg": lambda: callbacks.LGFedAvg("net.0"),
     "Personal": lambda: callbacks.Personal("net.0.bias"),
@@ -87,7 +89,8 @@ def run(name: str, quiet, rounds: int = 2) -> FederatedCallback:
     callback = made(name)
     owners = [] if "partition" in callback.decides else [callbacks.Partition(2, val_fraction=0.25)]
     bar = {"enable_progress_bar": isinstance(callback, ProgressBar)}
-    trainer = FederatedTrainer(max_rounds=rounds, callbacks=[*owners, callback], **{**quiet, **bar})
+    how = {**quiet, **bar, "local_epochs": 2 if name == "FedRep" else 1}
+    trainer = FederatedTrainer(max_rounds=rounds, callbacks=[*owners, callback], **how)
     trainer.fit(WithNorm(), None if name == "ClientData" else client_loader(0))
     assert trainer.global_step == rounds
     return callback

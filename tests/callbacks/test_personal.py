@@ -19,11 +19,14 @@ from lightning_fed import FederatedTrainer
 from lightning_fed._compat.flower import server_identity
 from lightning_fed.callbacks import (
     ClientData,
+    Ditto,
     FaultTolerance,
     FedAdam,
     FedBN,
+    FedDyn,
     FedPer,
     FedProx,
+    FedRep,
     History,
     LGFedAvg,
     Personal,
@@ -32,7 +35,7 @@ from lightning_fed.callbacks import (
 )
 from lightning_fed.engines import Engine
 from lightning_fed.engines.in_process import InProcessGrid
-from lightning_fed.errors import ConfigurationError
+from lightning_fed.errors import ConfigurationError, FederationError
 from tests import references
 from tests.callbacks.rounds import (
     COHORTS,
@@ -43,6 +46,7 @@ from tests.callbacks.rounds import (
     Chosen,
     Stops,
     assert_close,
+    batches,
     loaders,
     loss,
     momentum,
@@ -351,3 +355,145 @@ def test_nan_in_a_clients_own_tensors_is_its_failure_and_does_not_stay(way: str)
         )
     state = trainer.personal_module(1).net.state_dict()
     assert torch.equal(state["2.bias"], network(torch.float64).state_dict()["2.bias"])
+
+
+# -------------------------------------------------------------------------------------------------------------- FedRep
+
+
+def head_then_body(net: nn.Module, head: Any) -> tuple[references.Weights, list[references.Weights]]:
+    """Collins et al. 2021, Algorithm 1, with momentum and weight decay: one epoch for the head, one for the body."""
+    net = copy.deepcopy(net)
+    x = {k: v.detach().clone() for k, v in net.state_dict().items()}
+    own, shared = [{k: v for k, v in x.items() if head(k)} for _ in SIZES], {k: v for k, v in x.items() if not head(k)}
+    for cohort in COHORTS:
+        ys = []
+        for i in cohort:
+            net.load_state_dict({**shared, **own[i]})
+            for is_heads in (True, False):
+                part = [p for name, p in net.named_parameters() if head(name) == is_heads]
+                optimizer = momentum(part)  # the other part's momentum has not begun, or does not move it any more
+                for batch in list(loaders()[i]):
+                    net.zero_grad()
+                    loss(net, batch).backward()
+                    optimizer.step()
+            y = {k: v.detach().clone() for k, v in net.state_dict().items()}
+            own[i] = {k: y[k] for k in own[i]}
+            ys.append({k: y[k] for k in shared})
+        shared = references.weighted_mean(ys, [SIZES[i] for i in cohort])
+    return shared, own
+
+
+@pytest.mark.parametrize("way", ["in process", "processes"])
+def test_fedrep_trains_the_head_and_then_the_body(way: str) -> None:
+    net = network(torch.float64)
+    trainer, module = fit(net, FedRep("net.2"), **WAYS.get(way, {}))
+    shared, own = head_then_body(net, lambda name: name.startswith("2."))
+    assert_close({name: module.net.state_dict()[name] for name in shared}, shared)
+    for client, theirs in enumerate(own):
+        state = trainer.personal_module(client).net.state_dict()
+        assert_close({name: state[name] for name in theirs}, theirs)
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_fedrep_says_how_many_local_epochs_it_has() -> None:
+    said = r"FedRep\(head_epochs=5, body_epochs=1\) has 6 local epochs a round, and the run has local_epochs=2"
+    with pytest.raises(ConfigurationError, match=said):
+        fit(network(torch.float64), FedRep("net.2", head_epochs=5))
+    with pytest.raises(ConfigurationError, match="body_epochs=0 must be a whole number, at least 1"):
+        FedRep("net.2", body_epochs=0)
+
+
+def test_fedrep_needs_a_body_that_trains() -> None:
+    net = network(torch.float64)
+    net[0].requires_grad_(False)
+    with pytest.raises(FederationError, match="FedRep: no parameter of the body trains"):
+        fit(net, FedRep("net.2"))
+
+
+def test_with_feddyn_only_what_travels_has_its_terms() -> None:
+    net = network(torch.float64)
+    trainer, module = fit(net, FedDyn(alpha=0.1), Personal("net.2"), optimizer=sgd, rounds=1)
+    shared, own = composed_with_feddyn(net, 0.1)
+    assert_close({name: module.net.state_dict()[name] for name in shared}, shared)
+    for client in COHORTS[0]:
+        state = trainer.personal_module(client).net.state_dict()
+        assert_close({name: state[name] for name in own[client]}, own[client])
+
+
+def composed_with_feddyn(net: nn.Module, alpha: float) -> tuple[references.Weights, dict[int, references.Weights]]:
+    """One round from zero: ``g + alpha (w - x)`` on what travels, plain gradients on the rest."""
+    net = copy.deepcopy(net)
+    x = {k: v.detach().clone() for k, v in net.state_dict().items()}
+    ys, own = [], {}
+    for i in COHORTS[0]:
+        net.load_state_dict(x)
+        for batch in list(loaders()[i]) * EPOCHS:
+            net.zero_grad()
+            loss(net, batch).backward()
+            with torch.no_grad():
+                for k, p in net.named_parameters():
+                    p -= 0.1 * (p.grad if k.startswith("2.") else p.grad + alpha * (p - x[k]))
+        y = {k: v.detach().clone() for k, v in net.state_dict().items()}
+        own[i] = {k: v for k, v in y.items() if k.startswith("2.")}
+        ys.append({k: v for k, v in y.items() if k not in own[i]})
+    return references.weighted_mean(ys, [1.0] * len(ys)), own
+
+
+# --------------------------------------------------------------------------------------------------------------- Ditto
+
+
+@pytest.mark.parametrize("way", ["in process", "processes"])
+def test_ditto_trains_a_second_model_near_the_one_that_came(way: str) -> None:
+    """Li et al. 2021, Algorithm 1: the global model is FedAvg's, and v follows grad F(v) + lam (v - x)."""
+    lam, net = 0.5, network(torch.float64, batch_norm=True)
+    shared, _ = by_the_paper(net, lambda name: False)
+    data, own, x = [list(loader) * EPOCHS for loader in loaders()], {}, copy.deepcopy(net).state_dict()
+    for round, cohort in enumerate(COHORTS):
+        for i in cohort:
+            v = copy.deepcopy(net).train()
+            v.load_state_dict(own.get(i, x))
+            optimizer = momentum(v.parameters())
+            for batch in data[i]:
+                optimizer.zero_grad()
+                loss(v, batch).backward()
+                for name, p in v.named_parameters():
+                    p.grad += lam * (p.detach() - x[name])
+                optimizer.step()
+            own[i] = {name: tensor.clone() for name, tensor in v.state_dict().items()}
+        everything = references.personal_sgd(
+            copy.deepcopy(net), batches()[: round + 1], SIZES, loss, lambda name: False, momentum
+        )
+        x = everything[0][-1]
+    trainer, module = fit(net, Ditto(lam), History(), **WAYS.get(way, {}))
+    assert_close(module.net.state_dict(), shared)
+    for client, theirs in own.items():
+        assert_close(trainer.personal_module(client).net.state_dict(), theirs)
+    losses = 0.0
+    for client in COHORTS[-1]:
+        v = trainer.personal_module(client).eval()
+        with torch.no_grad():
+            losses += sum(float(loss(v.net, batch)) * len(batch[0]) for batch in loaders()[client])
+    assert trainer.callback_metrics["clients/val_loss"].item() == pytest.approx(losses / sum(SIZES), rel=1e-6)
+
+
+def test_ditto_stopped_in_a_round_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    net, stops, saves = network(torch.float64), Stops("on_client_end"), OnExceptionCheckpoint(tmp_path)
+    whole, _ = fit(net, Ditto(), enable_checkpointing=True)
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(net, Ditto(), stops, saves, enable_checkpointing=True)
+    path = str(tmp_path / "on_exception.ckpt")
+    trainer, _ = fit(net, Ditto(), stops, saves, ckpt_path=path, enable_checkpointing=True)
+    for client in range(len(SIZES)):
+        theirs = whole.personal_module(client).net.state_dict()
+        for name, tensor in trainer.personal_module(client).net.state_dict().items():
+            assert torch.equal(tensor, theirs[name])
+
+
+def test_two_second_models_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="Ditto and Ditto both train a second model of each client"):
+        fit(network(torch.float64), Ditto(), Ditto())
+
+
+def test_clients_with_a_second_model_train_one_after_the_other() -> None:
+    with pytest.warns(UserWarning, match="one after the other: each client trains a second model of its own"):
+        fit(network(torch.float64), Ditto(), vectorize_clients=True)

@@ -57,6 +57,7 @@ class LocalResult:
         notes: What is to be said to the user.
         sent: What goes to the server's methods, by ``"method/name"``.
         memory: What it keeps of its methods, likewise.
+        own: The weights of the second model that it keeps.
     """
 
     weights: Weights
@@ -68,6 +69,7 @@ class LocalResult:
     notes: list[str] = field(default_factory=list)
     sent: Weights = field(default_factory=dict)
     memory: Weights = field(default_factory=dict)
+    own: Weights = field(default_factory=dict)
 
 
 class LocalHooks(Callback):

@@ -133,6 +133,8 @@ class Candidate:
             yield "client_state='carry' keeps optimizers apart"
         if options.local_validation:
             yield "local_validation=True"
+        if options.second_fit is not None:
+            yield "each client trains a second model of its own"
 
     def _reasons_of(self, callback: Callback) -> Iterator[str]:
         kind = f"the client callback {type(callback).__name__}"
