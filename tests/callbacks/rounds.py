@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,12 @@ def batches() -> list[list[Any]]:
     """``batches()[round][client]`` for references: all steps of a round, or ``None``."""
     data = [list(loader) * EPOCHS for loader in loaders()]
     return [[data[i] if i in cohort else None for i in range(len(SIZES))] for cohort in COHORTS]
+
+
+def encoded(batch_norm: bool = False) -> nn.Sequential:
+    """The network of all these tests, as an ``encoder`` and a ``head``."""
+    *encoder, head = network(torch.float64, batch_norm)
+    return nn.Sequential(OrderedDict(encoder=nn.Sequential(*encoder), head=head))
 
 
 def loss(net: nn.Module, batch: Any) -> torch.Tensor:

@@ -26,6 +26,7 @@ from tests.callbacks.rounds import (
     assert_equal,
     assert_resumes,
     batches,
+    encoded,
     federated,
     loaders,
     momentum,
@@ -33,15 +34,9 @@ from tests.callbacks.rounds import (
 )
 from tests.helpers import QUIET
 from tests.integration.test_algorithms import Classifier
-from tests.integration.test_algorithms import network as flat
 
 MU, TEMPERATURE = 2.0, 0.3
 OPTIMIZERS = {"SGD": sgd, "momentum": momentum, "Adam": adam}
-
-
-def network(batch_norm: bool = False) -> nn.Sequential:
-    *encoder, head = flat(torch.float64, batch_norm)
-    return nn.Sequential(OrderedDict(encoder=nn.Sequential(*encoder), head=head))
 
 
 def method() -> Moon:
@@ -63,14 +58,14 @@ def by_the_paper(net: Any, optimizer: Any, loss: Any = cross_entropy_of) -> refe
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_three_rounds_are_the_papers_with_any_optimizer(name: str, batch_norm: bool) -> None:
-    net, optimizer = network(batch_norm), OPTIMIZERS[name]
+    net, optimizer = encoded(batch_norm), OPTIMIZERS[name]
     # Adam makes steps of the noise of a bias before a norm.
     how = {"rtol": 1e-3} if batch_norm and name == "Adam" else {}
     assert_close(federated(net, optimizer, method()), by_the_paper(net, optimizer), **how)
 
 
 def test_engines_give_the_same() -> None:
-    net = network(batch_norm=True)
+    net = encoded(batch_norm=True)
     assert_equal(federated(net, momentum, method(), engine="processes"), federated(net, momentum, method()))
 
 
@@ -147,7 +142,7 @@ TRAINERS: dict[str, Any] = {
 
 
 def trained(has_term: bool, trainer: str) -> tuple[Any, L.Trainer]:
-    net, before = network(), network()
+    net, before = encoded(), encoded()
     with torch.no_grad():
         for p in before.parameters():
             p.mul_(-0.7).add_(0.1)
@@ -221,19 +216,19 @@ ERRORS: dict[str, tuple[Any, str, str]] = {
 def test_a_step_that_leaves_no_place_for_the_term_is_refused(what: str) -> None:
     step, name, said = ERRORS[what]
     with pytest.raises(FederationError, match=said):
-        federated(network(), sgd, Moon(representation=name), kind=lambda net, optimizer: Steps(net, optimizer, step))
+        federated(encoded(), sgd, Moon(representation=name), kind=lambda net, optimizer: Steps(net, optimizer, step))
 
 
 def test_features_of_no_gradient_do_not_count() -> None:
     kind = [
         lambda net, optimizer, step=step: Steps(net, optimizer, step) for step in (once_and_as_a_target, cross_entropy)
     ]
-    one, other = (federated(network(), sgd, method(), kind=each) for each in kind)
+    one, other = (federated(encoded(), sgd, method(), kind=each) for each in kind)
     assert_equal(one, other)
 
 
 def test_frozen_features_are_refused() -> None:
-    net = network()
+    net = encoded()
     net.encoder.requires_grad_(False)
     with pytest.raises(FederationError, match=r"calls 'net.encoder', of which nothing trains"):
         federated(net, sgd, method())
@@ -241,7 +236,7 @@ def test_frozen_features_are_refused() -> None:
 
 def test_a_representation_that_is_the_clients_own_is_refused() -> None:
     with pytest.raises(FederationError, match=r"client 0 has 'net.encoder' for its own: there are no features"):
-        federated(network(), sgd, LGFedAvg("net.encoder"), method())
+        federated(encoded(), sgd, LGFedAvg("net.encoder"), method())
 
 
 class ByHandSteps(Classifier):
@@ -253,13 +248,13 @@ class ByHandSteps(Classifier):
 def test_what_can_be_known_before_the_first_round_is_said_then() -> None:
     said = r"Moon\(representation='net.encodr'\): Classifier has no such submodule; it has 'net.encoder',"
     with pytest.raises(ConfigurationError, match=said):
-        federated(network(), sgd, Moon(representation="net.encodr"))
+        federated(encoded(), sgd, Moon(representation="net.encodr"))
     with pytest.raises(ConfigurationError, match=r"Moon\(representation='backbone'\): Classifier has no .* has 'net'"):
-        federated(network(), sgd, Moon(representation="backbone"))
+        federated(encoded(), sgd, Moon(representation="backbone"))
     with pytest.raises(ConfigurationError, match=r"Moon: ByHandSteps optimizes manually, and which of its backward"):
-        federated(network(), sgd, method(), kind=ByHandSteps)
+        federated(encoded(), sgd, method(), kind=ByHandSteps)
     with pytest.raises(ConfigurationError, match=r"the client callback ContrastiveTerm writes on_train_batch_start"):
-        federated(network(), sgd, method(), vectorize_clients="require")
+        federated(encoded(), sgd, method(), vectorize_clients="require")
     with pytest.raises(ConfigurationError, match=r"Moon: mu=-1 must be >= 0; temperature=0 must be > 0"):
         Moon(-1, 0)
 
@@ -268,7 +263,7 @@ def test_the_module_is_let_go_where_a_step_fails() -> None:
     def fails(net: Any, batch: Any) -> torch.Tensor:
         raise ValueError("no")
 
-    module = Steps(network(), sgd, fails)
+    module = Steps(encoded(), sgd, fails)
     trainer = FederatedTrainer(max_rounds=1, callbacks=[ClientData(loaders()), method()], **QUIET)
     with pytest.raises(ClientError, match="raised ValueError: no"):
         trainer.fit(module)
@@ -277,7 +272,7 @@ def test_the_module_is_let_go_where_a_step_fails() -> None:
 
 
 def test_with_fedprox() -> None:
-    net, mu = network(), 0.5
+    net, mu = encoded(), 0.5
 
     class Proximal(torch.optim.SGD):
         def __init__(self, parameters: Any) -> None:
