@@ -28,6 +28,8 @@ EXAMPLES = {
     ),
     "label_shards": (True, r"test accuracy 0\.\d{4}\n", ["label_shards.png", "label_shards_partition.png"]),
     "label_skew": (False, r"\n0\.1 .* points +0\.\d{3}\n", ["label_skew.png"]),
+    "personalization": (True, r"Ditto +0\.\d{4} +0\.\d{4} +\d\.\d{4}\n", ["personalization.png"]),
+    "drift": (True, r"FedDyn +0\.\d{4} +0\.\d{4}\n", ["drift.png"]),
     "regression": (False, r"one function .* \d+\.\d\d -> \d+\.\d\d\n", ["regression.png"]),
     "bring_your_own_strategy": (False, r"Krum, attacked +test accuracy 0\.\d{3}\n", ["bring_your_own_strategy.png"]),
 }

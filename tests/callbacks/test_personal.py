@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message
-from flwr.clientapp import ClientApp
+from flwr.app import ArrayRecord
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch import nn
 
 from lightning_fed import FederatedTrainer
-from lightning_fed._compat.flower import server_identity
 from lightning_fed.callbacks import (
     ClientData,
     Ditto,
@@ -33,10 +30,9 @@ from lightning_fed.callbacks import (
     Scaffold,
     TrainableOnly,
 )
-from lightning_fed.engines import Engine
-from lightning_fed.engines.in_process import InProcessGrid
 from lightning_fed.errors import ConfigurationError, FederationError
 from tests import references
+from tests.callbacks.listening import Listens
 from tests.callbacks.rounds import (
     COHORTS,
     EPOCHS,
@@ -120,37 +116,6 @@ def test_clients_evaluate_with_their_own() -> None:
             for batch in loaders()[client]:
                 losses, total = losses + float(loss(module.net, batch)) * len(batch[0]), total + len(batch[0])
     assert trainer.callback_metrics["clients/val_loss"].item() == pytest.approx(losses / total, rel=1e-6)
-
-
-class Listens(Engine):
-    """Keeps all bytes that go from client to server, and back."""
-
-    name = "listens"
-
-    def __init__(self) -> None:
-        self.heard: list[tuple[Message, bytes]] = []
-
-    def run(self, main: Any, client_app: ClientApp, num_clients: Any) -> Any:
-        grid = _Listening(client_app, num_clients)
-        grid.heard = self.heard
-        with server_identity(grid.run.run_id):
-            return main(grid)
-
-
-class _Listening(InProcessGrid):
-    heard: list[tuple[Message, bytes]]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        messages = list(messages)
-        for message in messages:
-            self._hear(message)
-        for reply in super().send_and_receive(messages):
-            self._hear(reply)
-            yield reply
-
-    def _hear(self, message: Message) -> None:
-        records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
-        self.heard.append((message, b"".join(array.data for record in records for array in record.values())))
 
 
 def test_no_message_holds_a_personal_tensor() -> None:

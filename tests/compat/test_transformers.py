@@ -20,7 +20,8 @@ from peft import (
 )
 from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel, get_linear_schedule_with_warmup
 
-from lightning_fed.callbacks import FedAdam, Partition
+from lightning_fed.callbacks import FedAdam, Partition, TrainableOnly
+from tests.callbacks.listening import Listens
 from tests.compat.runs import (
     CLIENTS,
     ENGINES,
@@ -174,3 +175,23 @@ def test_names_that_differ_from_the_parameters_do_not_change_the_method(tmp_path
         run(adapter.build, tmp_path / "adapter", *adapter.callbacks()),
         run(whole.build, tmp_path / "whole", *whole.callbacks()),
     )
+
+
+def test_of_lora_only_the_adapters_are_sent(expected: Outcome, case: Case, tmp_path: Path) -> None:
+    """And the run is the one in which all weights travel, bit for bit."""
+    if case.module is not Writer:
+        pytest.skip("its state dict is the adapter alone")
+    listens = Listens()
+    found = run(case.build, tmp_path, *case.callbacks(), TrainableOnly(), engine=listens)
+    for name, tensor in expected.state.items():
+        assert torch.equal(found.state[name], tensor)
+    module = Writer()
+    adapters = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert adapters
+    assert all("lora" in name for name in adapters)
+    assert len(listens.heard) > 2 * CLIENTS * ROUNDS
+    assert {name for message, _ in listens.heard for name in message.content.get("arrays", {})} == adapters
+    base = module.model.base_model.model.transformer.wte.weight.detach().numpy().tobytes()
+    assert not [message for message, data in listens.heard if base[:64] in data]
+    size = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    assert [row["bytes/up"] for row in found.rows] == [CLIENTS * size] * ROUNDS
