@@ -78,6 +78,7 @@ class ContrastiveTerm(LocalMethod):
         self.mu, self.temperature, self.representation = mu, temperature, representation
         self._handle: RemovableHandle | None = None
         self._round: dict[str, Tensor] = {}
+        self._trained: list[nn.Parameter] = []
         self._gradient: Tensor | None = None
         self._scale: float | None = None
         self._is_step = False
@@ -94,6 +95,9 @@ class ContrastiveTerm(LocalMethod):
                 f"has {self.representation!r} for its own: there are no features of the round's weights, from which"
                 " Moon's term keeps it near. Name a representation that is shared, or leave Moon out."
             )
+        self._trained = list(encoder.parameters())
+        if not self._trains():
+            raise ClientError(f"has nothing to train in {self.representation!r}: Moon's term would change nothing.")
         self._round = tensors_of(encoder)
         self._handle = encoder.register_forward_hook(self._hear, with_kwargs=True)
 
@@ -103,6 +107,8 @@ class ContrastiveTerm(LocalMethod):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the term's gradient join that of the loss, scaled as that is."""
+        if not self._trains():
+            return
         if self._gradient is None:
             raise ClientError(
                 f"has a training_step that does not call {self.representation!r} as a module, `self."
@@ -134,10 +140,15 @@ class ContrastiveTerm(LocalMethod):
     def _release(self) -> None:
         if self._handle is not None:
             self._handle.remove()
-        self._handle, self._round, self._gradient, self._is_step = None, {}, None, False
+        self._handle, self._round, self._trained = None, {}, []
+        self._gradient, self._is_step = None, False
+
+    def _trains(self) -> bool:
+        """Return whether the representation trains now; in an epoch that trains a head alone it does not."""
+        return any(p.requires_grad for p in self._trained)
 
     def _hear(self, encoder: nn.Module, args: Any, kwargs: dict[str, Any], features: Any) -> None:
-        if not self._is_step or not torch.is_grad_enabled():
+        if not self._is_step or not torch.is_grad_enabled() or not self._trains():
             return
         self._check(args, kwargs, features)
         with torch.no_grad(), evaluating(encoder):
@@ -160,7 +171,7 @@ class ContrastiveTerm(LocalMethod):
             what = f"shape {tuple(features.shape)}, {features.dtype}" if isinstance(features, Tensor) else what
             raise ClientError(f"{said}, which gives {what}: Moon wants floating features, (batch, ...).")
         if not features.requires_grad:
-            raise ClientError(f"{said}, of which nothing trains: Moon's term would change nothing.")
+            raise ClientError(f"{said}, whose features have no gradient: Moon's term would change nothing.")
 
     def _gradient_of(self, features: Tensor, others: Sequence[Tensor]) -> Tensor:
         with torch.enable_grad():

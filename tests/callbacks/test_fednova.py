@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import ClientData, FedAvg, FedNova, FedPer, FedProx, LocalMethod
+from lightning_fed.callbacks import ClientData, FedAvg, FedNova, FedPer, FedProx, FedRep, LocalMethod
 from lightning_fed.errors import ConfigurationError, FederationError
 from tests import references
 from tests.callbacks.rounds import (
@@ -94,7 +94,7 @@ def line(optimizer: Any, *methods: Any, steps: tuple[int, ...] = (2, 5, 9), sche
     data = [DataLoader(TensorDataset(torch.zeros(n, 1)), batch_size=1) for n in steps]
     module = Line(optimizer, schedule)
     FederatedTrainer(max_rounds=1, callbacks=[ClientData(data), *methods, FedNova()], **how, **QUIET).fit(module)
-    return float(module.w) - 3
+    return float(module.w.detach()) - 3
 
 
 SGDS = {
@@ -166,6 +166,29 @@ def test_a_personal_head_is_left_out() -> None:
     net, how = network(torch.float64), {"limit_train_batches": 2}
     one, other = (federated(net, momentum, FedPer("net.2"), mean(), **how) for mean in (FedNova, FedAvg))
     assert_equal(one, other)
+
+
+def test_steps_that_train_a_personal_head_alone_do_not_count() -> None:
+    """All gradients are 1: of what travels each client goes as far as its steps of the second epoch."""
+
+    class WithHead(Line):
+        def __init__(self) -> None:
+            super().__init__(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+            self.head = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return (self.w + self.head).sum()
+
+        def configure_optimizers(self) -> Any:
+            return self.optimizer(self.parameters())
+
+    module, steps = WithHead(), (2, 5, 9)
+    data = [DataLoader(TensorDataset(torch.zeros(n, 1)), batch_size=1) for n in steps]
+    callbacks = [ClientData(data), FedRep("head"), FedNova()]
+    FederatedTrainer(max_rounds=1, local_epochs=2, callbacks=callbacks, **QUIET).fit(module)
+    lengths = [0.1 * references.fednova_normalizer(n, 0.1, 0.9, 0.0) for n in steps]
+    expected = sum(n / 16 * length for n, length in zip(steps, lengths, strict=True))
+    assert 3 - float(module.w.detach()) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("hook", HOOKS)

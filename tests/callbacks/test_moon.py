@@ -14,7 +14,7 @@ from lightning.pytorch.plugins import Precision
 from torch import nn
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import ClientData, FedProx, LGFedAvg, Moon
+from lightning_fed.callbacks import ClientData, FedProx, FedRep, LGFedAvg, Moon
 from lightning_fed.callbacks.moon import ContrastiveTerm, tensors_of
 from lightning_fed.errors import ClientError, ConfigurationError, FederationError
 from tests import references
@@ -230,8 +230,19 @@ def test_features_of_no_gradient_do_not_count() -> None:
 def test_frozen_features_are_refused() -> None:
     net = encoded()
     net.encoder.requires_grad_(False)
-    with pytest.raises(FederationError, match=r"calls 'net.encoder', of which nothing trains"):
+    with pytest.raises(
+        FederationError, match=r"has nothing to train in 'net.encoder': Moon's term would change nothing"
+    ):
         federated(net, sgd, method())
+
+
+def test_while_a_personal_head_trains_alone_there_is_no_term() -> None:
+    """Of the two local epochs the first is without the term, and has no part in what the second does to the body."""
+    net = encoded()
+    with_term = federated(net, sgd, FedRep("net.head"), method())
+    without = federated(net, sgd, FedRep("net.head"))
+    assert torch.equal(with_term["head.weight"], without["head.weight"])  # as it was: clients have their own
+    assert not torch.allclose(with_term["encoder.0.weight"], without["encoder.0.weight"], rtol=1e-3)
 
 
 def test_a_representation_that_is_the_clients_own_is_refused() -> None:
