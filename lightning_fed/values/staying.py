@@ -64,7 +64,8 @@ def named_by(
     for pattern in patterns:
         found = {name for name in state if any(fnmatchcase(path, pattern) for path in _paths(name))}
         if not found:
-            raise ConfigurationError(f"{who}: {pattern!r} names nothing of the module. {_near(pattern, state, layers)}")
+            kind = f" ({type(layers[pattern]).__name__} has no tensors)" if pattern in layers else ""
+            raise ConfigurationError(f"{who}: {pattern!r} names nothing of the module{kind}. {_near(pattern, state)}")
         names |= found
     if types:
         own = [layer for layer in layers.values() if isinstance(layer, types)]
@@ -88,8 +89,8 @@ def _paths(name: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
-def _near(pattern: str, state: Iterable[str], layers: Iterable[str]) -> str:
-    paths = list(dict.fromkeys([*(path for path in layers if path), *state]))
+def _near(pattern: str, state: Iterable[str]) -> str:
+    paths = list(dict.fromkeys(path for name in state for path in _paths(name)))
     near = get_close_matches(pattern, paths, n=5, cutoff=0.5) or paths[:10]
     return f"It has {', '.join(map(repr, near))}{', ...' if len(paths) > len(near) else ''}."
 

@@ -239,6 +239,10 @@ ERRORS: dict[str, tuple[Any, str]] = {
         r"Personal\('ned.2'\): 'ned.2' names nothing of the module. It has 'net.2', ",
     ),
     "not a prefix": (lambda: Personal("net.2", "net.2.w"), r"'net.2.w' names nothing of the module"),
+    "a layer without tensors": (
+        lambda: Personal("net.1"),
+        r"'net.1' names nothing of the module \(Tanh has no tensors\). It has 'net.2', ",
+    ),
     "no such layer": (lambda: Personal(modules=nn.LSTM), r"no layer is a LSTM. There are .*Linear"),
     "no normalization": (FedBN, "FedBN.*: no layer is a BatchNorm1d or .*SyncBatchNorm. There are Linear, "),
     "all of it": (lambda: Personal("net"), "Nothing of Personalized travels: 4 of its 4 tensors are personal"),

@@ -13,7 +13,7 @@ from flwr.app import Message
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_fed import ConfigurationError, FederatedTrainer
-from lightning_fed.callbacks import ClientData, FaultTolerance, FedAdam, FederatedCallback
+from lightning_fed.callbacks import ClientData, FaultTolerance, FedAdam, FederatedCallback, Personal, Scaffold
 from lightning_fed.errors import ClientError
 from lightning_fed.site.resident import Site
 from lightning_fed.site.states import StateFolder
@@ -30,10 +30,13 @@ WAYS = {
     "reset": {"client_state": "reset"},
     "carry": {"client_state": "carry"},
     "what callbacks keep": {"client_state": "reset", "client_callbacks": True},
+    "what methods keep": {"client_state": "reset", "methods": True},
 }
 
 
-def trainer(engine: Any, folder: Path, *callbacks: Any, client_callbacks: bool = False, **options: Any) -> Any:
+def trainer(
+    engine: Any, folder: Path, *callbacks: Any, client_callbacks: bool = False, methods: bool = False, **options: Any
+) -> Any:
     return FederatedTrainer(
         max_rounds=ROUNDS,
         engine=engine,
@@ -41,6 +44,7 @@ def trainer(engine: Any, folder: Path, *callbacks: Any, client_callbacks: bool =
         callbacks=[
             ClientData(data, num_clients=CLIENTS),
             FedAdam(),
+            *([Scaffold(), Personal("net.4")] if methods else []),
             ModelCheckpoint(folder, filename="{epoch}", save_last=True, save_top_k=-1),
             *callbacks,
         ],
@@ -98,7 +102,9 @@ class Kill(FederatedCallback):
 
 def result(fit: Any, model: Any) -> Any:
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return weights, {name: value.item() for name, value in fit.callback_metrics.items()}
+    # Through the link in memory bfloat16 goes in NumPy's form, which is twice as wide.
+    metrics = {name: value.item() for name, value in fit.callback_metrics.items() if not name.startswith("bytes/")}
+    return weights, metrics
 
 
 def run(engine: Any, folder: Path, *callbacks: Any, ckpt_path: Any = None, **options: Any) -> Any:
