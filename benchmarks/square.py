@@ -101,7 +101,8 @@ def site(address: str, client: int, width: int) -> None:
 
 def server(address: str, width: int, rounds: int, ends: str, pids: Mapping[str, int]) -> None:
     clock = Clock(Path(ends), pids)
-    fit = trainer(max_rounds=rounds, engine=SuperLink(address, insecure=True), callbacks=[clock])
+    engine, as_sites_have = SuperLink(address, insecure=True), [Steps(Path("steps.jsonl"))]
+    fit = trainer(max_rounds=rounds, engine=engine, callbacks=[clock], client_callbacks=as_sites_have)
     fit.fit(module(width))
 
 

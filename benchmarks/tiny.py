@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from benchmarks import hostile
 from lightning_fed.callbacks import FaultTolerance, FederatedCallback
 from lightning_fed.engines import SuperLink
 from lightning_fed.wire import messages
-from tests.deployment.federation import data, module, trainer
+from tests.deployment.federation import Net, data, module, trainer
 
 EVALUATE = 10  # clients evaluate after every tenth round
 
@@ -48,14 +47,15 @@ class Notes(FederatedCallback):
         self._note("end", round)
 
 
-class Hangs(Callback):
+class Hangs(Net):
     """A client that does nothing for a while in some rounds."""
 
     def __init__(self, rounds: Sequence[int], seconds: float) -> None:
-        self.rounds, self.seconds = rounds, seconds
+        super().__init__()
+        self.hangs_in, self.seconds = rounds, seconds
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_round in self.rounds:
+    def on_train_epoch_start(self) -> None:
+        if self.trainer.current_round in self.hangs_in:
             time.sleep(self.seconds)
 
 
@@ -115,14 +115,13 @@ def site(
     **kwargs: Any,
 ) -> None:
     """Join; when the file ``wait`` is there, with pauses as in ``Hangs``, and as a site of ``hostile.py``."""
-    client_callbacks = [Hangs(**hangs)] if hangs else None
-    here = trainer("in_process", rounds, clients=clients, default_root_dir=root, client_callbacks=client_callbacks)
+    here = trainer("in_process", rounds, clients=clients, default_root_dir=root)
     train, val = data(client)
     if sends:
         hostile.become(**sends)
     while wait and not Path(wait).exists():
         time.sleep(0.05)
-    here.join(address, module(), train, val, client=client, **kwargs)
+    here.join(address, Hangs(**hangs) if hangs else module(), train, val, client=client, **kwargs)
 
 
 def alone(root: str, rounds: int, clients: int, failed: Sequence[Sequence[int]], refused: bool) -> None:

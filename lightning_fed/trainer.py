@@ -252,7 +252,8 @@ class FederatedTrainer(ServerTrainer):
         self._roles.move(given)
         self._roles.adopt([*self.callbacks, *given])
         side = task.side
-        side.mods, task.deal.owner = self.owners.mods(), self.owners.partition
+        task.deal.owner = self.owners.partition
+        side.mods, side.methods = self.owners.mods(), list(self.owners.training().values())
         side.is_set_up, side.dispatcher, side.staying_of = False, None, self.owners.staying
         return side
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 from lightning_fed.client.local.fit import local_fit, set_up
 from lightning_fed.client.local.look_ahead import LookAhead
@@ -46,6 +46,7 @@ class ClientSide:
         data: ``data(client, round)`` gives a client's loaders.
         datamodule: The server's datamodule, or ``None``.
         mods: Flower client mods by stage, outermost first.
+        methods: The federated callbacks that have a part in local training.
         is_set_up: Whether the module has been set up in this process.
         dispatcher: Trains several clients as one stacked model, or ``None``.
         is_stale: Why this process' copies are not as the server's are; empty if they are.
@@ -58,6 +59,7 @@ class ClientSide:
     data: DataSource
     datamodule: LightningDataModule | None = None
     mods: dict[str, Sequence[Callable[..., Any]]] = field(default_factory=dict)
+    methods: Sequence[Callback] = ()
     is_set_up: bool = False
     dispatcher: Dispatcher | None = None
     is_stale: str = ""

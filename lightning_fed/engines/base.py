@@ -9,10 +9,8 @@ from typing import TypeVar
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from torch import nn
 
 from lightning_fed._compat.flower import Run
-from lightning_fed.values.staying import Staying
 
 T = TypeVar("T")
 
@@ -31,14 +29,11 @@ class ClientGrid(Grid):
     def __init__(self, run: Run, num_clients: Callable[[], int]) -> None:
         self._run, self._count = run, num_clients
 
-    def gather(self, module: nn.Module, seed: int, staying: Staying, rounds: int) -> None:
+    def gather(self, question: Callable[[], RecordDict]) -> None:
         """Wait until the clients are there, where they come from elsewhere.
 
         Args:
-            module: The server's, set up: theirs must be like it.
-            seed: The run's seed.
-            staying: Which of its tensors do not travel.
-            rounds: The rounds of the run, or -1 for no limit.
+            question: Makes what each is asked: who it is, and whether it is set up as the server is.
         """
 
     @property

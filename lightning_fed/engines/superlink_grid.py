@@ -15,7 +15,6 @@ from typing import TypeVar
 
 from flwr.app import Message, RecordDict
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
 
 from lightning_fed._compat.flower_address import LinkLost, LinkRefuses
 from lightning_fed._compat.flower_server import ServedRun
@@ -23,8 +22,6 @@ from lightning_fed.engines.base import ClientGrid
 from lightning_fed.engines.members import Members
 from lightning_fed.engines.superlink_work import SiteDelivery, Work
 from lightning_fed.errors import ConfigurationError, FederationError
-from lightning_fed.values.module_form import form_of
-from lightning_fed.values.staying import Staying
 from lightning_fed.wire import roll_call
 
 T = TypeVar("T")
@@ -82,17 +79,16 @@ class SuperLinkGrid(ClientGrid):
             self._members = Members(self.served, self.num_clients, roll_call.question({}, 0))
         return self._members
 
-    def gather(self, module: nn.Module, seed: int, staying: Staying, rounds: int) -> None:
+    def gather(self, question: Callable[[], RecordDict]) -> None:
         """See ``ClientGrid``.
 
         Raises:
-            ConfigurationError: If too few come in time, or one has another module.
+            ConfigurationError: If too few come in time, or one is set up otherwise.
         """
         total, least = self.num_clients, self._least or self.num_clients
         if least > total:
             raise ConfigurationError(f"SuperLink(min_clients={least}): there are {total} clients.")
-        question = roll_call.question(form_of(module, staying), seed, rounds)
-        self._members = Members(self.served, total, question)
+        self._members = Members(self.served, total, question())
         self.patiently(lambda: self.members.wait(least, self.patience.connect))
 
     def begin_round(self) -> None:

@@ -102,7 +102,8 @@ class Federation(Callback):
         """Take the list of callbacks, which the module's own have joined."""
         if self._given is not None:  # else it is not our fit, but a validation or test
             trainer.adopt_callbacks()
-            self._given.deal.owner, self._given.side.mods = self.owners.partition, self.owners.mods()
+            side, self._given.deal.owner = self._given.side, self.owners.partition
+            side.mods, side.methods = self.owners.mods(), list(self.owners.training().values())
 
     def on_load_checkpoint(self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note how the script sets up a run that is resumed, before callbacks load what the checkpoint holds."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch import Callback, LightningModule
@@ -14,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fed.callbacks.base import CohortOwner, FailureOwner, FederatedCallback
 from lightning_fed.client.local.work import LocalOptions
-from lightning_fed.wire.fingerprint import describe
+from lightning_fed.wire.fingerprint import arguments_in, describe
 
 Arguments = dict[str, str]
 
@@ -119,10 +117,7 @@ def arguments_of(callbacks: Sequence[Callback]) -> dict[str, Arguments]:
 
 def _arguments_of(callback: Callback) -> Arguments:
     """Return those that a callback keeps under their names."""
-    attributes: dict[str, Any] = vars(callback)
-    names = inspect.signature(type(callback).__init__).parameters
-    kept = {name: name if name in attributes else f"_{name}" for name in names}
-    found = {name: attributes[attribute] for name, attribute in kept.items() if attribute in attributes}
+    found = arguments_in(callback)
     return {name: describe(value) for name, value in found.items() if not isinstance(value, Strategy)}
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed.callbacks.base import CLIENT_METRICS
 from lightning_fed.client.local.work import LocalTask
+from lightning_fed.client.setup import setup_of
 from lightning_fed.client.side import ClientSide
 from lightning_fed.engines.base import ClientGrid, LocalGrid
 from lightning_fed.errors import ConfigurationError
@@ -29,6 +31,8 @@ from lightning_fed.server.script import Script, arguments_of
 from lightning_fed.server.summary import summary, what_travels, where_results_go
 from lightning_fed.strategies.client_part import require_client_part
 from lightning_fed.values import weights
+from lightning_fed.values.module_form import form_of
+from lightning_fed.wire import roll_call
 
 if TYPE_CHECKING:
     from lightning_fed.server.trainer import ServerTrainer
@@ -158,7 +162,7 @@ class Session:
     def _roster_of(self, grid: Grid) -> Roster:
         """Return who is behind a grid, once they are there."""
         if isinstance(grid, ClientGrid):
-            grid.gather(self._module, self._settings.seed, self.staying, self._side.options.rounds)
+            grid.gather(self._question)
             return grid
         if hasattr(grid, "client_states"):
             raise ConfigurationError(
@@ -170,6 +174,13 @@ class Session:
         rank_zero_info(where_results_go(self._trainer))
         owners = self._owners
         return RollCall(grid, self._settings.timeout, owners.least_clients(), owners.known_clients())
+
+    def _question(self) -> RecordDict:
+        """Return what a client from elsewhere is asked: whether it is set up as the server is."""
+        side = self._side
+        setup = setup_of(side.options, side.methods, side.mods, side.options.rounds)
+        form = form_of(self._module, self.staying)
+        return roll_call.question(form, self._settings.seed, side.options.rounds, setup)
 
     @staticmethod
     def script_of(side: ClientSide, owners: Owners, trainer: ServerTrainer) -> Script:

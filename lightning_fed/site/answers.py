@@ -8,9 +8,7 @@ from typing import Any
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from lightning_fed.errors import ClientError
 from lightning_fed.site.states import StateFolder
-from lightning_fed.values.module_form import Form, difference
 from lightning_fed.wire import messages, packing, roll_call
 
 
@@ -19,13 +17,13 @@ class Answers:
 
     Args:
         app: What the client runs.
-        form: ``form(told)`` tells the form of its module, which is set up for that.
+        compare: Raises if the site is set up otherwise than a question says.
         client: The client.
         states: What it keeps.
     """
 
-    def __init__(self, app: ClientApp, form: Callable[[messages.Told], Form], client: int, states: StateFolder) -> None:
-        self._app, self._form, self._client, self._states = app, form, client, states
+    def __init__(self, app: ClientApp, compare: Callable[[Message], None], client: int, states: StateFolder) -> None:
+        self._app, self._compare, self._client, self._states = app, compare, client, states
         self._last: tuple[roll_call.WorkMarks, RecordDict] | None = None  # the last work and its reply
 
     def to(self, message: Message, node_id: int) -> Message:
@@ -38,7 +36,7 @@ class Answers:
     def _made(self, message: Message, node_id: int) -> Message:
         packing.unpack_content(message.content)
         if message.metadata.message_type == MessageType.QUERY:
-            self._require_same_form(message)
+            self._compare(message)
         kept = roll_call.take_kept(message.content)
         if kept is not None and self._last is not None and kept == self._last[0]:
             # The server does not know whether the SuperLink, which was away, has lost the reply.
@@ -54,13 +52,3 @@ class Answers:
             roll_call.say_kept(reply.content)
         self._last = None if kept is None else (kept, reply.content)
         return reply
-
-    def _require_same_form(self, message: Message) -> None:
-        server = roll_call.take_form(message.content)
-        if not server:
-            return
-        if differs := difference(server, self._form(messages.read_told(message))):
-            raise ClientError(
-                f"client {self._client} has another module than the server: {differs}. Both have to build the"
-                " same module, with the same pretrained weights where some are not trained."
-            )

@@ -8,15 +8,12 @@ from typing import TypedDict
 
 from lightning_fed._compat.flower_node import Key, read_key
 from lightning_fed.client.app import build_client_app
-from lightning_fed.client.local.work import LocalTask
 from lightning_fed.client.side import ClientSide
 from lightning_fed.errors import ConfigurationError
-from lightning_fed.seeding import random_states_kept
+from lightning_fed.site.likeness import Likeness
 from lightning_fed.site.resident import Membership, Site
 from lightning_fed.site.states import StateFolder
-from lightning_fed.values.module_form import Form, form_of
 from lightning_fed.wire.address import Where, read_file
-from lightning_fed.wire.messages import Told
 
 File = str | os.PathLike[str]
 
@@ -60,14 +57,9 @@ def join(
     if not isinstance(client, int) or client < 0:
         raise ConfigurationError(f"join(client={client!r}): write this client's number, from 0.")
 
-    def form(told: Told) -> Form:
-        with random_states_kept():
-            side.set_up(side.work(LocalTask(client, 1, told.seed, {}, rounds=told.rounds)))
-        return form_of(side.module, side.options.staying)
-
     folder = Path(state_dir or Path(side.options.trainer["default_root_dir"]) / f"client-{client}")
     member = Membership(where, client, None if private_key is None else _key(private_key), lease)
-    Site(build_client_app(side), form, member, StateFolder(folder, client)).serve()
+    Site(build_client_app(side), Likeness(side, client).require, member, StateFolder(folder, client)).serve()
 
 
 def _key(path: File) -> Key:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import MessageType
+from flwr.app import Message, MessageType
 from flwr.clientapp import ClientApp
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -29,7 +29,6 @@ from lightning_fed.errors import ClientError, ConfigurationError, FederationErro
 from lightning_fed.site.answers import Answers
 from lightning_fed.site.states import StateFolder
 from lightning_fed.tracebacks import one_line, words
-from lightning_fed.values.module_form import Form
 from lightning_fed.wire import messages, packing, roll_call
 from lightning_fed.wire.address import WAYS_TO_TRUST
 
@@ -59,16 +58,16 @@ class Site:
 
     Args:
         app: What it runs.
-        form: ``form(told)`` tells the form of its module, which is set up for that.
+        compare: Raises if the site is set up otherwise than a question says.
         member: Who it is.
         states: What it keeps.
     """
 
     def __init__(
-        self, app: ClientApp, form: Callable[[messages.Told], Form], member: Membership, states: StateFolder
+        self, app: ClientApp, compare: Callable[[Message], None], member: Membership, states: StateFolder
     ) -> None:
         self._member, self._states = member, states
-        self._answers = Answers(app, form, member.client, states)
+        self._answers = Answers(app, compare, member.client, states)
         self._has_joined = False
 
     def serve(self) -> None:

@@ -51,6 +51,14 @@ def describe(value: Any) -> str:
     return _short(f"{type(value).__name__}({', '.join(f'{name}={v!r}' for name, v in sorted(inner.items()))})")
 
 
+def arguments_in(made: object) -> dict[str, Any]:
+    """Return the arguments of its ``__init__`` that an object keeps under their names, maybe with a ``_`` before."""
+    attributes = vars(made)
+    names = inspect.signature(type(made).__init__).parameters
+    kept = {name: name if name in attributes else f"_{name}" for name in names}
+    return {name: attributes[attribute] for name, attribute in kept.items() if attribute in attributes}
+
+
 def _is_simple(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str))
 

@@ -17,7 +17,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from lightning_fed._compat.flower_address import LinkLost
 from lightning_fed.wire import messages
 
-_FORM, KEPT = "lightning-fed.module", "lightning-fed.kept"
+_FORM, _SETUP, KEPT = "lightning-fed.module", "lightning-fed.setup", "lightning-fed.kept"
 _MARK = re.compile(r"([0-9a-f]{16})-(\d{1,9})-(train|evaluate)")
 
 
@@ -77,21 +77,37 @@ class WorkMarks:
     mark: str
 
 
-def question(form: Mapping[str, str], seed: int, rounds: int = -1) -> RecordDict:
-    """Ask a site which client it is, and whether its module is of the server's form.
+def question(
+    form: Mapping[str, str], seed: int, rounds: int = -1, setup: Mapping[str, str] | None = None
+) -> RecordDict:
+    """Ask a site which client it is, and whether it is set up as the server is.
 
     Args:
         form: Of the server's module.
         seed: The run's seed.
         rounds: The rounds of the run, or -1 for no limit.
+        setup: What the server's script says of clients' training.
     """
-    lines = ConfigRecord({"names": list(form), "forms": list(form.values())})
-    return RecordDict({messages.CONFIG: messages.round_config(0, seed, rounds), _FORM: lines})
+    config = messages.round_config(0, seed, rounds)
+    return RecordDict({messages.CONFIG: config, _FORM: _lines(form), _SETUP: _lines(setup or {})})
 
 
 def take_form(content: RecordDict) -> dict[str, str] | None:
     """Take the form of the server's module off a question; ``None`` where it has none."""
-    record = content.pop(_FORM, None)
+    return _take_lines(content, _FORM)
+
+
+def take_setup(content: RecordDict) -> dict[str, str] | None:
+    """Take off what the server's script says of clients' training; ``None`` where a question has nothing of it."""
+    return _take_lines(content, _SETUP)
+
+
+def _lines(texts: Mapping[str, str]) -> ConfigRecord:
+    return ConfigRecord({"names": list(texts), "forms": list(texts.values())})
+
+
+def _take_lines(content: RecordDict, key: str) -> dict[str, str] | None:
+    record = content.pop(key, None)
     if not isinstance(record, ConfigRecord):
         return None
     names, forms = record["names"], record["forms"]

@@ -50,7 +50,7 @@ class Net(LightningModule):
 
 def module(**kwargs: Any) -> Net:
     torch.manual_seed(0)
-    return Net(**kwargs)
+    return SlowNet(**kwargs) if "seconds" in kwargs else Net(**kwargs)
 
 
 def examples(client: int) -> list[list[torch.Tensor]]:
@@ -122,17 +122,18 @@ def fitted(engine: Engine | str, **kwargs: Any) -> Outcome:
     return Outcome.of(fit, model)
 
 
-class Slow(Callback):
-    """A client that takes its time in some rounds; says so in a file, for others to act meanwhile."""
+class SlowNet(Net):
+    """Takes its time in some rounds; says so in a file, for others to act meanwhile."""
 
-    def __init__(self, seconds: float, rounds: list[int], sign: str):
-        self.seconds, self.rounds, self.sign = seconds, rounds, sign
+    def __init__(self, seconds: float, rounds: list[int], sign: str, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.seconds, self.slow_in, self.sign = seconds, rounds, sign
 
-    def on_train_epoch_start(self, trainer, pl_module):
+    def on_train_epoch_start(self):
         import time
 
         sign = Path(self.sign)
-        if trainer.current_round in self.rounds and not sign.exists():
+        if self.trainer.current_round in self.slow_in and not sign.exists():
             sign.touch()
             until = time.monotonic() + self.seconds
             while time.monotonic() < until:
@@ -140,10 +141,9 @@ class Slow(Callback):
 
 
 def site(address: str, client: int, root: str, module_kwargs=None, slow=None, **kwargs: Any) -> None:
-    client_callbacks = [Slow(**slow)] if slow else None
-    here = trainer("in_process", default_root_dir=root, client_callbacks=client_callbacks)
+    here = trainer("in_process", default_root_dir=root)
     train, val = data(client)
-    here.join(address, module(**module_kwargs or {}), train, val, client=client, **kwargs)
+    here.join(address, module(**{**(module_kwargs or {}), **(slow or {})}), train, val, client=client, **kwargs)
 
 
 def server(address: str, root: str, rounds: int, resume: bool, tolerant: bool = False, **kwargs: Any) -> None:

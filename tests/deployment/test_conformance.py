@@ -10,11 +10,9 @@ from lightning_fed._compat.flower_address import Address
 from lightning_fed.engines import SuperLink, superlink_grid
 from lightning_fed.engines.local_link import local_link
 from lightning_fed.engines.members import Members
-from lightning_fed.engines.served import served
 from lightning_fed.site.resident import Membership, Site
 from lightning_fed.site.states import StateFolder
 from lightning_fed.testing import ENGINE_CASES
-from lightning_fed.values.module_form import form_of
 from lightning_fed.wire.messages import CLIENT, CONFIG
 from tests.deployment.processes import free_port
 
@@ -55,8 +53,6 @@ class WithSites(SuperLink):
                     site.join()
 
     def serve(self, client_app, client: int) -> None:
-        module = served(client_app).roots().get("module")
-
         def answer(message, context):
             if message.metadata.message_type == MessageType.QUERY:
                 return Message(RecordDict({CONFIG: ConfigRecord({CLIENT: client})}), reply_to=message)
@@ -64,7 +60,7 @@ class WithSites(SuperLink):
 
         member = Membership(Address(self.where.server, insecure=True), client, None, 0.0)
         states = StateFolder(self.folder / str(client), client)
-        Site(answer, lambda seed: form_of(module), member, states).serve()
+        Site(answer, lambda question: None, member, states).serve()
 
 
 @pytest.mark.parametrize("case", ENGINE_CASES, ids=lambda case: case.__name__)

@@ -95,7 +95,7 @@ def served(tmp_path, monkeypatch):
         monkeypatch.setattr(resident, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
         monkeypatch.setattr(resident, "gc", SimpleNamespace(freeze=lambda: None))
         member = Membership(Address("somewhere:1", True), 3, SimpleNamespace(), 0.0)  # type: ignore[arg-type]
-        in_flower(Site(app, lambda seed: {}, member, StateFolder(tmp_path, 3)).serve)
+        in_flower(Site(app, lambda question: None, member, StateFolder(tmp_path, 3)).serve)
         return link
 
     return served
