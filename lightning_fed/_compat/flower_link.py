@@ -47,6 +47,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 
 from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses, LinkUntrusted, PartsGone
+from lightning_fed.tracebacks import one_line
 
 
 def client_at(address: Address, kind: Callable[..., Any], *interceptors: Any) -> Any:
@@ -83,6 +84,10 @@ def say_goodbye(say: Callable[[], object], seconds: float) -> None:
     thread.join(seconds)
 
 
+# Besides all that are the SuperLink's own faults, or a proxy's: a time that is over, too early, too many requests.
+_LATER = (408, 425, 429)
+
+
 @contextmanager
 def talking(address: Address) -> Iterator[None]:
     """In the block, what goes wrong on the way is one of this file's errors."""
@@ -90,9 +95,10 @@ def talking(address: Address) -> Iterator[None]:
         yield
     except httpx.HTTPStatusError as error:
         status, said = error.response.status_code, FlowerError.from_json(error.response.text)
-        if status in (502, 503, 504):
-            raise LinkLost(f"{address.server} answers {status}") from error
-        what = error.response.text.strip()[:200] if said is None else f"[code: {said.code}] {said.message}"
+        answer = f"{address.server} answers {status}: {one_line(error.response.text)}".removesuffix(": ")
+        if status >= 500 or status in _LATER:
+            raise LinkLost(answer) from error
+        what = answer if said is None else f"[code: {said.code}] {said.message}"
         raise LinkRefuses(what, status, None if said is None else said.code) from error
     except httpx.TransportError as error:
         if not address.insecure and any(word in str(error).lower() for word in ("certificate", "ssl", "tls")):

@@ -36,6 +36,7 @@ from lightning_fed._compat.flower_link import Arriving, Traffic, assembled, clie
 Key = ec.EllipticCurvePrivateKey
 NO_STRANGERS = ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED
 NOT_ACTIVATED = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+RUN_OVER = ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED
 # A node counts as gone twice this time after its last sign of life; Flower allows for no less.
 INTERVAL = 10.0
 _PULSE = 4.0  # seconds between signs of life

@@ -8,6 +8,7 @@ from typing import Any
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
+from lightning_fed.errors import ClientError
 from lightning_fed.site.states import StateFolder
 from lightning_fed.wire import messages, packing, roll_call
 
@@ -24,7 +25,7 @@ class Answers:
 
     def __init__(self, app: ClientApp, compare: Callable[[Message], None], client: int, states: StateFolder) -> None:
         self._app, self._compare, self._client, self._states = app, compare, client, states
-        self._last: tuple[roll_call.WorkMarks, RecordDict] | None = None  # the last work and its reply
+        self._last: tuple[roll_call.WorkMarks, RecordDict | ClientError] | None = None  # the last work and its reply
 
     def to(self, message: Message, node_id: int) -> Message:
         """Return the reply to a message; an exception is one."""
@@ -33,6 +34,11 @@ class Answers:
         except Exception as exception:
             return messages.error_reply(message, exception)
 
+    def give_up(self, mark: str, error: ClientError) -> None:
+        """Answer a piece of work with an error if it comes again: its reply does not get through."""
+        if self._last is not None and self._last[0].mark == mark:
+            self._last = self._last[0], error
+
     def _made(self, message: Message, node_id: int) -> Message:
         packing.unpack_content(message.content)
         if message.metadata.message_type == MessageType.QUERY:
@@ -40,6 +46,8 @@ class Answers:
         kept = roll_call.take_kept(message.content)
         if kept is not None and self._last is not None and kept == self._last[0]:
             # The server does not know whether the SuperLink, which was away, has lost the reply.
+            if isinstance(self._last[1], ClientError):
+                raise self._last[1]
             return Message(self._last[1], reply_to=message)
         base = self._states.load(kept.base) if kept else RecordDict()
         config: dict[str, Any] = {messages.CLIENT: self._client}

@@ -20,6 +20,7 @@ from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses,
 from lightning_fed._compat.flower_node import (
     NO_STRANGERS,
     NOT_ACTIVATED,
+    RUN_OVER,
     Key,
     NodeConnection,
     Received,
@@ -85,7 +86,8 @@ class Site:
                     except (LinkLost, LinkRefuses, LinkUntrusted) as error:
                         if not self._has_joined and not isinstance(error, LinkLost):
                             raise ConfigurationError(self._explain(error)) from error
-                        rank_zero_warn(f"The SuperLink at {where} is not there, trying again: {error}")
+                        what = "refuses" if isinstance(error, LinkRefuses) else "is not there"
+                        rank_zero_warn(f"The SuperLink at {where} {what}, trying again: {error}")
                     time.sleep(1.0)
             except KeyboardInterrupt:
                 rank_zero_info(f"Client {self._member.client} leaves {where}.")
@@ -161,9 +163,12 @@ class Site:
         try:
             self._serve_one(connection, received)
         except LinkRefuses as error:
-            if error.status == 401:
-                raise
-            rank_zero_info(f"Client {self._member.client}: the run is over at the server, its work is dropped.")
+            if error.code == RUN_OVER:
+                rank_zero_info(f"Client {self._member.client}: the run is over at the server, its work is dropped.")
+                return
+            if error.status != 401 and received.bare.metadata.message_type != MessageType.QUERY:
+                self._say_refused(connection, received, error)
+            raise  # where the site comes anew it is asked, and sent its work, again
         except ConnectionError:
             raise
         except Exception as error:
@@ -173,6 +178,14 @@ class Site:
                     received.bare, ClientError(f"cannot read or answer this message: {said}")
                 )
                 self._again(connection, lambda: connection.send(refusal, 0.0))
+
+    def _say_refused(self, connection: NodeConnection, received: Received, error: LinkRefuses) -> None:
+        """Tell the server, if that is not refused, too, that its work or the reply does not get through."""
+        said = ClientError(f"cannot be sent its work, or send its reply: {error}")
+        with suppress(LinkRefuses):
+            self._again(connection, lambda: connection.send(messages.error_reply(received.bare, said), 0.0))
+            # The SuperLink takes no second reply where it has begun to take the first.
+            self._answers.give_up(received.group.partition("/")[0], said)
 
     def _serve_one(self, connection: NodeConnection, received: Received) -> None:
         traffic = connection.traffic

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PullObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
 from lightning_fed._compat import flower_link
-from lightning_fed._compat.flower_link import STALLED, Arriving, Traffic, say_goodbye
+from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses
+from lightning_fed._compat.flower_link import STALLED, Arriving, Traffic, say_goodbye, talking
 
 PARTS = [f"part-{i}" for i in range(20)]
 
@@ -132,3 +135,27 @@ def test_nobody_waits_for_a_goodbye_that_is_not_heard():
     said: list[int] = []
     say_goodbye(lambda: said.append(1), 3.0)
     assert said == [1]
+
+
+def said_by(status: int, text: str) -> Exception:
+    response = httpx.Response(status, text=text, request=httpx.Request("POST", "http://here:1/v1/fleet/push-messages"))
+    with pytest.raises(ConnectionError) as raised, talking(Address("here:1", True)):
+        response.raise_for_status()
+    return raised.value
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 507])
+def test_what_may_work_in_a_while_is_an_outage(status):
+    error = said_by(status, "come back later")
+    assert isinstance(error, LinkLost)
+    assert str(error) == f"here:1 answers {status}: come back later"
+
+
+def test_what_will_not_is_refused_with_status_and_text():
+    error = said_by(413, "<html>" + "too large " * 99)
+    assert isinstance(error, LinkRefuses)
+    assert (error.status, error.code) == (413, None)
+    assert re.fullmatch(r"here:1 answers 413: <html>(too large )+.{0,10}", str(error))
+    own = said_by(403, '{"code": 2007, "detail": "Run status not allowed."}')
+    assert isinstance(own, LinkRefuses)
+    assert (own.status, own.code, str(own)) == (403, 2007, "[code: 2007] Run status not allowed.")

@@ -188,6 +188,7 @@ IMPORTED = {
     "flwr.common.serde.user_config_to_proto": ["user_config"],
     "flwr.supercore.constant.TaskType.SERVER_APP": None,
     "flwr.supercore.error.ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED": None,
+    "flwr.supercore.error.ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED": None,
     "flwr.supercore.error.ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED": None,
     "flwr.supercore.error.FlowerError.from_json": ["value"],
     "flwr.supercore.fab.Fab": ["hash_str", "content", "verifications"],

@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 
 from lightning_fed._compat.flower import make_message
-from lightning_fed._compat.flower_address import Address, LinkLost
+from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses
 from lightning_fed._compat.flower_link import Traffic
 from lightning_fed._compat.flower_node import Received
 from lightning_fed.site import resident
@@ -37,6 +37,8 @@ class Link:
     def __init__(self, *gives: Any) -> None:
         self.gives = list(gives)
         self.joined, self.left, self.done, self.refused = 0, 0, list[str](), list[str]()
+        self.answers: list[Exception | None] = []  # to what is sent, one by one; then it is taken
+        self.trained = 0
 
     def connection(self, *_: Any) -> Any:
         return Connection(self)
@@ -70,6 +72,8 @@ class Connection:
         return message
 
     def send(self, reply: Message, seconds: float) -> None:
+        if self.link.answers and (error := self.link.answers.pop(0)) is not None:
+            raise error
         to = reply.metadata.reply_to_message_id.removeprefix(f"{RUN}-")
         if reply.has_error():
             self.link.refused.append(f"{to}: {messages.raised(reply)[0]}")
@@ -87,10 +91,13 @@ def served(tmp_path, monkeypatch):
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
+        link.trained += 1
         return messages.evaluate_reply(message, 1234, {})
 
-    def served(*gives: Any) -> Link:
-        link = Link(*gives)
+    link = Link()
+
+    def served(*gives: Any, answers: Any = ()) -> Link:
+        link.gives, link.answers = list(gives), list(answers)
         monkeypatch.setattr(resident, "NodeConnection", link.connection)
         monkeypatch.setattr(resident, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None))
         monkeypatch.setattr(resident, "gc", SimpleNamespace(freeze=lambda: None))
@@ -170,3 +177,62 @@ def test_what_a_client_is_refused_for_is_said_in_words_without_a_class(served, t
     with pytest.warns(UserWarning, match=said):
         link = served(work(2, message=of(lost)), None)
     assert len(link.refused) == 1
+
+
+# ---------------------------------------------------------------------------------------- what cannot be sent
+
+
+def kept(round: int) -> Received:
+    """Work with marks, as a server sends it: a site that has done it gives the same reply again."""
+    mark = roll_call.mark_of(RUN, round, "train")
+    content = roll_call.with_kept(
+        RecordDict({"config": messages.round_config(round, 0)}), roll_call.WorkMarks("", mark)
+    )
+    message = of(content)
+    message.metadata.__dict__["_message_id"] = mark
+    return work(round, message=message)
+
+
+def refusing(status: int, code: int | None = None) -> LinkRefuses:
+    return LinkRefuses(f"here:1 answers {status}: a proxy says no", status, code)
+
+
+def test_a_reply_that_is_not_taken_for_a_while_is_sent_again(served):
+    with pytest.warns(UserWarning, match="does not answer, trying again: here:1 answers 429"):
+        link = served(kept(1), None, kept(2), None, answers=[LinkLost("here:1 answers 429: slowly")] * 3)
+    assert link.done == ["1-train", "2-train"]
+    assert (link.trained, link.joined) == (2, 1)
+
+
+def test_a_reply_that_is_refused_is_the_clients_failure_with_status_and_text(served):
+    """The server is told, and need not wait; where a part of the reply is there already, it asks once more."""
+    with pytest.warns(UserWarning, match="trying again: here:1 answers 413"):
+        link = served(kept(1), None, kept(1), None, kept(2), None, answers=[refusing(413)])
+    said = "cannot be sent its work, or send its reply: here:1 answers 413: a proxy says no"
+    assert [said in one and one.startswith("1-train") for one in link.refused] == [True, True]
+    assert link.done == ["2-train"]
+    assert (link.trained, link.joined) == (2, 2)
+
+
+def test_where_no_reply_is_taken_the_site_joins_again_and_answers_what_it_is_sent_again_without_training(served):
+    with pytest.warns(UserWarning, match="trying again: here:1 answers 403"):
+        link = served(kept(1), None, kept(1), None, answers=[refusing(403), refusing(403)])
+    assert (link.done, link.refused) == (["1-train"], [])
+    assert (link.trained, link.joined) == (1, 2)
+
+
+def test_an_answer_to_the_roll_call_that_is_refused_is_asked_for_again_where_the_site_joins_again(served):
+    question = make_message(
+        Metadata(1, f"{RUN}-9-query", 1, 7, "", "/9", time.time(), 60.0, "query"), content=roll_call.question({}, 0)
+    )
+    with pytest.warns(UserWarning, match="trying again: here:1 answers 400"):
+        link = served(Received(1, "/9", question, question), None, answers=[refusing(400)])  # type: ignore[arg-type]
+    assert (link.joined, link.refused) == (2, [])
+
+
+def test_a_run_that_is_over_is_left_in_a_line(served, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(resident, "rank_zero_info", lines.append)
+    link = served(work(1), None, work(2), None, answers=[refusing(403, resident.RUN_OVER)])
+    assert (link.done, link.joined) == (["2-train"], 1)
+    assert any("the run is over at the server" in line for line in lines)
