@@ -28,6 +28,7 @@ from flwr.proto.runtime_pb2 import (
 )
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
@@ -38,10 +39,12 @@ from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from lightning_fed._compat.flower import server_identity
-from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses
+from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses, LinkUntrusted, PartsGone
 from lightning_fed._compat.flower_link import Arriving, Traffic, assembled, client_at, say_goodbye, talking, upload
 from lightning_fed._compat.flower_node import admits_strangers
 
+# What the SuperLink says of a run that was stopped, or that it has forgotten.
+RUN_GONE = frozenset({ApiErrorCode.RUNTIME_AUTHENTICATION_FAILED, ApiErrorCode.RUN_ID_NOT_FOUND})
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _PULSE = 10.0  # seconds between signs of life
 # Flower wants an app to start a run with. Nobody runs this one, and nothing else is sent.
@@ -160,14 +163,17 @@ class ReplyUnderWay:
     def take(self) -> Message | Exception | None:
         """Return the reply once all of it is here, and ``None`` until then.
 
-        One whose parts do not come any more is a ``LinkLost``, one that is no message whatever error reading it raised.
+        One whose parts do not come any more is a ``PartsGone``, one that is no message whatever reading it raised.
+
+        Raises:
+            LinkLost: If the SuperLink does not answer; what has come of the reply stays.
         """
         arriving = self._arriving
         try:
             with talking(self._address):
                 if not arriving.fetch():
                     return None
-        except (ConnectionError, ValueError) as error:
+        except (PartsGone, LinkRefuses, LinkUntrusted, ValueError) as error:
             return error
         self._confirm(arriving.name)
         try:

@@ -17,7 +17,7 @@ from flwr.app import Message, RecordDict
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed._compat.flower_address import LinkLost, LinkRefuses
-from lightning_fed._compat.flower_server import ServedRun
+from lightning_fed._compat.flower_server import RUN_GONE, ServedRun
 from lightning_fed.engines.base import ClientGrid
 from lightning_fed.engines.members import Members
 from lightning_fed.engines.superlink_work import SiteDelivery, Work
@@ -135,6 +135,8 @@ class SuperLinkGrid(ClientGrid):
                 self.outages += said
                 return done
             except LinkRefuses as error:
+                if error.code not in RUN_GONE:
+                    raise FederationError(f"The SuperLink, or a proxy before it, refuses: {error}") from error
                 raise FederationError(
                     f"The SuperLink does not know this run any more ({error}). It was stopped, or the SuperLink was"
                     " restarted without --database: go on with fit(ckpt_path='last')."

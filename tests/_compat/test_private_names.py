@@ -190,6 +190,8 @@ IMPORTED = {
     "flwr.supercore.error.ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED": None,
     "flwr.supercore.error.ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED": None,
     "flwr.supercore.error.ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED": None,
+    "flwr.supercore.error.ApiErrorCode.RUNTIME_AUTHENTICATION_FAILED": None,
+    "flwr.supercore.error.ApiErrorCode.RUN_ID_NOT_FOUND": None,
     "flwr.supercore.error.FlowerError.from_json": ["value"],
     "flwr.supercore.fab.Fab": ["hash_str", "content", "verifications"],
     "flwr.supercore.inflatable.inflatable_object.get_all_nested_objects": ["obj"],

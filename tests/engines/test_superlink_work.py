@@ -13,9 +13,12 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses, PartsGone
+from lightning_fed._compat.flower_server import RUN_GONE, ReplyUnderWay
 from lightning_fed.engines import superlink_grid
 from lightning_fed.engines.members import ANSWER_BYTES
 from lightning_fed.engines.superlink_work import BESIDE
+from lightning_fed.errors import FederationError
 from lightning_fed.testing import counting_client, toy_weights
 from lightning_fed.wire import messages, packing, roll_call
 from lightning_fed.wire.messages import CLIENT
@@ -248,3 +251,45 @@ def test_where_nobody_noticed_it_is_a_client_that_does_not_reply_in_time() -> No
     link = link_of(3)
     link.forgets.add(12)
     assert who(link, 3, timeout=1.0, rounds=2) == [[0, 2], [0, 1, 2]]
+
+
+def raising(error: Exception, times: int = 1) -> Link:
+    """A SuperLink that answers some questions for replies with an error, once the first work is sent."""
+    link, left = link_of(2), [error] * times
+    pull = link.pull
+
+    def pull_or_error(names: Any, most: float) -> Any:
+        if link.works(11) and left:
+            raise left.pop()
+        return pull(names, most)
+
+    link.pull = pull_or_error  # type: ignore[method-assign]
+    return link
+
+
+def test_an_error_of_the_superlinks_own_is_an_outage() -> None:
+    """A database that is locked for a while is one: 500, Internal server error."""
+    with pytest.warns(UserWarning, match="does not answer, trying again: here:1 answers 500"):
+        assert who(raising(LinkLost("here:1 answers 500: Internal server error."), 3), 2, timeout=20.0) == [[0, 1]]
+
+
+@pytest.mark.parametrize("code", sorted(RUN_GONE))
+def test_a_run_that_the_superlink_does_not_know_is_told_from_what_somebody_else_refuses(code: int) -> None:
+    with pytest.raises(FederationError, match=r"does not know this run any more \(gone\).* without --database"):
+        who(raising(LinkRefuses("gone", 401, code)), 2, timeout=20.0)
+    for refused in (LinkRefuses("here:1 answers 403: no", 403), LinkRefuses("[code: 3004] node", 403, 3004)):
+        with pytest.raises(FederationError, match=r"^The SuperLink, or a proxy before it, refuses: .*(403: no|3004)"):
+            who(raising(refused), 2, timeout=20.0)
+
+
+def test_a_part_of_a_reply_that_is_not_given_for_a_while_does_not_lose_the_reply() -> None:
+    def parts(error: Exception) -> ReplyUnderWay:
+        def fetch() -> bool:
+            raise error
+
+        return ReplyUnderWay(SimpleNamespace(fetch=fetch), "", lambda name: None, Address("here:1"))  # type: ignore[arg-type]
+
+    with pytest.raises(LinkLost, match="500"):
+        parts(LinkLost("here:1 answers 500")).take()
+    assert isinstance(parts(PartsGone("gone")).take(), PartsGone)
+    assert isinstance(parts(LinkRefuses("no", 403)).take(), LinkRefuses)
