@@ -12,6 +12,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
 from flwr.app import Message
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 from flwr.common.serde import message_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -36,6 +37,8 @@ from lightning_fed._compat.flower_link import Arriving, Traffic, assembled, clie
 Key = ec.EllipticCurvePrivateKey
 NO_STRANGERS = ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED
 NOT_ACTIVATED = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+# Seconds that a node's clock may be ahead of the SuperLink's, and behind: each request is signed with its time.
+AHEAD, BEHIND = SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 RUN_OVER = ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED
 # A node counts as gone twice this time after its last sign of life; Flower allows for no less.
 INTERVAL = 10.0

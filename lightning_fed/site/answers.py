@@ -47,7 +47,7 @@ class Answers:
         if kept is not None and self._last is not None and kept == self._last[0]:
             # The server does not know whether the SuperLink, which was away, has lost the reply.
             if isinstance(self._last[1], ClientError):
-                raise self._last[1]
+                return messages.error_reply(message, self._last[1])
             return Message(self._last[1], reply_to=message)
         base = self._states.load(kept.base) if kept else RecordDict()
         config: dict[str, Any] = {messages.CLIENT: self._client}

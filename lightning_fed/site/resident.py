@@ -18,6 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses, LinkUntrusted, PartsGone
 from lightning_fed._compat.flower_node import (
+    AHEAD,
+    BEHIND,
     NO_STRANGERS,
     NOT_ACTIVATED,
     RUN_OVER,
@@ -35,6 +37,10 @@ from lightning_fed.wire.address import WAYS_TO_TRUST
 
 # Seconds between two questions whether there is work. To ask sooner would keep the SuperLink from its own.
 POLL = 0.25
+_CLOCKS = (
+    "do both clocks show the same time? A site's may be at most"
+    f" {AHEAD} s ahead of the SuperLink's, and {BEHIND} s behind"
+)
 
 
 @dataclass
@@ -87,7 +93,8 @@ class Site:
                         if not self._has_joined and not isinstance(error, LinkLost):
                             raise ConfigurationError(self._explain(error)) from error
                         what = "refuses" if isinstance(error, LinkRefuses) else "is not there"
-                        rank_zero_warn(f"The SuperLink at {where} {what}, trying again: {error}")
+                        clocks = f" Was it restarted without --database? Else: {_CLOCKS}." if _of_clocks(error) else ""
+                        rank_zero_warn(f"The SuperLink at {where} {what}, trying again: {error}.{clocks}")
                     time.sleep(1.0)
             except KeyboardInterrupt:
                 rank_zero_info(f"Client {self._member.client} leaves {where}.")
@@ -248,9 +255,13 @@ class Site:
                 f"{how}: the SuperLink does not take this key ({error}). Either nobody has registered its public half"
                 " there, `flwr supernode register KEY.pub CONNECTION`, or another site is there with the same key."
             )
-        return (
-            f"{how}: the SuperLink refuses: {error}. If it speaks of authentication: do both clocks show the same time?"
-        )
+        if _of_clocks(error):
+            return f"{how}: {_CLOCKS}. The SuperLink refuses: {error}"
+        return f"{how}: the SuperLink refuses: {error}"
+
+
+def _of_clocks(error: Exception) -> bool:
+    return isinstance(error, LinkRefuses) and error.status == 401
 
 
 @contextmanager

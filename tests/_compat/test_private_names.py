@@ -179,6 +179,8 @@ IMPORTED = {
     "flwr.common.constant.Status.FINISHED": None,
     "flwr.common.constant.SubStatus.COMPLETED": None,
     "flwr.common.constant.SubStatus.FAILED": None,
+    "flwr.common.constant.SYSTEM_TIME_TOLERANCE": None,
+    "flwr.common.constant.TIMESTAMP_TOLERANCE": None,
     "flwr.common.serde.context_from_proto": ["context_proto"],
     "flwr.common.serde.context_to_proto": ["context"],
     "flwr.common.serde.fab_to_proto": ["fab"],
