@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -57,6 +58,12 @@ def is_number(value: object, *, whole: bool = False) -> TypeGuard[float]:
 def positive_faults(name: str, value: object, rule: str) -> list[str]:
     """Return a sentence, with the rule, if a value is no number above 0."""
     good = is_number(value) and value > 0  # which NaN is not
+    return [] if good else [f"{name}={value!r} must be {rule}."]
+
+
+def path_faults(name: str, value: object, rule: str) -> list[str]:
+    """Return a sentence, with the rule, if a value is no path."""
+    good = isinstance(value, os.PathLike) or (isinstance(value, str) and value != "")
     return [] if good else [f"{name}={value!r} must be {rule}."]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -82,6 +83,7 @@ class FederatedTrainer(ServerTrainer):
         seed: The run's seed; by default that of ``seed_everything``, else 0.
         timeout: Seconds to wait for the replies of one stage of a round.
         max_examples: More examples than any client has: one that reports more has failed.
+        client_storage: Where simulated clients keep what they keep: ``"memory"``, or a folder for more than that holds.
         callbacks: Lightning callbacks for the server, and federated ones.
         **kwargs: The other arguments of ``lightning.pytorch.Trainer``.
 
@@ -114,6 +116,7 @@ class FederatedTrainer(ServerTrainer):
         seed: int | None = None,
         timeout: float = 3600.0,
         max_examples: float = 1e9,
+        client_storage: str | os.PathLike[str] = "memory",
         callbacks: list[Callback] | Callback | None = None,
         **kwargs: Any,
     ) -> None:
@@ -134,6 +137,7 @@ class FederatedTrainer(ServerTrainer):
                 seed=seed,
                 timeout=timeout,
                 max_examples=max_examples,
+                client_storage=client_storage,
                 callbacks=callbacks,
                 trainer=kwargs,
             )

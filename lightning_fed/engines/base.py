@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
 from flwr.app import Message, RecordDict
@@ -87,6 +88,18 @@ class ClientGrid(Grid):
 
 class LocalGrid(ClientGrid):
     """A Grid whose clients are in this process, or get all that they have from it: module, data and state."""
+
+    @abstractmethod
+    def keep_in(self, folder: Path) -> None:
+        """Keep what clients keep in files of a folder, from now on; called before the first round.
+
+        Raises:
+            ConfigurationError: If it cannot be used.
+        """
+
+    @abstractmethod
+    def state_of(self, client: int) -> RecordDict:
+        """Return what a client keeps now, to be read."""
 
 
 class Engine(ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 from flwr.app import Context, Message, Metadata, RecordDict, UserConfig
@@ -12,8 +13,8 @@ from flwr.serverapp import Grid
 
 from lightning_fed._compat.flower import make_message, new_run, number, server_identity
 from lightning_fed.engines.base import Engine, LocalGrid
+from lightning_fed.engines.client_states import StatesInFiles, StatesInMemory
 from lightning_fed.engines.served import answer, served
-from lightning_fed.errors import ConfigurationError
 from lightning_fed.wire import messages, roll_call
 
 T = TypeVar("T")
@@ -38,25 +39,25 @@ def deliver(metadata: Metadata, content: RecordDict) -> Message:
 
 
 class InProcessGrid(LocalGrid):
-    """A Grid over clients in this process; a client's ``Context`` lives as long as the grid."""
+    """A Grid over clients in this process; what a client keeps lives as long as the grid, or in files."""
 
     def __init__(self, client_app: ClientApp, num_clients: Callable[[], int]) -> None:
         super().__init__(new_run(), num_clients)
         self.app = served(client_app)
-        self._contexts: dict[int, Context] = {}
+        self._states = StatesInMemory()
         self._replies: dict[str, Message] = {}
-        self._kept: dict[int, RecordDict] = {}
+
+    def keep_in(self, folder: Path) -> None:
+        """See ``LocalGrid``."""
+        self._states = StatesInFiles(folder)
 
     def begin_round(self) -> None:
         """See ``LocalGrid``."""
-        self._kept = {}
+        self._states.begin_round()
 
     def client_states(self, *, before_round: bool = False) -> dict[int, RecordDict]:
         """See ``LocalGrid``."""
-        states = {client: context.state for client, context in sorted(self._contexts.items())}
-        if before_round:
-            states |= self._kept
-        return {client: state for client, state in states.items() if state}
+        return self._states.save(before_round=before_round)
 
     def load_client_states(self, states: dict[int, RecordDict]) -> None:
         """See ``LocalGrid``.
@@ -64,32 +65,28 @@ class InProcessGrid(LocalGrid):
         Raises:
             ConfigurationError: If a client has its state somewhere else.
         """
-        for client, state in states.items():
-            if roll_call.from_state(state) is not None:
-                raise ConfigurationError(
-                    f"What client {client} keeps is on its site's own disk, and not in the checkpoint: go on with"
-                    " engine=engines.SuperLink(...), as the run did."
-                )
-            self._context(client).state = state
+        self._states.load(states)
 
-    def _context(self, client: int) -> Context:
-        if client not in self._contexts:
-            config: UserConfig = {messages.CLIENT: client, "num-partitions": self.num_clients}
-            self._contexts[client] = Context(self.run.run_id, self.node_of(client), config, RecordDict(), {})
-        return self._contexts[client]
+    def state_of(self, client: int) -> RecordDict:
+        """See ``LocalGrid``."""
+        return self._states.read(client)
 
     def _context_of(self, message: Message) -> Context:
-        """Return the context of the client that a message is for, whose state is remembered as the round found it."""
+        """Return the context of the client that a message is for; ``_keep`` takes back what becomes of its state."""
         client = self.client_of(message.metadata.dst_node_id)
-        context = self._context(client)
-        if client not in self._kept:
-            self._kept[client] = messages.copy_for_delivery(context.state)
-        return context
+        config: UserConfig = {messages.CLIENT: client, "num-partitions": self.num_clients}
+        return Context(self.run.run_id, self.node_of(client), config, self._states.take(client), {})
+
+    def _keep(self, message: Message, state: RecordDict) -> None:
+        of = message.metadata
+        self._states.put(self.client_of(of.dst_node_id), state, roll_call.round_of(message), of.message_type)
 
     def _call(self, sent: Sequence[Message]) -> list[Message]:
         contexts = [self._context_of(message) for message in sent]
         delivered = [deliver(message.metadata, message.content) for message in sent]
         replies = answer(self.app, list(zip(delivered, contexts, strict=True)))
+        for message, context in zip(sent, contexts, strict=True):
+            self._keep(message, context.state)
         for reply in replies:
             number(reply)
         return replies

@@ -86,7 +86,7 @@ class RemoteGrid(InProcessGrid):
     def take_back(self, message: Message, done: Done) -> Message:
         """Return a reply as the loop gets it; what the client keeps goes to its context."""
         if done.state is not None:
-            self._context_of(message).state = done.state
+            self._keep(message, done.state)
         number(done.reply)
         if done.exception is not None:
             done.reply.error.__dict__["exception"] = _exception(done.exception, done.reply.error.reason)

@@ -10,12 +10,11 @@ from flwr.app import RecordDict
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_fed.engines.base import ClientGrid
+from lightning_fed.engines.base import ClientGrid, LocalGrid
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.server.script import Script
 from lightning_fed.wire.checkpoint_file import FEDERATION
 from lightning_fed.wire.plain import from_plain, to_plain
-from lightning_fed.wire.roll_call import from_state
 from lightning_fed.wire.strategy_state import names_in, state_of
 
 _KINDS: dict[str, type] = {
@@ -70,10 +69,9 @@ class RunState:
         """
         if type(client) is not int or not 0 <= client < self.num_clients:
             raise ConfigurationError(f"There is no client {client!r}: there are clients 0 to {self.num_clients - 1}.")
-        state = RecordDict() if self._clients is None else self._clients.client_states().get(client, RecordDict())
-        if self._clients is None or from_state(state) is not None:
-            raise ConfigurationError(f"What client {client} keeps is with it, and not in this process.")
-        return state
+        if not isinstance(self._clients, LocalGrid):
+            raise ConfigurationError(f"What client {client} keeps is with it, and not on this machine.")
+        return self._clients.state_of(client)
 
     def begin_round(self) -> None:
         """Save what is there now, until ``end_round``: a round that was not ended will be run again."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from lightning.pytorch import Callback
@@ -47,6 +49,7 @@ class Given:
     seed: int | None
     timeout: float
     max_examples: float
+    client_storage: str | os.PathLike[str]
     callbacks: list[Callback] | Callback | None
     trainer: dict[str, Any]
 
@@ -121,7 +124,8 @@ def resolve(given: Given) -> RunPlan:
         local_validation=given.local_validation,
     )
     seed, max_clients = int(run_seed(given.seed)), 2 if dev_run else None
-    settings = Settings(seed, given.timeout, given.max_examples, max_clients)
+    folder = None if given.client_storage == "memory" else Path(given.client_storage).absolute()
+    settings = Settings(seed, given.timeout, given.max_examples, max_clients, folder)
     arguments.say_what_is_logged(server.get("log_every_n_steps"))
     how = given.vectorize_clients, given.compile_clients
     return RunPlan(own, server, local, engine, counts["num_clients"], *how, settings, dev_run)
@@ -146,6 +150,7 @@ def _refuse(given: Given, callbacks: list[Any], client_callbacks: list[Any]) -> 
         checks.number_faults({"seed": given.seed}),
         checks.positive_faults("timeout", given.timeout, "a number of seconds above 0"),
         checks.positive_faults("max_examples", given.max_examples, "a number above 0; float('inf') is no limit"),
+        checks.path_faults("client_storage", given.client_storage, '"memory", or a folder'),
         checks.switch_faults({"compile_clients": given.compile_clients, "local_validation": given.local_validation}),
         arguments.engine_faults(given.engine, ENGINES, numbers),
         arguments.vectorize_faults(given.vectorize_clients, given.compile_clients is True, given.engine),

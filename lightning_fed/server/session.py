@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import RecordDict
@@ -47,12 +48,14 @@ class Settings:
         timeout: Seconds to wait for replies.
         max_examples: The greatest number of examples that a client is believed to have.
         max_clients: Truncates cohorts (``fast_dev_run``).
+        client_storage: The folder for what clients keep, or ``None`` for memory.
     """
 
     seed: int
     timeout: float
     max_examples: float
     max_clients: int | None
+    client_storage: Path | None = None
 
 
 @dataclass
@@ -127,8 +130,10 @@ class Session:
         ours = given.grid if isinstance(given.grid, ClientGrid) else None
         self._has_clients = isinstance(ours, LocalGrid)
         self._has_probed = not self._has_clients
-        if self._has_clients:
+        if isinstance(ours, LocalGrid):
             given.deal.open()
+            if settings.client_storage is not None:
+                ours.keep_in(settings.client_storage)
         self.staying = owners.staying(self._module)
         given.side.take_staying(self.staying)
         strategy = owners.build_strategy(self._module)

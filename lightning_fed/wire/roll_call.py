@@ -153,9 +153,33 @@ def is_lost(reply: Message | Exception) -> bool:
     return reply.has_error() and reply.error.code != messages.CLIENT_RAISED
 
 
-def as_state(mark: str) -> RecordDict:
-    """Return what a checkpoint has of a client that keeps something on its own disk."""
-    return RecordDict({KEPT: ConfigRecord({"mark": mark})})
+def as_state(mark: str, *, in_files: bool = False) -> RecordDict:
+    """Return what a checkpoint has of a client that keeps something on its own disk.
+
+    Args:
+        mark: Of the work after which it is so.
+        in_files: Whether it is on the server's disk.
+    """
+    return RecordDict({KEPT: ConfigRecord({"mark": mark, **({"files": True} if in_files else {})})})
+
+
+def is_in_files(state: RecordDict) -> bool:
+    """Return whether what ``as_state`` gave says that it is on the server's disk."""
+    record = state.get(KEPT)
+    return isinstance(record, ConfigRecord) and record.get("files") is True
+
+
+def kept_elsewhere(client: int, mark: str, state: RecordDict) -> str:
+    """Return why a run cannot go on with what a client has kept somewhere else."""
+    if is_in_files(state):
+        return (
+            f"What client {client} keeps is in a file ({mark}.state), and not in the checkpoint: go on with"
+            " client_storage= as the run did, with the same folder, on this machine."
+        )
+    return (
+        f"What client {client} keeps is on its site's own disk, and not in the checkpoint: go on with"
+        " engine=engines.SuperLink(...), as the run did."
+    )
 
 
 def from_state(state: RecordDict) -> str | None:

@@ -27,6 +27,7 @@ NOTHING: dict[str, Any] = {
     "seed": 5,
     "timeout": 60.0,
     "max_examples": 1e9,
+    "client_storage": "memory",
     "callbacks": None,
 }
 
