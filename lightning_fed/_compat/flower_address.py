@@ -13,6 +13,10 @@ class PartsGone(LinkLost):
     """The SuperLink has forgotten the message; it does not come again."""
 
 
+class LinkStuck(LinkLost):
+    """The SuperLink has a part of a message, and asks for the rest no more: what was to be sent has to go anew."""
+
+
 class LinkRefuses(ConnectionError):
     """The SuperLink answers, and refuses.
 

@@ -88,6 +88,10 @@ def say_goodbye(say: Callable[[], object], seconds: float) -> None:
 _LATER = (408, 425, 429)
 
 
+def _passes(status: int) -> bool:
+    return status >= 500 or status in _LATER
+
+
 @contextmanager
 def talking(address: Address) -> Iterator[None]:
     """In the block, what goes wrong on the way is one of this file's errors."""
@@ -96,7 +100,7 @@ def talking(address: Address) -> Iterator[None]:
     except httpx.HTTPStatusError as error:
         status, said = error.response.status_code, FlowerError.from_json(error.response.text)
         answer = f"{address.server} answers {status}: {one_line(error.response.text)}".removesuffix(": ")
-        if status >= 500 or status in _LATER:
+        if _passes(status):
             raise LinkLost(answer) from error
         what = answer if said is None else f"[code: {said.code}] {said.message}"
         raise LinkRefuses(what, status, None if said is None else said.code) from error
@@ -246,16 +250,36 @@ def upload(
         response = announce(bare, trees)
         push = make_push_object_fn_protobuf(client.PushObject, node, run_id, response.session_id)
 
+        over = threading.Event()
+
         def counted(name: str, content: bytes) -> None:
-            push(name, content)
+            in_session(lambda: push(name, content), over)
             traffic.sent += len(content)
 
         try:
             push_objects(parts, counted, object_ids_to_push=set(response.objects_to_push))
         finally:
+            over.set()
             for message in messages:
                 _forget_bytes(message)
     return [message.metadata.message_id for message in messages]
+
+
+# Seconds for which a part is sent again: announced anew, the message would not be asked for it for 180 s.
+_INSIST = 10.0
+
+
+def in_session(push: Callable[[], object], over: threading.Event) -> None:
+    """Send a part, again where that may work in a while, until the sender has left."""
+    until = time.monotonic() + _INSIST
+    while True:
+        try:
+            push()
+            return
+        except (httpx.HTTPStatusError, httpx.TransportError) as error:
+            refused = isinstance(error, httpx.HTTPStatusError) and not _passes(error.response.status_code)
+            if refused or time.monotonic() > until or over.wait(1.0):
+                raise
 
 
 def _forget_bytes(message: Message) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from lightning_fed._compat.flower_address import Address, LinkRefuses
+from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses, LinkStuck
 from lightning_fed._compat.flower_link import Arriving, Traffic, assembled, client_at, say_goodbye, talking, upload
 
 Key = ec.EllipticCurvePrivateKey
@@ -164,16 +164,23 @@ class NodeConnection:
         Args:
             reply: To a message that ``fetch`` gave.
             seconds: How long it took to make.
+
+        Raises:
+            LinkStuck: If only a part of it went.
         """
+        begun = False
 
         def announce(bare: list[Any], trees: list[ObjectTree]) -> Any:
-            return self._client.PushMessages(
+            nonlocal begun
+            response = self._client.PushMessages(
                 PushMessagesRequest(
                     node=self._node, messages_list=bare, message_object_trees=trees, clientapp_runtime_list=[seconds]
                 )
             )
+            begun = True
+            return response
 
-        with talking(self._address):
+        with _stuck_if(lambda: begun), talking(self._address):
             upload([reply], announce, self._client, self._node, reply.metadata.run_id, self.traffic)
 
     def close(self, *, forget: bool) -> None:
@@ -191,6 +198,16 @@ class NodeConnection:
         self._client.DeactivateNode(DeactivateNodeRequest(node_id=self.node_id))
         if forget:
             self._client.UnregisterNode(UnregisterNodeFleetRequest(node_id=self.node_id))
+
+
+@contextmanager
+def _stuck_if(begun: Callable[[], bool]) -> Iterator[None]:
+    try:
+        yield
+    except LinkLost as error:
+        if begun():
+            raise LinkStuck(str(error)) from error
+        raise
 
 
 def admits_strangers(address: Address) -> bool:

@@ -16,7 +16,7 @@ from flwr.app import Message, MessageType
 from flwr.clientapp import ClientApp
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses, LinkUntrusted, PartsGone
+from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses, LinkStuck, LinkUntrusted, PartsGone
 from lightning_fed._compat.flower_node import (
     AHEAD,
     BEHIND,
@@ -227,6 +227,8 @@ class Site:
                 return do()
             except PartsGone:
                 break
+            except LinkStuck:
+                raise  # where the site comes anew it is sent its work again, and has the reply
             except LinkLost as error:
                 if not said:
                     rank_zero_warn(f"The SuperLink does not answer, trying again: {error}")

@@ -17,7 +17,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
 from lightning_fed._compat import flower_link
 from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses
-from lightning_fed._compat.flower_link import STALLED, Arriving, Traffic, say_goodbye, talking
+from lightning_fed._compat.flower_link import STALLED, Arriving, Traffic, in_session, say_goodbye, talking
 
 PARTS = [f"part-{i}" for i in range(20)]
 
@@ -159,3 +159,44 @@ def test_what_will_not_is_refused_with_status_and_text():
     own = said_by(403, '{"code": 2007, "detail": "Run status not allowed."}')
     assert isinstance(own, LinkRefuses)
     assert (own.status, own.code, str(own)) == (403, 2007, "[code: 2007] Run status not allowed.")
+
+
+def answer(status: int) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", "http://here:1/v1/fleet/push-object")
+    return httpx.HTTPStatusError("", request=request, response=httpx.Response(status, request=request))
+
+
+def test_a_part_is_sent_again_in_the_session_in_which_the_superlink_waits_for_it(clock, monkeypatch):
+    """When the message is announced anew, it asks for no part that it waits for already."""
+    errors, sent, over = [answer(429), httpx.ReadError("reset"), answer(500)], list[str](), threading.Event()
+    monkeypatch.setattr(over, "wait", lambda seconds: False)
+
+    def push() -> None:
+        if errors:
+            raise errors.pop()
+        sent.append("part")
+
+    in_session(push, over)
+    assert sent == ["part"]
+    errors += [answer(413)]
+    with pytest.raises(httpx.HTTPStatusError):
+        in_session(push, over)
+
+
+def test_it_is_given_up_when_that_takes_too_long_or_the_sender_leaves(clock, monkeypatch):
+    over, tries = threading.Event(), list[float]()
+
+    def push() -> None:
+        tries.append(clock[0])
+        clock[0] += 1
+        raise answer(503)
+
+    monkeypatch.setattr(over, "wait", lambda seconds: False)
+    with pytest.raises(httpx.HTTPStatusError):
+        in_session(push, over)
+    assert 5 < len(tries) < 20
+    tries.clear()
+    monkeypatch.setattr(over, "wait", lambda seconds: True)
+    with pytest.raises(httpx.HTTPStatusError):
+        in_session(push, over)
+    assert len(tries) == 1

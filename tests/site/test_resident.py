@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 
 from lightning_fed._compat.flower import make_message
-from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses
+from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses, LinkStuck
 from lightning_fed._compat.flower_link import Traffic
 from lightning_fed._compat.flower_node import Received
 from lightning_fed.errors import ConfigurationError
@@ -203,6 +203,12 @@ def test_a_reply_that_is_not_taken_for_a_while_is_sent_again(served):
         link = served(kept(1), None, kept(2), None, answers=[LinkLost("here:1 answers 429: slowly")] * 3)
     assert link.done == ["1-train", "2-train"]
     assert (link.trained, link.joined) == (2, 1)
+
+
+def test_a_reply_of_which_a_part_does_not_get_through_is_sent_anew_where_the_site_joins_again(served):
+    with pytest.warns(UserWarning, match="is not there, trying again: here:1 answers 503"):
+        link = served(kept(1), None, kept(1), None, answers=[LinkStuck("here:1 answers 503")])
+    assert (link.done, link.trained, link.joined) == (["1-train"], 1, 2)
 
 
 def test_a_reply_that_is_refused_is_the_clients_failure_with_status_and_text(served):
