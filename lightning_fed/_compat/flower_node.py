@@ -53,7 +53,10 @@ def read_key(content: bytes) -> Key:
         ValueError: If it is none of an elliptic curve.
     """
     load: Callable[..., Any] = load_ssh_private_key if b"OPENSSH" in content else load_pem_private_key
-    key = load(content, None)
+    try:
+        key = load(content, None)
+    except TypeError as error:  # of a key with a passphrase
+        raise ValueError(f"{error} A site starts by itself: write a key without, `ssh-keygen -N ''`") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ValueError(f"{type(key).__name__}: it must be a key of an elliptic curve (`ssh-keygen -t ecdsa -b 384`)")
     return key

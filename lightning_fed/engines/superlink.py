@@ -23,6 +23,7 @@ from flwr.serverapp import Grid
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fed._compat.flower_address import Address, LinkLost, LinkRefuses, LinkUntrusted
+from lightning_fed.checks import is_number
 from lightning_fed.engines.base import Engine
 from lightning_fed.engines.local_link import local_link
 from lightning_fed.errors import ConfigurationError
@@ -73,27 +74,41 @@ class SuperLink(Engine):
         self.where = Where("SuperLink", address, insecure, root_certificates)
         self._secret_file = secret_file
         for name, value in {"connect_timeout": connect_timeout, "return_timeout": return_timeout}.items():
-            if not value >= 0:
+            if not (is_number(value) and value >= 0):
                 raise ConfigurationError(f"SuperLink({name}={value!r}): write a number of seconds, at least 0.")
-        if min_clients is not None and min_clients < 1:
-            raise ConfigurationError(f"SuperLink(min_clients={min_clients!r}): at least one client has to be there.")
-        if max_reply_bytes is not None and max_reply_bytes < 1:
-            raise ConfigurationError(f"SuperLink(max_reply_bytes={max_reply_bytes!r}): write a number of bytes.")
+        for name, count in {"min_clients": min_clients, "max_reply_bytes": max_reply_bytes}.items():
+            if count is not None and not (is_number(count, whole=True) and count >= 1):
+                raise ConfigurationError(f"SuperLink({name}={count!r}): write a whole number, at least 1.")
         self._min_clients, self._connect, self._back = min_clients, connect_timeout, return_timeout
         self._max_reply_bytes = max_reply_bytes
         self._link: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @classmethod
-    def local(cls, port: int = 8000, **kwargs: float) -> SuperLink:
+    def local(
+        cls,
+        port: int = 8000,
+        *,
+        min_clients: int | None = None,
+        connect_timeout: float = 600.0,
+        return_timeout: float = 30.0,
+        max_reply_bytes: int | None = None,
+    ) -> SuperLink:
         """Start a SuperLink on this machine with each run, and end it with the run.
 
         It listens on the loopback interface, without TLS: for a try on one machine.
 
         Args:
             port: Where it listens.
-            **kwargs: ``min_clients``, ``connect_timeout``, ``return_timeout`` and ``max_reply_bytes``.
+            min_clients, connect_timeout, return_timeout, max_reply_bytes: As for a SuperLink elsewhere.
         """
-        engine = cls(f"127.0.0.1:{port}", insecure=True, **kwargs)  # type: ignore[arg-type]
+        engine = cls(
+            f"127.0.0.1:{port}",
+            insecure=True,
+            min_clients=min_clients,
+            connect_timeout=connect_timeout,
+            return_timeout=return_timeout,
+            max_reply_bytes=max_reply_bytes,
+        )
         engine._link = lambda: local_link(port)
         return engine
 

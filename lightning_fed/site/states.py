@@ -31,12 +31,18 @@ class StateFolder:
     Args:
         folder: Made if it is not there.
         client: The client, for errors.
+
+    Raises:
+        ConfigurationError: If it cannot be made.
     """
 
     def __init__(self, folder: Path, client: int) -> None:
         self.folder, self._client = folder, client
         self._place = folder / "node.json"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(f"join(state_dir={str(folder)!r}): it cannot be a folder: {error}") from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,9 @@ WAYS_TO_TRUST = (
     "Write root_certificates= with the certificate that signed the SuperLink's, and the name in the address as it is in"
     " that certificate; insecure=True only for a SuperLink that was started with --insecure."
 )
+
+
+_SERVER = re.compile(r"(?:[^\s/:\[\]]+|\[[0-9A-Fa-f:.%\w]+\]):([0-9]{1,5})")
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,11 @@ class Where:
     root_certificates: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        host, _, port = str(self.server).rpartition(":")
-        if not isinstance(self.server, str) or not host or not port.isdigit() or "/" in self.server:
+        found = _SERVER.fullmatch(self.server) if isinstance(self.server, str) else None
+        if found is None or not 1 <= int(found[1]) <= 65535:
             raise ConfigurationError(
-                f"{self.owner}({self.server!r}): write 'host:port', such as 'fl.example.org:8000'."
+                f"{self.owner}({self.server!r}): write 'host:port', such as 'fl.example.org:8000' or '[::1]:8000', with"
+                " a port from 1 to 65535."
             )
         if self.insecure and self.root_certificates is not None:
             raise ConfigurationError(
@@ -54,6 +60,14 @@ class Where:
         """
         roots = self.root_certificates
         content = None if roots is None else read_file(self.owner, "root_certificates", roots)
+        if roots is not None and content is not None:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=content.decode())
+            except (ValueError, ssl.SSLError) as error:
+                raise ConfigurationError(
+                    f"{self.owner}(root_certificates={os.fspath(roots)!r}): there are no certificates in PEM form:"
+                    f" {error}"
+                ) from error
         return Address(self.server, self.insecure, content)
 
 

@@ -6,15 +6,16 @@ import subprocess
 import sys
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from lightning_fed import FederatedTrainer
 from lightning_fed._compat.flower_address import Address
 from lightning_fed._compat.flower_node import NodeConnection, new_key
 from lightning_fed._compat.flower_server import served_run
-from lightning_fed.engines import SuperLink
+from lightning_fed.engines import Engine, SuperLink
 from lightning_fed.engines.local_link import local_link
 from lightning_fed.errors import ConfigurationError
-from tests.deployment.federation import CLIENTS, fitted, module, site, trainer
+from tests.deployment.federation import CLIENTS, data, fitted, module, site, trainer
 from tests.deployment.processes import answers, free_port, wait_for
 from tests.helpers import QUIET
 
@@ -135,7 +136,40 @@ def test_nobody_at_the_address_is_said_with_the_way_out(caplog):
         trainer(SuperLink(f"127.0.0.1:{port}", insecure=True, connect_timeout=1)).fit(module())
 
 
-@pytest.mark.parametrize("given", [{"connect_timeout": -1}, {"return_timeout": float("nan")}, {"min_clients": 0}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"connect_timeout": -1},
+        {"connect_timeout": "5"},
+        {"return_timeout": float("nan")},
+        {"min_clients": 0},
+        {"min_clients": 1.5},
+        {"max_reply_bytes": True},
+    ],
+)
 def test_arguments_that_make_no_sense_are_refused(given):
     with pytest.raises(ConfigurationError, match=next(iter(given))):
         SuperLink("127.0.0.1:1", insecure=True, **given)
+    with pytest.raises(ConfigurationError, match=next(iter(given))):
+        SuperLink.local(8000, **given)
+
+
+def test_the_engine_is_made_from_a_config_file_of_lightning_cli():
+    """Its parser knows the arguments that are written, and no others."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_argument("--engine", type=str | Engine)
+    given = {"class_path": "lightning_fed.engines.SuperLink.local", "init_args": {"connect_timeout": 8.0}}
+    made = parser.instantiate_classes(parser.parse_object({"engine": given})).engine
+    assert isinstance(made, SuperLink)
+    assert made._connect == 8.0
+
+
+def test_a_key_with_a_passphrase_is_refused_with_the_way_out(tmp_path):
+    how, locked = serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"secret")
+    path = tmp_path / "key"
+    path.write_bytes(new_key().private_bytes(serialization.Encoding.PEM, how, locked))
+    said = r"join\(private_key='.*key'\): .*passw.*key without, `ssh-keygen -N ''`"
+    with pytest.raises(ConfigurationError, match=f"(?i){said}"):
+        trainer().join("127.0.0.1:1", module(), *data(0), client=0, insecure=True, private_key=path)

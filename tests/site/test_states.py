@@ -129,6 +129,13 @@ def test_what_was_kept_last_is_not_forgotten_whatever_the_clock_says(tmp_path):
     assert len(list(tmp_path.glob("*.state"))) == KEPT
 
 
+def test_a_folder_that_cannot_be_made_is_named_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigurationError, match=rf"join\(state_dir='{folder}'\): it cannot be a folder"):
+            StateFolder(folder, 1)
+
+
 def test_a_folder_is_one_processs(tmp_path):
     first, second = StateFolder(tmp_path, 1), StateFolder(tmp_path, 1)
     with first.locked(), pytest.raises(ConfigurationError, match="this client is here already"), second.locked():

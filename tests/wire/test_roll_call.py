@@ -98,10 +98,26 @@ def test_what_flower_says_of_a_lost_node_is_no_reply():
     assert not roll_call.is_lost(ValueError())
 
 
-@pytest.mark.parametrize("server", ["localhost", "http://localhost:8000", "localhost:", ":80", 8000])
+BAD = ["localhost", "http://localhost:8000", "localhost:", ":80", 8000, "::1:8000", "a:²", "a:0", "a:99999", "a b:1"]
+
+
+@pytest.mark.parametrize("server", BAD)
 def test_what_is_no_address_is_refused(server):
     with pytest.raises(ConfigurationError, match="write 'host:port'"):
         Where("join", server)
+
+
+def test_an_address_may_be_one_of_ipv6_in_brackets():
+    assert Where("join", "[::1]:8000", True).address().server == "[::1]:8000"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"nonsense", b"0\x82\x01\x0a"])
+def test_certificates_that_are_none_are_named(tmp_path, content):
+    (tmp_path / "ca.pem").write_bytes(content)
+    with pytest.raises(
+        ConfigurationError, match=r"join\(root_certificates='.*ca.pem'\): .*no certificates in PEM form"
+    ):
+        Where("join", "a:1", False, tmp_path / "ca.pem").address()
 
 
 def test_certificates_without_tls_are_refused_and_missing_ones_named(tmp_path):
