@@ -27,7 +27,7 @@ from lightning_fed.checks import is_number
 from lightning_fed.engines.base import Engine
 from lightning_fed.engines.local_link import local_link
 from lightning_fed.errors import ConfigurationError
-from lightning_fed.wire.address import WAYS_TO_TRUST, Where, read_file
+from lightning_fed.wire.address import Where, read_file, untrusted
 
 T = TypeVar("T")
 
@@ -175,7 +175,7 @@ class SuperLink(Engine):
     def _explain(self, error: Exception) -> str:
         where = self.where.server
         if isinstance(error, LinkUntrusted):
-            return f"There is no trusted connection to {where}: {error}. {WAYS_TO_TRUST}"
+            return f"SuperLink({where!r}): {untrusted(error)}"
         if isinstance(error, LinkRefuses) and error.status in (401, 403):
             given = "secret_file is not the one that it has" if self._secret_file else "it wants a secret_file="
             return f"The SuperLink at {where} does not take this server ({error}): {given}."

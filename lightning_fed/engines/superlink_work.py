@@ -30,6 +30,9 @@ BESIDE = 1 << 27
 TRIES = 3
 _LOST = f"was lost {TRIES} times at this work: does its process run out of memory?"
 _STRANGERS = f"was sent its work {TRIES} times, and a site that does not have it has answered."
+_UNKNOWN = (
+    f"was sent its work {TRIES} times, and the SuperLink, or somebody in its name, says that it does not have it."
+)
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Work:
         group: The ``group_id`` of all messages that were sent, which a reply has to have.
         tries: How often it was sent.
         strangers: How many replies had another.
+        unknown: How often the SuperLink, or somebody in its name, did not know it.
         reply: What came of it, until somebody takes it.
         is_over: Whether something came of it.
     """
@@ -63,6 +67,7 @@ class Work:
     group: str = ""
     tries: int = 0
     strangers: int = 0
+    unknown: int = 0
     reply: Message | None = None
     is_over: bool = False
 
@@ -141,7 +146,7 @@ class SiteDelivery:
                 if members.is_lost(work.client, self.grid.patience.back):
                     self._fail(work, "is not here: no site has joined as this client, or the one that did has left.")
             elif work.tries == TRIES:
-                self._fail(work, _STRANGERS if work.strangers else _LOST)
+                self._fail(work, _STRANGERS if work.strangers else _UNKNOWN if work.unknown else _LOST)
             else:
                 if work.sent is None or work.place != place:
                     work.place, work.sent = place, self._addressed(work, place)
@@ -178,7 +183,9 @@ class SiteDelivery:
             return False
         work.names.discard(name)
         del work.coming[name]
-        if roll_call.is_lost(reply):
+        # The SuperLink's own words have the group of the message, or none where it does not know that.
+        if coming.group in (work.group, "") and roll_call.is_lost(reply):
+            work.unknown += not coming.group
             self.grid.members.look(at_once=True)
             return True
         if coming.group != work.group:

@@ -33,7 +33,7 @@ from lightning_fed.site.answers import Answers
 from lightning_fed.site.states import StateFolder
 from lightning_fed.tracebacks import one_line, words
 from lightning_fed.wire import messages, packing, roll_call
-from lightning_fed.wire.address import WAYS_TO_TRUST
+from lightning_fed.wire.address import untrusted
 
 # Seconds between two questions whether there is work. To ask sooner would keep the SuperLink from its own.
 POLL = 0.25
@@ -245,7 +245,7 @@ class Site:
         member = self._member
         how = f"join({member.address.server!r}, client={member.client})"
         if isinstance(error, LinkUntrusted):
-            return f"{how}: there is no trusted connection: {error}. {WAYS_TO_TRUST}"
+            return f"{how}: {untrusted(error)}"
         assert isinstance(error, LinkRefuses)
         if error.code == NO_STRANGERS:
             return (

@@ -8,16 +8,24 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_fed._compat.flower_address import Address
+from lightning_fed._compat.flower_address import Address, LinkUntrusted
 from lightning_fed.errors import ConfigurationError
 
-WAYS_TO_TRUST = (
+_WAYS_TO_TRUST = (
     "Write root_certificates= with the certificate that signed the SuperLink's, and the name in the address as it is in"
     " that certificate; insecure=True only for a SuperLink that was started with --insecure."
 )
 
 
 _SERVER = re.compile(r"(?:[^\s/:\[\]]+|\[[0-9A-Fa-f:.%\w]+\]):([0-9]{1,5})")
+
+
+def untrusted(error: LinkUntrusted) -> str:
+    """Return a sentence on why there is no trusted connection, and the way out."""
+    for found, said in {"has expired": "has expired", "not yet valid": "is not valid yet"}.items():
+        if found in str(error):
+            return f"the SuperLink's certificate {said}, or this machine's clock is wrong ({error})."
+    return f"there is no trusted connection: {error}. {_WAYS_TO_TRUST}"
 
 
 @dataclass(frozen=True)

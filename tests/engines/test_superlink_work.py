@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -118,6 +118,7 @@ def forging(times: int, forged: Callable[[Message], Message]) -> Site:
 FORGED: dict[str, Callable[[Message], Message]] = {
     "weights": lambda message: Message(message.content, reply_to=message),
     "error": lambda message: messages.error_reply(message, ValueError("forged")),
+    "a word of Flower's": lambda message: Message(Error(3, "gone"), reply_to=message),
     "nothing": lambda message: Message(RecordDict(), reply_to=message),
 }
 
@@ -150,6 +151,34 @@ def test_where_no_other_reply_comes_that_is_said_of_its_client() -> None:
     with pytest.warns(UserWarning, match="does not have client 0's work"):
         failed, well = Linked(link).run(replies, ClientApp(), lambda: 2)
     assert failed.error.reason.endswith("was sent its work 3 times, and a site that does not have it has answered.")
+    assert not well.has_error()
+
+
+@pytest.mark.parametrize(
+    ("group", "said"),
+    [
+        (None, "was lost 3 times at this work: does its process run out of memory?"),
+        ("", "the SuperLink, or somebody in its name, says that it does not have it"),
+        ("/" + 32 * "0", "and a site that does not have it has answered"),
+    ],
+    ids=["of the message", "without a group", "of another"],
+)
+@pytest.mark.filterwarnings("ignore:A site that does not have")
+def test_a_site_is_lost_in_the_superlinks_own_words_alone(group: str | None, said: str) -> None:
+    """Its errors have the group of the message, or none where it does not know that."""
+
+    def gone(message: Message) -> Message:
+        reply = Message(Error(3, "gone"), reply_to=message)
+        reply.metadata.group_id = message.metadata.group_id if group is None else group
+        return reply
+
+    def replies(grid: Any) -> list[Message]:
+        return list(grid.send_and_receive(train_messages(grid), timeout=20.0))
+
+    link = link_of(2)
+    link.sites[11] = site_of(0, gone)
+    failed, well = Linked(link).run(replies, ClientApp(), lambda: 2)
+    assert said in failed.error.reason
     assert not well.has_error()
 
 

@@ -4,11 +4,11 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from torch import nn
 
-from lightning_fed._compat.flower_address import LinkLost
+from lightning_fed._compat.flower_address import LinkLost, LinkUntrusted
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.values.module_form import difference, form_of
 from lightning_fed.wire import messages, roll_call
-from lightning_fed.wire.address import Where
+from lightning_fed.wire.address import Where, untrusted
 from tests.helpers import in_flower
 
 RUN = "0123456789abcdef"
@@ -118,6 +118,19 @@ def test_certificates_that_are_none_are_named(tmp_path, content):
         ConfigurationError, match=r"join\(root_certificates='.*ca.pem'\): .*no certificates in PEM form"
     ):
         Where("join", "a:1", False, tmp_path / "ca.pem").address()
+
+
+def test_an_expired_certificate_is_said_first():
+    expired = LinkUntrusted("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certificate has expired")
+    assert untrusted(expired).startswith("the SuperLink's certificate has expired, or this machine's clock is wrong (")
+    early = LinkUntrusted("certificate verify failed: certificate is not yet valid")
+    assert untrusted(early).startswith(
+        "the SuperLink's certificate is not valid yet, or this machine's clock is wrong ("
+    )
+    other = LinkUntrusted("self-signed certificate")
+    assert untrusted(other).startswith(
+        "there is no trusted connection: self-signed certificate. Write root_certificates="
+    )
 
 
 def test_certificates_without_tls_are_refused_and_missing_ones_named(tmp_path):
