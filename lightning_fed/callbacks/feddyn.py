@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fed.callbacks.base import Averaging
-from lightning_fed.callbacks.local_steps import zeros_of
+from lightning_fed.callbacks.local_steps import shared_parameters, zeros_of
 from lightning_fed.client.local.method import LocalMethod
 from lightning_fed.errors import ClientError, require
 from lightning_fed.strategies import DynamicMean
@@ -65,20 +65,18 @@ class DynamicTerm(LocalMethod):
         self.alpha = alpha
 
     def initial_memory(self, pl_module: LightningModule) -> dict[str, Tensor]:
-        """Return zeros for all that trains."""
-        return zeros_of(pl_module, frozen=False)
+        """Return zeros, also of parameters that do not train now."""
+        return zeros_of(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember what came."""
-        personal = getattr(trainer, "personal", ())
-        shared = {p: name for name, p in pl_module.named_parameters() if name not in personal}
-        trained = {p: name for p, name in shared.items() if p.requires_grad}
-        if unknown := trained.values() - self.memory.keys():
+        shared = shared_parameters(trainer, pl_module)
+        if unknown := shared.values() - self.memory.keys():
             raise ClientError(
-                f"trains {min(unknown)!r}, which did not train when it took part first, so FedDyn remembers nothing of"
-                " it. Let requires_grad stay as it is, or begin a run with the weights as they are then."
+                f"has {min(unknown)!r}, of which FedDyn remembers nothing: it was not shared when the client took part"
+                " first. Name what is personal as then, or begin a run with the weights as they are now."
             )
-        self._begin = {p: (name, p.detach().clone()) for p, name in trained.items()}
+        self._begin = {p: (name, p.detach().clone()) for p, name in shared.items()}
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -95,5 +93,5 @@ class DynamicTerm(LocalMethod):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the new ``lambda_i``."""
         moved = {name: p.detach() - begin for p, (name, begin) in self._begin.items()}
-        self.memory = {**self.memory, **{name: self.memory[name] - self.alpha * moved[name] for name in moved}}
+        self.memory = {name: self.memory[name] - self.alpha * change for name, change in moved.items()}
         self._begin = {}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fed.callbacks.base import FederatedCallback
+from lightning_fed.callbacks.local_steps import shared_parameters
 from lightning_fed.errors import require
 
 
@@ -51,8 +52,7 @@ class ProximalTerm(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the round's weights; personal ones are not the round's."""
-        personal = getattr(trainer, "personal", ())
-        self._anchor = {p: p.detach().clone() for name, p in pl_module.named_parameters() if name not in personal}
+        self._anchor = {p: p.detach().clone() for p in shared_parameters(trainer, pl_module)}
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

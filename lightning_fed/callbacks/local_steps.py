@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def zeros_of(module: LightningModule, frozen: bool = True) -> dict[str, Tensor]:
@@ -21,6 +21,15 @@ def zeros_of(module: LightningModule, frozen: bool = True) -> dict[str, Tensor]:
         for name, p in module.named_parameters()
         if p.requires_grad or frozen
     }
+
+
+def shared_parameters(trainer: Trainer, module: LightningModule) -> dict[nn.Parameter, str]:
+    """Return the parameters of a client's module that are not its own, with their names.
+
+    Frozen ones are among them: whether a parameter trains may change within a fit, and its gradient tells at each step.
+    """
+    personal = getattr(trainer, "personal", ())
+    return {p: name for name, p in module.named_parameters() if name not in personal}
 
 
 def is_skipped(trainer: Trainer, grads: Sequence[Tensor | None]) -> bool:

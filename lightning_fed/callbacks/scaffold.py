@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_fed.callbacks.base import Averaging, ClientReport, FederatedCallback, Stage
 from lightning_fed.callbacks.fedavg import FedAvg, FedAvgM
-from lightning_fed.callbacks.local_steps import is_skipped, zeros_of
+from lightning_fed.callbacks.local_steps import is_skipped, shared_parameters, zeros_of
 from lightning_fed.client.local.method import LocalMethod
 from lightning_fed.errors import ClientError, ConfigurationError, require
 
@@ -130,19 +130,12 @@ class ControlVariates(LocalMethod):
         self.option = option
 
     def initial_memory(self, pl_module: LightningModule) -> dict[str, Tensor]:
-        """Return zeros, of parameters that do not train now, too."""
+        """Return zeros, also of parameters that do not train now."""
         return zeros_of(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare the correction ``c - c_i``."""
-        personal = trainer.personal  # type: ignore[attr-defined]
-        shared = [(name, p) for name, p in pl_module.named_parameters() if name not in personal]
-        self._names = {p: name for name, p in shared if p.requires_grad}
-        if unknown := self._names.values() - self.received.keys():
-            raise ClientError(
-                f"trains {min(unknown)!r}, of which Scaffold has no control: it did not train when the run began. Let"
-                " requires_grad stay as it is, or begin a run with the weights as they are then."
-            )
+        self._names = shared_parameters(trainer, pl_module)
         self.memory = {name: self.memory[name] for name in self.received}
         self._correction = {name: self.received[name] - own for name, own in self.memory.items()}
         self._sum = {name: torch.zeros_like(own) for name, own in self.memory.items()}
@@ -153,18 +146,22 @@ class ControlVariates(LocalMethod):
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Sum this optimizer's gradients, and correct them; those of a step that is skipped do not count."""
-        own = [(group, p) for group in optimizer.param_groups for p in group["params"] if p in self._names]
-        if all(p.grad is None for _, p in own) or is_skipped(trainer, [p.grad for _, p in own]):
+        shared = [(group, p) for group in optimizer.param_groups for p in group["params"] if p in self._names]
+        own = [(group, p) for group, p in shared if p.grad is not None]
+        if is_skipped(trainer, [p.grad for _, p in own]):
             return
         for group, p in own:
             name = self._names[p]
+            if name not in self.memory:
+                raise ClientError(
+                    f"trains {name!r}, of which Scaffold has no control: it did not train when the run began. Let it"
+                    " have requires_grad=True then, or begin a run with the weights as they are now."
+                )
             self._steps[name] += 1
             if self.option == "II":
                 self._rates.setdefault(name, _rate(optimizer, group))
                 if self._rates[name] != group["lr"]:
                     raise ClientError("changes its learning rate within a round: write Scaffold(option='running').")
-            if p.grad is None:
-                continue
             if p.grad.is_sparse:  # the correction is not
                 p.grad = p.grad.to_dense()
             self._sum[name] += p.grad

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
@@ -91,6 +92,20 @@ def assert_equal(ours: references.Weights, theirs: references.Weights) -> None:
     """All tensors are equal, bit for bit."""
     assert ours.keys() == theirs.keys()
     assert [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)] == []
+
+
+class UnfreezesLate(L.Callback):
+    """On clients: the first layer is frozen when a fit begins, and trains from the start of one of its epochs on."""
+
+    def __init__(self, epoch: int = 0) -> None:
+        self.epoch = epoch
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.net[0].requires_grad_(False)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch % EPOCHS == self.epoch:
+            pl_module.net[0].requires_grad_(True)
 
 
 class Stops(FederatedCallback):

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from flwr.app import ArrayRecord
@@ -13,7 +14,7 @@ from torch import nn
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData, FedAdam, FedDyn, FederatedCallback, FedPer, FedProx
-from lightning_fed.errors import ConfigurationError, FederationError
+from lightning_fed.errors import ConfigurationError
 from lightning_fed.values.weights import read
 from lightning_fed.wire import messages
 from tests import references
@@ -21,6 +22,7 @@ from tests.callbacks.rounds import (
     HOOKS,
     WAYS,
     Chosen,
+    UnfreezesLate,
     adam,
     assert_close,
     assert_equal,
@@ -132,13 +134,30 @@ def test_arguments_are_checked() -> None:
         FederatedTrainer(max_rounds=1, num_clients=2, callbacks=[FedAdam(), FedDyn()])
 
 
+def test_a_layer_that_is_unfrozen_at_an_epochs_start_has_the_terms() -> None:
+    net = network(torch.float64)
+    ours = federated(net, sgd, FedDyn(ALPHA), client_callbacks=[UnfreezesLate()])
+    assert_equal(ours, federated(net, sgd, FedDyn(ALPHA)))
+
+
 class Unfreezes(FederatedCallback):
     def on_round_start(self, trainer: Any, round: int, stage: str, cohort: Any) -> None:
         trainer.lightning_module.net[0].requires_grad_(round > 1)
 
 
-def test_a_parameter_that_begins_to_train_later_is_named() -> None:
+class FrozenInTheFirstRound(L.Callback):
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_round == 1:
+            trainer.optimizers[0].param_groups[0]["lr"] = 0.0
+
+
+def by_layer(parameters: Any) -> torch.optim.Optimizer:
+    first, second, *others = parameters
+    return torch.optim.SGD([{"params": [first, second]}, {"params": others}], lr=0.1)
+
+
+def test_a_parameter_that_begins_to_train_later_goes_as_one_that_did_not_move_before() -> None:
     net = network(torch.float64)
+    still = federated(net, by_layer, FedDyn(ALPHA), client_callbacks=[FrozenInTheFirstRound()], client_state="reset")
     net[0].requires_grad_(False)
-    with pytest.raises(FederationError, match=r"trains 'net.0.bias', which did not train when it took part first"):
-        federated(net, sgd, FedDyn(), Unfreezes())
+    assert_equal(federated(net, by_layer, FedDyn(ALPHA), Unfreezes(), client_state="reset"), still)

@@ -18,6 +18,7 @@ from tests import references
 from tests.callbacks.rounds import (
     HOOKS,
     WAYS,
+    UnfreezesLate,
     adam,
     assert_close,
     assert_equal,
@@ -179,6 +180,18 @@ def test_arguments_are_checked() -> None:
         Scaffold(server_learning_rate=0)
 
 
+def test_a_layer_that_is_unfrozen_at_an_epochs_start_is_corrected() -> None:
+    net = network(torch.float64)
+    ours = federated(net, sgd, Scaffold(), client_callbacks=[UnfreezesLate()])
+    assert_equal(ours, federated(net, sgd, Scaffold()))
+
+
+def test_a_layer_that_trains_in_the_second_epoch_alone_has_the_mean_of_that_ones_gradients() -> None:
+    net, late = network(torch.float64), [UnfreezesLate(epoch=1)]
+    ours = federated(net, sgd, Scaffold(), client_callbacks=late)
+    assert_close(ours, federated(net, sgd, Scaffold(option="II"), client_callbacks=late))
+
+
 class Unfreezes(FederatedCallback):
     def on_round_start(self, trainer: Any, round: int, stage: str, cohort: Any) -> None:
         trainer.lightning_module.net[0].requires_grad_(round > 1)
@@ -187,5 +200,5 @@ class Unfreezes(FederatedCallback):
 def test_a_parameter_that_begins_to_train_later_has_no_control_and_that_is_said() -> None:
     net = network(torch.float64)
     net[0].requires_grad_(False)
-    with pytest.raises(FederationError, match=r"trains 'net.0.bias', of which Scaffold has no control"):
+    with pytest.raises(FederationError, match=r"trains 'net.0.weight', of which Scaffold has no control"):
         federated(net, sgd, Scaffold(), Unfreezes())
