@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fed.callbacks.base import FederatedCallback
+from lightning_fed.callbacks.local_steps import refuse_unheard
 from lightning_fed.errors import require
 
 
@@ -49,16 +50,18 @@ class HeldNear(Callback):
 
     def __init__(self, lam: float, x: Mapping[str, Tensor]) -> None:
         self.lam, self._x = lam, x
-        self._anchor: dict[Tensor, Tensor] = {}
+        self._anchor: dict[nn.Parameter, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find each parameter's anchor; personal ones have none."""
         named = [(p, self._x[name]) for name, p in pl_module.named_parameters() if name in self._x]
         self._anchor = {p: x.to(p, copy=True) for p, x in named}
+        self._begin, self._is_heard = {p: p.detach().clone() for p, _ in named}, False
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add the gradient of the term to this optimizer's parameters."""
+        self._is_heard = True
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if p.grad is None or p not in self._anchor:
@@ -66,3 +69,8 @@ class HeldNear(Callback):
                 if p.grad.is_sparse:  # the term is not
                     p.grad = p.grad.to_dense()
                 p.grad.add_(p - self._anchor[p], alpha=self.lam)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the term was added."""
+        refuse_unheard("Ditto", self._is_heard, self._begin)
+        self._anchor, self._begin = {}, {}

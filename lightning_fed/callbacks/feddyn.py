@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fed.callbacks.base import Averaging
-from lightning_fed.callbacks.local_steps import shared_parameters, zeros_of
+from lightning_fed.callbacks.local_steps import refuse_unheard, shared_parameters, zeros_of
 from lightning_fed.client.local.method import LocalMethod
 from lightning_fed.errors import ClientError, require
 from lightning_fed.strategies import DynamicMean
@@ -76,22 +76,23 @@ class DynamicTerm(LocalMethod):
                 f"has {min(unknown)!r}, of which FedDyn remembers nothing: it was not shared when the client took part"
                 " first. Name what is personal as then, or begin a run with the weights as they are now."
             )
-        self._begin = {p: (name, p.detach().clone()) for p, name in shared.items()}
+        self._names, self._begin, self._is_heard = shared, {p: p.detach().clone() for p in shared}, False
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add the terms' gradients to this optimizer's parameters; those that are not trained have none."""
+        self._is_heard = True
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if p.grad is None or p not in self._begin:
                     continue
                 if p.grad.is_sparse:  # the terms are not
                     p.grad = p.grad.to_dense()
-                name, begin = self._begin[p]
-                p.grad += (self.alpha * (p - begin) - self.memory[name]).to(p.grad.dtype)
+                p.grad += (self.alpha * (p - self._begin[p]) - self.memory[self._names[p]]).to(p.grad.dtype)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the new ``lambda_i``."""
-        moved = {name: p.detach() - begin for p, (name, begin) in self._begin.items()}
+        refuse_unheard("FedDyn", self._is_heard, self._begin)
+        moved = {self._names[p]: p.detach() - begin for p, begin in self._begin.items()}
         self.memory = {name: self.memory[name] - self.alpha * change for name, change in moved.items()}
-        self._begin = {}
+        self._names, self._begin = {}, {}

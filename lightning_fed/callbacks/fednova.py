@@ -14,7 +14,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_fed.callbacks.base import Averaging, ClientReport
 from lightning_fed.callbacks.fedprox import ProximalTerm
-from lightning_fed.callbacks.local_steps import is_skipped, shared_parameters
+from lightning_fed.callbacks.local_steps import is_skipped, refuse_unheard, shared_parameters
 from lightning_fed.client.local.method import LocalMethod
 from lightning_fed.errors import ClientError, ConfigurationError
 from lightning_fed.strategies import NormalizedMean
@@ -87,14 +87,15 @@ class StepCounter(LocalMethod):
         callbacks: Sequence[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         terms = [callback for callback in callbacks if isinstance(callback, ProximalTerm)]
         self._held_back, self._free = _Distance(sum(term.mu for term in terms)), _Distance()
-        self._shared = shared_parameters(trainer, pl_module)
+        self._begin = {p: p.detach().clone() for p in shared_parameters(trainer, pl_module)}
+        self._is_heard = False
         _refuse_unknown(trainer.optimizers)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Count a step of what travels; one that trains a personal head alone is none."""
-        groups = optimizer.param_groups
+        self._is_heard, groups = True, optimizer.param_groups
         stepped = [p for group in groups for p in group["params"] if p.grad is not None]
-        if self._shared.keys().isdisjoint(stepped) or is_skipped(trainer, [p.grad for p in stepped]):
+        if self._begin.keys().isdisjoint(stepped) or is_skipped(trainer, [p.grad for p in stepped]):
             return
         _refuse_unequal(groups)
         self._held_back.step(groups[0])
@@ -102,6 +103,8 @@ class StepCounter(LocalMethod):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Send how far it went."""
+        refuse_unheard("FedNova", self._is_heard, self._begin)
+        self._begin = {}
         if not self._held_back.covered > 0:
             raise ClientError(
                 f"trained with steps that add up to {self._held_back.covered:g} learning rates, by which FedNova cannot"

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fed.callbacks.base import FederatedCallback
-from lightning_fed.callbacks.local_steps import shared_parameters
+from lightning_fed.callbacks.local_steps import refuse_unheard, shared_parameters
 from lightning_fed.errors import require
 
 
@@ -48,15 +48,18 @@ class ProximalTerm(Callback):
 
     def __init__(self, mu: float) -> None:
         self.mu = mu
-        self._anchor: dict[Tensor, Tensor] = {}
+        self._anchor: dict[nn.Parameter, Tensor] = {}
+        self._is_heard = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the round's weights; personal ones are not the round's."""
         self._anchor = {p: p.detach().clone() for p in shared_parameters(trainer, pl_module)}
+        self._is_heard = False
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add the gradient of the term to this optimizer's parameters; those that are not trained have none."""
+        self._is_heard = True
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if p.grad is None or p not in self._anchor:
@@ -67,6 +70,7 @@ class ProximalTerm(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Release the remembered weights."""
+        refuse_unheard("FedProx", self._is_heard, self._anchor)
         self._anchor = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

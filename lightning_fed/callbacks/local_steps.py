@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+
+from lightning_fed.errors import ClientError
 
 
 def zeros_of(module: LightningModule, frozen: bool = True) -> dict[str, Tensor]:
@@ -30,6 +32,25 @@ def shared_parameters(trainer: Trainer, module: LightningModule) -> dict[nn.Para
     """
     personal = getattr(trainer, "personal", ())
     return {p: name for name, p in module.named_parameters() if name not in personal}
+
+
+def refuse_unheard(method: str, is_heard: bool, begin: Mapping[nn.Parameter, Tensor]) -> None:
+    """Refuse a fit that has trained and called no hook before its steps: the method did nothing in it.
+
+    Args:
+        method: The method.
+        is_heard: Whether ``on_before_optimizer_step`` was called in the fit.
+        begin: Copies of what parameters began with.
+
+    Raises:
+        ClientError: If it was not, and one that trains has changed.
+    """
+    if is_heard or all(torch.equal(p, before) for p, before in begin.items() if p.requires_grad):
+        return
+    raise ClientError(
+        f"steps an optimizer past Lightning, so {method} hears of no step: on_before_optimizer_step is not called for"
+        " self.optimizers(use_pl_optimizer=False), nor for `optimizer.optimizer`. Step what self.optimizers() gives."
+    )
 
 
 def is_skipped(trainer: Trainer, grads: Sequence[Tensor | None]) -> bool:

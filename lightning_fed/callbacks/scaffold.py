@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_fed.callbacks.base import Averaging, ClientReport, FederatedCallback, Stage
 from lightning_fed.callbacks.fedavg import FedAvg, FedAvgM
-from lightning_fed.callbacks.local_steps import is_skipped, shared_parameters, zeros_of
+from lightning_fed.callbacks.local_steps import is_skipped, refuse_unheard, shared_parameters, zeros_of
 from lightning_fed.client.local.method import LocalMethod
 from lightning_fed.errors import ClientError, ConfigurationError, require
 
@@ -140,12 +140,13 @@ class ControlVariates(LocalMethod):
         self._correction = {name: self.received[name] - own for name, own in self.memory.items()}
         self._sum = {name: torch.zeros_like(own) for name, own in self.memory.items()}
         self._steps = dict.fromkeys(self.memory, 0)
-        self._begin = {name: p.detach().clone() for p, name in self._names.items()} if self.option == "II" else {}
+        self._begin, self._is_heard = {p: p.detach().clone() for p in self._names}, False
         self._rates: dict[str, float] = {}
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Sum this optimizer's gradients, and correct them; those of a step that is skipped do not count."""
+        self._is_heard = True
         shared = [(group, p) for group in optimizer.param_groups for p in group["params"] if p in self._names]
         own = [(group, p) for group, p in shared if p.grad is not None]
         if is_skipped(trainer, [p.grad for _, p in own]):
@@ -169,6 +170,7 @@ class ControlVariates(LocalMethod):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep ``c_i+``, and send its change."""
+        refuse_unheard("Scaffold", self._is_heard, self._begin)
         new = {name: self._new(name, own) for name, own in self.memory.items()}
         self.sent = {name: control - self.memory[name] for name, control in new.items()}
         self.memory = new
@@ -180,7 +182,7 @@ class ControlVariates(LocalMethod):
         if self.option == "running":
             return self._sum[name] / steps
         p = next(p for p, other in self._names.items() if other == name)
-        return (self._begin[name] - p.detach()).to(own.dtype) / (steps * self._rates[name]) - self._correction[name]
+        return (self._begin[p] - p.detach()).to(own.dtype) / (steps * self._rates[name]) - self._correction[name]
 
 
 def _forms(controls: Mapping[str, Tensor]) -> dict[str, torch.Size]:
