@@ -92,7 +92,11 @@ class FederatedCallback(Callback):
         return []
 
     def local_callbacks(self) -> Sequence[Callback]:
-        """Return new Lightning callbacks for one client's local fit."""
+        """Return new Lightning callbacks for one client's local fit.
+
+        Those of all methods come in the order of the methods, but first those with ``adds_to_objective = True``, which
+        add a term's gradient: others then have the gradients of the whole objective, whatever the order in the list.
+        """
         return []
 
     def tensors_to_client(self, trainer: Trainer, round: int, client: int) -> Mapping[str, Tensor]:

@@ -60,6 +60,7 @@ class DynamicTerm(LocalMethod):
     """
 
     acts_elementwise = True
+    adds_to_objective = True
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha

@@ -45,6 +45,7 @@ class ProximalTerm(Callback):
     """
 
     acts_elementwise = True  # so vectorized clients may have it
+    adds_to_objective = True
 
     def __init__(self, mu: float) -> None:
         self.mu = mu

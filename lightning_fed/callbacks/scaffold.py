@@ -27,7 +27,8 @@ class Scaffold(FederatedCallback):
     uncorrected gradients ``g`` of the round, and the server's becomes ``c + 1/N sum_S (c_i+ - c_i)``, with ``N``
     clients of which ``S`` have trained. For plain SGD that is the paper's option II, to rounding; it needs no learning
     rate and stays right with momentum, Adam, schedules and several optimizers. Parameters alone have controls, in
-    float32 or wider, and all begin at zero; a client's own stays with it.
+    float32 or wider, and all begin at zero; a client's own stays with it. ``g`` is the gradient of the objective with
+    the terms that ``FedProx`` and ``FedDyn`` add, before it is clipped: with clipping, option II has other controls.
 
     The weights become ``x + server_learning_rate * mean_S(y_i - x)``, all clients alike, unless another callback
     decides the aggregation.

@@ -118,8 +118,9 @@ class Owners:
 
 
 def local_callbacks(methods: Mapping[str, FederatedCallback]) -> list[Callback]:
-    """Return new callbacks of all methods for one client's local fit."""
-    return [callback for name, method in methods.items() for callback in named(name, method.local_callbacks())]
+    """Return new callbacks of all methods for one client's local fit, those that add to the objective first."""
+    built = [callback for name, method in methods.items() for callback in named(name, method.local_callbacks())]
+    return sorted(built, key=lambda callback: not getattr(callback, "adds_to_objective", False))
 
 
 def trains_a_second(callbacks: Sequence[FederatedCallback]) -> list[FederatedCallback]:

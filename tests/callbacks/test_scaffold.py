@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import ClientData, FedAdam, FederatedCallback, FedProx, Scaffold
+from lightning_fed.callbacks import ClientData, FedAdam, FedDyn, FederatedCallback, FedProx, Scaffold
 from lightning_fed.errors import ConfigurationError, FederationError
 from tests import references
 from tests.callbacks.rounds import (
@@ -98,6 +98,14 @@ def test_with_fedprox_and_fedadam_it_is_the_composed_method() -> None:
 
     x = references.scaffold(theirs, batches(), objective, begin, server=server)[-1]
     assert_close(ours, x)
+
+
+@pytest.mark.parametrize("term", [FedProx(0.5), FedDyn(0.3)], ids=lambda term: type(term).__name__)
+def test_terms_of_the_objective_are_in_its_gradients_whatever_the_order(term: Any) -> None:
+    net = network(torch.float64)
+    ours = federated(net, sgd, Scaffold(), term)
+    assert_equal(ours, federated(net, sgd, term, Scaffold()))
+    assert_close(ours, federated(net, sgd, term, Scaffold(option="II")))
 
 
 class TwoOptimizers(Classifier):

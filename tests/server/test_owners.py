@@ -5,8 +5,17 @@ from typing import Any
 
 import pytest
 from flwr_datasets.partitioner import NaturalIdPartitioner
+from lightning.pytorch import Callback
 
-from lightning_fed.callbacks import ClientData, PartialParticipation, Partition
+from lightning_fed.callbacks import (
+    ClientData,
+    FedDyn,
+    FederatedCallback,
+    FedProx,
+    PartialParticipation,
+    Partition,
+    Scaffold,
+)
 from lightning_fed.server import owners
 
 
@@ -21,3 +30,14 @@ from lightning_fed.server import owners
 )
 def test_a_run_begins_with_all_clients_unless_a_callback_says_fewer(callbacks: Sequence[Any], least: int) -> None:
     assert owners.build(callbacks, None).least_clients() == least
+
+
+class Other(FederatedCallback):
+    def local_callbacks(self) -> Sequence[Callback]:
+        return [Callback()]
+
+
+def test_terms_of_the_objective_come_before_what_reads_gradients_and_all_else_stays_in_order() -> None:
+    methods = owners.build([Other(), Scaffold(), FedProx(0.1), FedDyn()], 2).training()
+    names = [type(callback).__name__ for callback in owners.local_callbacks(methods)]
+    assert names == ["ProximalTerm", "DynamicTerm", "Callback", "ControlVariates"]
