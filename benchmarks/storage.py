@@ -2,10 +2,10 @@
 
 ::
 
-    python benchmarks/storage.py time --rounds 20           # 100 clients, all in each round, both ways in turn
+    python benchmarks/storage.py time --steps 50            # 100 clients, all in each round, both ways in turn
     python benchmarks/storage.py memory --clients 10000     # each trains once; resident memory after each thousandth
 
-SCAFFOLD on an MLP of 90k parameters, so each client keeps 90k floats; two steps of batch 32 a round.
+SCAFFOLD on an MLP of 90k parameters, so each client keeps 90k floats; ``--steps`` of batch 32 a round.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 
-def fit(clients: int, rounds: int, storage: Any, watch: Watch, *callbacks: Any) -> None:
+def fit(clients: int, rounds: int, steps: int, storage: Any, watch: Watch, *callbacks: Any) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(64, 784, generator=generator), torch.randint(0, 10, (64,), generator=generator)
+    size = 32 * steps
+    x, y = torch.randn(size, 784, generator=generator), torch.randint(0, 10, (size,), generator=generator)
     data = DataLoader(TensorDataset(x, y), batch_size=32)
     methods = [ClientData(lambda client: data, num_clients=clients), Scaffold(), watch, *callbacks]
     how = {"callbacks": methods, "client_storage": storage, "accelerator": "cpu", **QUIET}
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("what", choices=["time", "memory"])
     parser.add_argument("--clients", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--storage", choices=["memory", "files"], default="files", help="of `memory` (%(default)s)")
     args = parser.parse_args()
@@ -101,13 +103,13 @@ def main() -> None:
         if args.what == "memory":
             print("| clients that have trained | resident memory, MB | a round of 100, s |\n|---|---|---|")
             storage = "memory" if args.storage == "memory" else folder
-            fit(args.clients, args.clients // 100, storage, Watch(every=10), EachOnce())
+            fit(args.clients, args.clients // 100, args.steps, storage, Watch(every=10), EachOnce())
             return
         took: dict[str, list[float]] = {"memory": [], "files": []}
         for repeat in range(args.repeats):
             for way in took:
                 watch = Watch()
-                fit(100, args.rounds, "memory" if way == "memory" else Path(folder) / str(repeat), watch)
+                fit(100, args.rounds, args.steps, "memory" if way == "memory" else Path(folder) / str(repeat), watch)
                 took[way].append(median(watch.seconds[2:]))
         ratios = [files / memory for memory, files in zip(took["memory"], took["files"], strict=True)]
         for way, seconds in took.items():

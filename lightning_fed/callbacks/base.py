@@ -100,7 +100,7 @@ class FederatedCallback(Callback):
         return []
 
     def tensors_to_client(self, trainer: Trainer, round: int, client: int) -> Mapping[str, Tensor]:
-        """Return the tensors that a client is sent beside the weights when it trains, by name; they are not copied.
+        """Return the tensors that a client is sent beside the weights when it trains, by name.
 
         Called for each client of the cohort, ascending, before any of them trains, and once more before the first round
         where clients may be vectorized. Strategies and mods do not see them.

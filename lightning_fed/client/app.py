@@ -20,7 +20,7 @@ from lightning_fed.client.side import ClientSide, own_in
 from lightning_fed.errors import ClientError
 from lightning_fed.seeding import random_states_kept
 from lightning_fed.state.snapshot import DataSnapshot, Snapshot
-from lightning_fed.values.weights import Weights, check_update, is_finite
+from lightning_fed.values.weights import Weights, check_update
 from lightning_fed.views import move_to_class
 from lightning_fed.wire import extras, messages
 from lightning_fed.wire.served_app import ServedApp
@@ -186,29 +186,19 @@ def _run(side: ClientSide, stage: str, message: Message, context: Context, call:
 
 
 def _remember(side: ClientSide, context: Context, task: LocalTask, result: LocalResult) -> None:
-    """Keep what stays with the client, unless the server will refuse the reply: NaN in it would be there for ever.
+    """Keep what stays with the client; of a reply that is refused the server lets it keep what it kept before.
 
     Raises:
-        ClientError: If the client's own tensors cannot be used, and what travels can.
+        ClientError: If the client's own tensors, which the server does not see, cannot be used.
     """
-    staying, sent = side.options.staying, result.weights
-    kept = side.keep(result)
-    if not kept:
-        messages.set_memory(context, kept)
-        return
+    weights = result.weights
+    own = {name: task.weights[name] for name in side.options.staying.personal}
     try:
-        check_update(result.weights, staying.shared(task.weights))
-    except ClientError:
-        return
-    if not all(is_finite(tensor) for tensor in result.sent.values()):
-        return
-    try:
-        own = {name: task.weights[name] for name in staying.personal}
-        check_update({name: sent[name] for name in own}, own)
+        check_update({name: weights[name] for name in own}, own)
         check_update(result.own, task.weights if result.own else {})
     except ClientError as error:
         raise ClientError(f"has its own tensors that cannot be used: it {error}", tensor=error.tensor) from None
-    messages.set_memory(context, kept)
+    messages.set_memory(context, side.keep(result))
 
 
 def _reply(stage: str, message: Message, result: LocalResult) -> Message:

@@ -21,9 +21,9 @@ from lightning_fed.values.staying import Staying
 from lightning_fed.values.weights import Weights, read
 
 # The name under which a client's memory has its own weights, beside the names of methods.
-_PERSONAL = "personal"
+_PERSONAL = "its personal tensors"
 # The same of a second model of its own.
-_OWN = "own"
+_OWN = "its own model"
 
 
 class DataSource(Protocol):

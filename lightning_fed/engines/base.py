@@ -55,6 +55,10 @@ class ClientGrid(Grid):
         """Remember what clients keep as it is now."""
 
     @abstractmethod
+    def undo(self, client: int) -> None:
+        """Let a client keep what it kept when the round began: its work in this one does not count."""
+
+    @abstractmethod
     def client_states(self, *, before_round: bool = False) -> dict[int, RecordDict]:
         """Return what clients keep from round to round, by client; those that keep nothing are left out.
 
@@ -98,8 +102,8 @@ class LocalGrid(ClientGrid):
         """
 
     @abstractmethod
-    def state_of(self, client: int) -> RecordDict:
-        """Return what a client keeps now, to be read."""
+    def state_of(self, client: int, *, before_round: bool = False) -> RecordDict:
+        """Return what a client keeps, to be read; arguments as for ``client_states``."""
 
 
 class Engine(ABC):

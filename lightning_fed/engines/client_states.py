@@ -40,9 +40,18 @@ class StatesInMemory:
         """Return what a client keeps, to be read."""
         return self._states.get(client, RecordDict())
 
+    def read_before(self, client: int) -> RecordDict:
+        """Return what a client kept when the round began, to be read."""
+        return self._before.get(client, self.read(client))
+
     def put(self, client: int, state: RecordDict, round: int, stage: str) -> None:
         """Keep what a client has after a piece of work."""
         self._states[client] = state
+
+    def undo(self, client: int) -> None:
+        """Let a client keep what it kept when the round began."""
+        if client in self._before:
+            self._states[client] = messages.copy_for_delivery(self._before[client])
 
     def save(self, *, before_round: bool) -> dict[int, RecordDict]:
         """Return what a checkpoint holds, by client; those that keep nothing are left out."""
@@ -101,7 +110,14 @@ class StatesInFiles(StatesInMemory):
         Raises:
             ConfigurationError: If its file is gone or damaged.
         """
-        if (mark := self._marks.get(client)) is None:
+        return self._of(client, self._marks.get(client))
+
+    def read_before(self, client: int) -> RecordDict:
+        """See the base; raises as ``read``."""
+        return self._of(client, self._marks_before.get(client))
+
+    def _of(self, client: int, mark: str | None) -> RecordDict:
+        if mark is None:
             return RecordDict()
         path = self._path(client, mark)
         try:
@@ -135,6 +151,12 @@ class StatesInFiles(StatesInMemory):
         self._marks[client] = mark
         self._written.setdefault(client, []).append(mark)
         self._tidy(client)
+
+    def undo(self, client: int) -> None:
+        """See the base."""
+        self._marks.pop(client, None)
+        if client in self._marks_before:
+            self._marks[client] = self._marks_before[client]
 
     def _tidy(self, client: int) -> None:
         needed = {self._marks[client], self._marks_before.get(client), *(pins.get(client) for pins in self._pinned)}

@@ -55,6 +55,10 @@ class InProcessGrid(LocalGrid):
         """See ``LocalGrid``."""
         self._states.begin_round()
 
+    def undo(self, client: int) -> None:
+        """See ``LocalGrid``."""
+        self._states.undo(client)
+
     def client_states(self, *, before_round: bool = False) -> dict[int, RecordDict]:
         """See ``LocalGrid``."""
         return self._states.save(before_round=before_round)
@@ -67,9 +71,9 @@ class InProcessGrid(LocalGrid):
         """
         self._states.load(states)
 
-    def state_of(self, client: int) -> RecordDict:
+    def state_of(self, client: int, *, before_round: bool = False) -> RecordDict:
         """See ``LocalGrid``."""
-        return self._states.read(client)
+        return self._states.read_before(client) if before_round else self._states.read(client)
 
     def _context_of(self, message: Message) -> Context:
         """Return the context of the client that a message is for; ``_keep`` takes back what becomes of its state."""

@@ -95,6 +95,12 @@ class SuperLinkGrid(ClientGrid):
         """See ``ClientGrid``."""
         self._before = dict(self._marks)
 
+    def undo(self, client: int) -> None:
+        """See ``ClientGrid``."""
+        self._marks.pop(client, None)
+        if client in self._before:
+            self._marks[client] = self._before[client]
+
     def client_states(self, *, before_round: bool = False) -> dict[int, RecordDict]:
         """See ``ClientGrid``: where on their own disks clients have what they keep."""
         marks = self._before if before_round else self._marks

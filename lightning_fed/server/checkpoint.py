@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning_fed.wire.strategy_state import names_in, state_of
 
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("seed", "num_clients"), int),
+    "names": list,
     **dict.fromkeys(("setup", "arguments", "configuration", "clients"), dict),
     "method": str,
 }
@@ -50,19 +51,26 @@ class RunState:
         clients: The grid, where it can tell and take what clients keep, or ``None``.
         strategy: The strategy as it was built.
         script: How the run is set up.
+        names: What the data calls the clients, where it has names for them.
     """
 
     def __init__(
-        self, seed: int, num_clients: int, clients: ClientGrid | None, strategy: Strategy, script: Script
+        self,
+        seed: int,
+        num_clients: int,
+        clients: ClientGrid | None,
+        strategy: Strategy,
+        script: Script,
+        names: Sequence[str] = (),
     ) -> None:
         self.seed, self.num_clients, self.script = seed, num_clients, script
-        self._clients = clients
+        self._clients, self._names = clients, list(names)
         self._strategy = state_of(strategy)
         self._snapshot: dict[str, Any] | None = None
         self._said: list[str] = []
 
     def kept_by(self, client: int) -> RecordDict:
-        """Return what a client keeps, as it is now.
+        """Return what a client keeps: as it is, or in the middle of a round, and after one that failed, as that began.
 
         Raises:
             ConfigurationError: If there is no such client, or the client keeps it itself.
@@ -71,7 +79,7 @@ class RunState:
             raise ConfigurationError(f"There is no client {client!r}: there are clients 0 to {self.num_clients - 1}.")
         if not isinstance(self._clients, LocalGrid):
             raise ConfigurationError(f"What client {client} keeps is with it, and not on this machine.")
-        return self._clients.state_of(client)
+        return self._clients.state_of(client, before_round=self._snapshot is not None)
 
     def begin_round(self) -> None:
         """Save what is there now, until ``end_round``: a round that was not ended will be run again."""
@@ -88,6 +96,7 @@ class RunState:
         state: dict[str, Any] = {
             "seed": self.seed,
             "num_clients": self.num_clients,
+            "names": self._names,
             "setup": self.script.setup,
             "arguments": self.script.arguments,
             "method": self._strategy.method,
@@ -193,6 +202,14 @@ class RunState:
             had = f"{then} clients" if then != self.num_clients else f"client {gone[-1]}"
             notes.append(f"The run had {had}, this one has {self.num_clients}: they have other data than before.")
             notes += [f"What clients {', '.join(map(str, gone))} kept is dropped."] if gone else []
+        named = zip(found.state.get("names", ()), self._names, strict=False)
+        if moved := [(client, was, name) for client, (was, name) in enumerate(named) if was != name]:
+            client, was, name = moved[0]
+            more = f", and {len(moved) - 1} more are others" if moved[1:] else ""
+            notes.append(
+                f"Client {client} was {was} and is {name} now{more}: what a client kept goes on with another's data."
+                " Resume with the same values, or begin with the weights alone."
+            )
         carries = self.script.setup["FederatedTrainer"]["client_state"] == "'carry'"
         if self._clients is None:
             lost = records or (carries and found.rounds)

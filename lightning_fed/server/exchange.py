@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed.callbacks.base import ClientReport, FailureOwner, Stage
+from lightning_fed.engines.base import ClientGrid
 from lightning_fed.errors import ClientError, FederationError, RoundError
 from lightning_fed.server.methods import Methods, MethodTensors
 from lightning_fed.server.roster import CohortGrid, Roster
@@ -251,6 +252,8 @@ class Exchange:
 
     def _failed(self, error: ClientError) -> None:
         self.failed += 1
+        if self.stage == "train" and error.client is not None and isinstance(self.terms.roster, ClientGrid):
+            self.terms.roster.undo(error.client)
         self.terms.failures.on_failure(error, self.failed, len(self.cohort))
         self.terms.tell("on_client_error", self.round, self.stage, error)
         release_frames(error)  # the user may keep it, and its frames have the client's weights and batches

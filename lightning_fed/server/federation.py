@@ -66,11 +66,12 @@ class Federation(Callback):
         self._given: FitInputs | None = None
         self._session: Session | None = None
         self._state: Saves = Saved({})
+        self._module: LightningModule | None = None  # of the last fit
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without grid and clients; what a checkpoint needs of them is in it."""
-        kept = {"has_begun": True, "_given": None, "_session": None, "_state": Saved(self.state_dict())}
-        return {**self.__dict__, **kept}
+        without = dict.fromkeys(("_given", "_session", "_module"))
+        return {**self.__dict__, **without, "has_begun": True, "_state": Saved(self.state_dict())}
 
     @property
     def state_key(self) -> str:
@@ -123,6 +124,7 @@ class Federation(Callback):
         weights.refuse_unfit(pl_module)
         if not is_known():
             rank_zero_warn(why_slower())
+        self._module = pl_module
         self._session = Session(self._given, self.owners, self.settings, trainer)
         self._state, self._given.resumed = self._session.state, None
         self._session.start()
@@ -154,9 +156,10 @@ class Federation(Callback):
         if self._session is not None:
             checkpoint["callbacks"].update(self._session.states_before())
 
-    def personal_module(self, client: int, module: LightningModule) -> LightningModule:
+    def personal_module(self, client: int) -> LightningModule:
         """See ``FederatedTrainer.personal_module``."""
-        if not isinstance(self._state, RunState):
+        module = self._module
+        if not isinstance(self._state, RunState) or module is None:
             raise ConfigurationError(f"personal_module({client!r}): there has been no fit with this trainer.")
         own = own_in(memory_in(self._state.kept_by(client)))
         running = None if self._session is None else self._session.weights_before()

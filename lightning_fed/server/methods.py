@@ -61,20 +61,29 @@ class Methods:
             sent.update({f"{name}/{key}": tensor for key, tensor in given.items()})
         return sent
 
-    def check(self, sent: Weights, came: Weights) -> Weights:
+    def check(self, round: int, client: int, sent: Weights, came: Weights) -> Weights:
         """Return what came of a client for its methods, in the order and the dtypes that they expect.
 
         Raises:
             ClientError: If it is not what has to come back.
+            RoundError: If a method raises something else.
         """
         expected: Weights = {}
         for name, method in self._methods.items():
-            like = method.tensors_expected(of_method(sent, name))
+            try:
+                like = dict(method.tensors_expected(of_method(sent, name)))
+            except Exception as error:
+                raise self._fault(name, "tensors_expected", round, client, error) from error
             expected.update({f"{name}/{key}": tensor for key, tensor in like.items()})
         check_update(came, expected, "its method", "Every client must run the same callbacks.")
         came = as_global(came, expected)
         for name, method in self._methods.items():
-            method.check_tensors(of_method(came, name))
+            try:
+                method.check_tensors(of_method(came, name))
+            except ClientError:
+                raise
+            except Exception as error:
+                raise self._fault(name, "check_tensors", round, client, error) from error
         return came
 
     def take(self, round: int, report: ClientReport, came: Weights) -> None:
@@ -117,7 +126,8 @@ class MethodTensors:
             if sent:
                 key = tuple((name, id(tensor)) for name, tensor in sent.items())
                 if key not in records:
-                    records[key] = pack({name: tensor.detach().cpu() for name, tensor in sent.items()})
+                    # Copies: a method may write into its own before the last client has worked.
+                    records[key] = pack({name: tensor.detach().clone().cpu() for name, tensor in sent.items()})
                 attach_methods(message, records[key])
 
     def bytes_to(self, client: int) -> int:
@@ -126,5 +136,5 @@ class MethodTensors:
 
     def take(self, report: ClientReport, came: Weights) -> None:
         """Check what came of a client, and give it to the methods; raises as ``Methods.check`` and ``Methods.take``."""
-        came = self._methods.check(self._sent[report.client], came)
+        came = self._methods.check(self._round, report.client, self._sent[report.client], came)
         self._methods.take(self._round, report, came)

@@ -10,6 +10,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar
 
 from lightning_fed.callbacks.base import FederatedCallback
+from lightning_fed.client.local.method import LocalMethod, methods_among
 from lightning_fed.views import overrides, users_own
 
 ON_GRADIENTS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
@@ -57,6 +58,12 @@ def acts_on_clients(callback: Callback) -> bool:
 def misplaced(callbacks: Sequence[Callback], client_callbacks: Sequence[Callback]) -> list[str]:
     """Return a sentence for each callback that cannot do its work where it was put."""
     faults = []
+    faults += [
+        f"{type(one).__name__} is a LocalMethod: it belongs to the method whose FederatedCallback.local_callbacks()"
+        " returns it, and works nowhere else."
+        for one in methods_among((*callbacks, *client_callbacks))
+    ]
+    callbacks = [callback for callback in callbacks if not isinstance(callback, LocalMethod)]
     for callback in callbacks:
         name = type(callback).__name__
         if is_local(callback):

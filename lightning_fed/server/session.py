@@ -160,7 +160,8 @@ class Session:
         owners.check_cohort(self.num_clients, settings.max_clients)
         self._warn_of_monitors()
         script = given.resumed.script if given.resumed else self.script_of(given.side, owners, trainer)
-        self.state = RunState(settings.seed, self.num_clients, ours, strategy, script)
+        names = map(str, getattr(owners.partition, "client_names", None) or ())
+        self.state = RunState(settings.seed, self.num_clients, ours, strategy, script, list(names))
         self._found = given.resumed.found if given.resumed else None
         self._running: RunningRound | None = None
 

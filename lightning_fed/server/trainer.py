@@ -69,9 +69,9 @@ class ServerTrainer(Trainer):
         During a fit or after it. A client that has not trained yet has none: its module is the server's.
 
         Raises:
-            ConfigurationError: If there is no such client, nothing is personal, or the client is somewhere else.
+            ConfigurationError: If there has been no fit, there is no such client, or it is somewhere else.
         """
-        return self.federation.personal_module(client, self.lightning_module)
+        return self.federation.personal_module(client)
 
     @property
     def global_step(self) -> int:

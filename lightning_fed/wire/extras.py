@@ -16,6 +16,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
+from lightning_fed._compat.flower import filled
 from lightning_fed.tracebacks import plain
 from lightning_fed.values.metrics import KINDS, MEAN, MERGED, METRIC, MetricState
 from lightning_fed.values.running_mean import RunningMean
@@ -74,8 +75,8 @@ class IntegerTensors:
 
 
 def attach_methods(message: Message, tensors: ArrayRecord) -> None:
-    """Put what methods send to a client beside the weights."""
-    message.content[_METHODS] = tensors
+    """Put what methods send to a client beside the weights; Flower's strategies give all messages one content."""
+    message.content = filled(RecordDict(), {**message.content, _METHODS: tensors})
 
 
 def detach_integers(message: Message) -> Weights:

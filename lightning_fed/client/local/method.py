@@ -111,6 +111,9 @@ def _of_all(each: Sequence[Weights], device: torch.device) -> Weights:
     """Return copies of some clients' tensors, with the clients in front if there are several."""
     if len(each) == 1:
         return {name: tensor.detach().to(device, copy=True) for name, tensor in each[0].items()}
+    forms = [{name: (tensor.shape, tensor.dtype) for name, tensor in one.items()} for one in each]
+    if any(form != forms[0] for form in forms):
+        raise ClientError("has tensors of a method in other names, shapes or dtypes than the clients beside it.")
     return {name: torch.stack([one[name].detach() for one in each]).to(device) for name in each[0]}
 
 
@@ -127,7 +130,9 @@ def ended(methods: Iterable[LocalMethod], clients: int | None = None) -> list[tu
     results: list[tuple[Weights, Weights]] = [({}, {}) for _ in range(clients or 1)]
     for method in methods:
         for index, what in enumerate(("sent", "memory")):
-            for name, tensor in getattr(method, what, {}).items():
+            if not isinstance(own := getattr(method, what, {}), dict):
+                raise ClientError(f"has {type(method).__name__}.{what} of type {type(own).__name__}: it is a dict.")
+            for name, tensor in own.items():
                 for result, row in zip(results, _rows(method, what, name, tensor, clients), strict=True):
                     result[index][f"{method.name}/{name}"] = row
     return results

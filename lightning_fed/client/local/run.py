@@ -88,11 +88,26 @@ class LocalHooks(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(trainer, LocalTrainer)
+        self._refuse_unfrozen(pl_module)
         self.begin(trainer, pl_module)
         kept = FitState.load(trainer.task.state)
         self.hand_steps = catch_up(trainer, self.options.client_state, kept)
         if self.options.client_state == "global" and trainer.plan.rounds != 1 and not finetunes(trainer):
             self.hand_rates = HandRates(trainer, kept.rates)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._refuse_unfrozen(pl_module)
+
+    def _refuse_unfrozen(self, module: LightningModule) -> None:
+        """Check that nothing trains of which the next client gets the values of the run's start."""
+        frozen = self.options.staying.frozen
+        for name, parameter in module.named_parameters() if frozen else ():
+            if parameter.requires_grad and name in frozen:
+                raise ClientError(
+                    f"trains {name!r}, which was frozen when the run began, so with TrainableOnly() it does not travel."
+                    " Let it stay frozen, unfreeze it before fit, or leave TrainableOnly out.",
+                    tensor=name,
+                )
 
     def begin(self, trainer: LocalTrainer, module: LightningModule) -> None:
         """Give methods what they begin with; optimizers are made, and nobody else has seen the module yet."""

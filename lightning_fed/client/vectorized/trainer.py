@@ -234,7 +234,7 @@ class CohortTrainer(LocalTrainer):
         super().release(module)
         self.stack.restore()
         self._optimization.release()
-        self._batch = None
+        self._batch, self.tasks = None, ()
         self.__dict__.pop("_watch", None)
         for loader in (self.loaders.train, self.loaders.val):
             if loader is not None:
