@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_fed.callbacks.base import FederatedCallback
 from lightning_fed.callbacks.local_steps import refuse_unheard
 from lightning_fed.errors import require
+from lightning_fed.values.weights import entries_of_parameters
 
 
 class Ditto(FederatedCallback):
@@ -54,7 +55,8 @@ class HeldNear(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find each parameter's anchor; personal ones have none."""
-        named = [(p, self._x[name]) for name, p in pl_module.named_parameters() if name in self._x]
+        entries = entries_of_parameters(pl_module)
+        named = [(p, self._x[entries[n]]) for n, p in pl_module.named_parameters() if entries.get(n) in self._x]
         self._anchor = {p: x.to(p, copy=True) for p, x in named}
         self._begin, self._is_heard = {p: p.detach().clone() for p, _ in named}, False
 

@@ -26,12 +26,12 @@ def zeros_of(module: LightningModule, frozen: bool = True) -> dict[str, Tensor]:
 
 
 def shared_parameters(trainer: Trainer, module: LightningModule) -> dict[nn.Parameter, str]:
-    """Return the parameters of a client's module that are not its own, with their names.
+    """Return the parameters of a client's module that travel, with their names.
 
-    Frozen ones are among them: whether a parameter trains may change within a fit, and its gradient tells at each step.
+    Some may not train now: that can change within a fit, and a parameter's gradient tells at each step.
     """
-    personal = getattr(trainer, "personal", ())
-    return {p: name for name, p in module.named_parameters() if name not in personal}
+    stay = {*getattr(trainer, "personal", ()), *getattr(trainer, "frozen", ())}
+    return {p: name for name, p in module.named_parameters() if name not in stay}
 
 
 def refuse_unheard(method: str, is_heard: bool, begin: Mapping[nn.Parameter, Tensor]) -> None:

@@ -60,8 +60,8 @@ class ServerTrainer(Trainer):
 
     @property
     def personal(self) -> frozenset[str]:
-        """The names of tensors that are each client's own, from ``on_federation_start`` on."""
-        return self.federation.session.staying.personal
+        """The module's names of the parameters that are each client's own, from ``on_federation_start`` on."""
+        return self.federation.session.staying.personal_parameters
 
     def personal_module(self, client: int) -> LightningModule:
         """Return a copy of the module with a client's own tensors in it (``Personal``), and the others' as they are.

@@ -24,11 +24,11 @@ def form_of(module: nn.Module, staying: Staying | None = None) -> Form:
     >>> form_of(nn.Linear(2, 1))
     {'weight': 'float [1, 2]', 'bias': 'float [1]'}
     """
-    personal = frozenset[str]() if staying is None else staying.personal
-    named = {name: p for name, p in module.named_parameters() if name not in personal}
+    staying = staying or Staying()
+    named = {name: p for name, p in module.named_parameters() if name not in staying.personal_parameters}
     frozen = {name: p for name, p in named.items() if not p.requires_grad}
     form = {name: _text(tensor, name in frozen) for name, tensor in read(module, copy=False).items()}
-    form |= dict.fromkeys(sorted(personal), "personal")
+    form |= dict.fromkeys(sorted(staying.personal), "personal")
     return {**form, _FROZEN: _digest(frozen)} if frozen else form
 
 

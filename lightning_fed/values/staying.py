@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from lightning_fed.errors import ConfigurationError
-from lightning_fed.values.weights import Weights, place_of, read
+from lightning_fed.values.weights import Weights, entries_of_parameters, place_of, read
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,15 @@ class Staying:
     Attributes:
         personal: Those of which each client has its own.
         frozen: Those that nobody trains.
+        personal_parameters: The parameters that are personal, by the names that the module has for them, which may be
+            others than its state dict's; ``staying`` finds them.
+        frozen_parameters: Those that are frozen, likewise.
     """
 
     personal: frozenset[str] = frozenset()
     frozen: frozenset[str] = frozenset()
+    personal_parameters: frozenset[str] = frozenset()
+    frozen_parameters: frozenset[str] = frozenset()
 
     def __or__(self, other: Staying) -> Staying:
         personal = self.personal | other.personal
@@ -34,6 +39,14 @@ class Staying:
 
     def __contains__(self, name: str) -> bool:
         return name in self.personal or name in self.frozen
+
+    def with_parameters(self, module: nn.Module) -> Staying:
+        """Return the same with the parameters of the module that are personal or frozen."""
+        entries = entries_of_parameters(module).items()
+        personal, frozen = (
+            frozenset(name for name, entry in entries if entry in own) for own in (self.personal, self.frozen)
+        )
+        return replace(self, personal_parameters=personal, frozen_parameters=frozen)
 
     def shared(self, weights: Mapping[str, Tensor]) -> Weights:
         """Return those that travel."""
@@ -116,4 +129,4 @@ def staying(module: nn.Module, of: Iterable[Callable[[nn.Module], Staying]]) -> 
             f"Nothing of {type(module).__name__} travels: {len(all_of_them.personal)} of its {len(state)} tensors are"
             f" personal and {len(all_of_them.frozen)} are frozen, so no client would learn from another."
         )
-    return all_of_them
+    return all_of_them.with_parameters(module) if all_of_them else all_of_them

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from lightning.pytorch import LightningModule
@@ -78,7 +78,23 @@ def parameter_names(module: nn.Module) -> frozenset[str]:
     names = {name for name, tensor in state.items() if place_of(tensor) in parameters}
     others = {name: tensor for name, tensor in state.items() if is_averaged(tensor) and name not in names}
     unclear = {name: tensor.clone() for name, tensor in others.items() if place_of(tensor) not in buffers}
-    return frozenset(names | _moving(module, unclear) if unclear else names)
+    return frozenset(names | _moving(module, module.parameters(), unclear) if unclear else names)
+
+
+def entries_of_parameters(module: nn.Module) -> dict[str, str]:
+    """Return for each parameter, under all its names, the entry of the state dict that is it, or that changes with it.
+
+    The names of both are mostly the same; a state dict may be renamed. A parameter that is not in it has none.
+    """
+    state, named = read(module, copy=False), dict(module.named_parameters(remove_duplicate=False))
+    places = {place_of(tensor): name for name, tensor in state.items() if tensor.numel()}
+    entries = {name: places.get(place_of(p.detach())) for name, p in named.items()}
+    buffers = {place_of(tensor) for tensor in module.buffers()} | {place_of(p.detach()) for p in named.values()}
+    unclear = {n: t.clone() for n, t in state.items() if is_averaged(t) and t.numel() and place_of(t) not in buffers}
+    for name, parameter in named.items():
+        if unclear and entries[name] is None and is_averaged(parameter):
+            entries[name] = min(_moving(module, [parameter], unclear), default=None)
+    return {name: entry for name, entry in entries.items() if entry is not None}
 
 
 def place_of(tensor: Tensor) -> tuple[object, ...]:
@@ -89,9 +105,9 @@ def place_of(tensor: Tensor) -> tuple[object, ...]:
 
 
 @torch.no_grad()
-def _moving(module: nn.Module, entries: Weights) -> set[str]:
-    """Return which entries of a state dict change with the parameters, where it has copies of them."""
-    kept = [(parameter, parameter.clone()) for parameter in module.parameters() if is_averaged(parameter)]
+def _moving(module: nn.Module, parameters: Iterable[Tensor], entries: Weights) -> set[str]:
+    """Return which entries of a state dict change with some parameters, where it has copies of them."""
+    kept = [(parameter, parameter.clone()) for parameter in parameters if is_averaged(parameter)]
     try:
         for parameter, value in kept:
             parameter.copy_(value == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning_fed.callbacks import (
     FedAdam,
     FedBN,
     FedDyn,
+    FedNova,
     FedPer,
     FedProx,
     FedRep,
@@ -42,6 +44,7 @@ from tests.callbacks.rounds import (
     Chosen,
     Stops,
     assert_close,
+    assert_equal,
     batches,
     loaders,
     loss,
@@ -60,9 +63,14 @@ class Personalized(Classifier):
 
 
 def fit(
-    net: nn.Module, *callbacks: Any, optimizer: Any = momentum, rounds: int = ROUNDS, **arguments: Any
+    net: nn.Module,
+    *callbacks: Any,
+    optimizer: Any = momentum,
+    rounds: int = ROUNDS,
+    kind: type[Personalized] = Personalized,
+    **arguments: Any,
 ) -> tuple[FederatedTrainer, Personalized]:
-    module = Personalized(copy.deepcopy(net), optimizer)
+    module = kind(copy.deepcopy(net), optimizer)
     data = [(train, val) for train, val in zip(loaders(), loaders(), strict=True)]
     arguments = {**QUIET, "local_epochs": EPOCHS, **arguments}
     ckpt_path = arguments.pop("ckpt_path", None)
@@ -466,3 +474,47 @@ def test_two_second_models_are_refused() -> None:
 def test_clients_with_a_second_model_train_one_after_the_other() -> None:
     with pytest.warns(UserWarning, match="one after the other: each client trains a second model of its own"):
         fit(network(torch.float64), Ditto(), vectorize_clients=True)
+
+
+class Renamed(Personalized):
+    """Its state dict has other names than its parameters."""
+
+    def __init__(self, net: nn.Module, optimizer: Any) -> None:
+        super().__init__(net, optimizer)
+        self.register_state_dict_post_hook(self._rename)
+        self.register_load_state_dict_pre_hook(self._name_back)
+
+    @staticmethod
+    def _rename(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in list(state):
+            state[name.replace("net.", "net/")] = state.pop(name)
+
+    @staticmethod
+    def _name_back(module: Any, state: dict[str, Any], *rest: Any) -> None:
+        for name in list(state):
+            state[name.replace("net/", "net.")] = state.pop(name)
+
+
+# Method -> the user's callbacks, where the head's state dict entries match a pattern.
+WITH_PERSONAL: dict[str, Any] = {
+    "FedProx": lambda head: [FedPer(head), FedProx(0.5)],
+    "Scaffold": lambda head: [FedPer(head), Scaffold()],
+    "FedDyn": lambda head: [FedPer(head), FedDyn(0.3)],
+    "FedNova": lambda head: [FedPer(head), FedNova()],
+    "FedRep": lambda head: [FedRep(head), Scaffold()],
+    "Ditto": lambda head: [FedPer(head), Ditto(0.7)],
+    "Ditto alone": lambda head: [Ditto(0.7)],
+}
+
+
+@pytest.mark.parametrize("way", ["in process", "processes"])
+@pytest.mark.parametrize("method", WITH_PERSONAL)
+def test_where_the_state_dict_has_other_names_the_same_parameters_are_personal(method: str, way: str) -> None:
+    net, optimizer = network(torch.float64), partial(torch.optim.SGD, lr=0.05)
+    trained = []
+    for kind, head in ((Personalized, "net.2"), (Renamed, "net/2.*")):
+        trainer, module = fit(net, *WITH_PERSONAL[method](head), optimizer=optimizer, kind=kind, **WAYS.get(way, {}))
+        own = [trainer.personal_module(client).net.state_dict() for client in range(len(SIZES))]
+        trained.append([module.net.state_dict(), *own])
+    for theirs, ours in zip(*trained, strict=True):
+        assert_equal(ours, theirs)

@@ -258,6 +258,32 @@ def test_parameters_are_known_by_what_they_are_and_not_by_their_names(cls, names
     assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("cls", "entry"),
+    [
+        (Net, "{}"),
+        (Prefixed, "net.{}"),
+        (Copying, "net.{}"),
+        (Hooked, "net.{}"),
+    ],
+)
+def test_each_parameter_has_its_entry_of_the_state_dict(cls, entry):
+    module = cls()
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    entries = weights.entries_of_parameters(module)
+    state, names = weights.read(module), [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    assert list(entries) == names
+    tied = {"embed.weight", "out.weight"}
+    assert {n: e for n, e in entries.items() if n not in tied} == {n: entry.format(n) for n in names if n not in tied}
+    assert {entries[name] for name in tied} <= {entry.format(name) for name in tied}
+    assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
+    assert all(torch.equal(state[entries[name]].to(p), p) for name, p in before.items())
+
+
+def test_a_parameter_that_is_not_in_the_state_dict_has_no_entry():
+    assert weights.entries_of_parameters(Selecting()) == {"norm.weight": "head"}
+
+
 def test_integer_and_bool_tensors_are_parted_from_what_strategies_average():
     averaged, integers = extras.split_integers({**weights.read(Net()), "wave": torch.zeros(1, dtype=torch.complex64)})
     assert set(integers) == {"mask", "norm.num_batches_tracked"}

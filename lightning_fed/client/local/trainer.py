@@ -50,13 +50,16 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
 
     Attributes:
         as_configured: Optimizers and schedulers as ``configure_optimizers`` gave them.
-        personal: The names of the client's own tensors, which do not travel.
+        personal: The module's names of the parameters that are the client's own, which do not travel.
+        frozen: Of those that nobody trains, which do not travel, likewise.
     """
 
     callbacks: list[Callback]
 
     def __init__(self, work: LocalWork, fast_dev_run: int | bool = False, **kwargs: Any) -> None:
-        self.task, self.loaders, self.personal = work.task, work.loaders, work.options.staying.personal
+        self.task, self.loaders = work.task, work.loaders
+        staying = work.options.staying
+        self.personal, self.frozen = staying.personal_parameters, staying.frozen_parameters
         self.as_configured = AsConfigured()
         self.caught: list[MetricState] = []
         self.computed: set[str] = set()
