@@ -518,3 +518,16 @@ def test_where_the_state_dict_has_other_names_the_same_parameters_are_personal(m
         trained.append([module.net.state_dict(), *own])
     for theirs, ours in zip(*trained, strict=True):
         assert_equal(ours, theirs)
+
+
+class Unfreezes(Callback):
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.net[0].requires_grad_(True)
+
+
+@pytest.mark.parametrize("kind", [Personalized, Renamed])
+def test_what_is_frozen_has_to_stay_so_whatever_the_state_dict_calls_it(kind: type[Personalized]) -> None:
+    net = network(torch.float64)
+    net[0].requires_grad_(False)
+    with pytest.raises(FederationError, match=r"client 0 trains 'net.0.weight', which was frozen when the run began"):
+        fit(net, TrainableOnly(), kind=kind, client_callbacks=[Unfreezes()])

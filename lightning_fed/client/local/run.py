@@ -100,7 +100,7 @@ class LocalHooks(Callback):
 
     def _refuse_unfrozen(self, module: LightningModule) -> None:
         """Check that nothing trains of which the next client gets the values of the run's start."""
-        frozen = self.options.staying.frozen
+        frozen = self.options.staying.frozen_parameters
         for name, parameter in module.named_parameters() if frozen else ():
             if parameter.requires_grad and name in frozen:
                 raise ClientError(
