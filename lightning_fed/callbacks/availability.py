@@ -29,7 +29,7 @@ def table_of(available: Any) -> tuple[Any, list[str]]:
     ]
 
 
-def who_is_there(call: str, available: Any, round: int, num_clients: int) -> list[int]:
+def who_is_there(call: str, available: Any, round: int, num_clients: int) -> Sequence[int]:
     """Return the clients that are available in a round, ascending.
 
     Args:
@@ -45,7 +45,7 @@ def who_is_there(call: str, available: Any, round: int, num_clients: int) -> lis
     [1, 3]
     """
     if available is None:
-        return list(range(num_clients))
+        return range(num_clients)
     if not callable(available):
         if available.shape[1] != num_clients:
             raise ConfigurationError(

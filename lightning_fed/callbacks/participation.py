@@ -149,7 +149,7 @@ class PartialParticipation(CohortOwner):
             clients = [client for client in clients if weights[client] > 0]
         require_there(stage, round, len(clients), num_clients, self._least(stage))
         if size >= len(clients):
-            return clients
+            return list(clients)
         draws = random.Random(seed_for(seed, f"cohort/{stage}", round=round))
         if weights is None:
             return sorted(draws.sample(clients, size))

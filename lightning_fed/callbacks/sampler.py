@@ -86,7 +86,7 @@ class Participation(CohortOwner):
             ConfigurationError: If the function gives no such cohort, or not the same if it is asked again.
             RoundError: If no client is available to train, or none is chosen to.
         """
-        clients = who_is_there("Participation", self.available, round, num_clients)
+        clients = list(who_is_there("Participation", self.available, round, num_clients))
         sampler = self.sampler if stage == "train" else self.sampler_evaluate
         require_there(stage, round, len(clients), num_clients, (stage == "train", None))
         if sampler is None:

@@ -104,10 +104,11 @@ class LocalClientApp(ClientApp, ServedApp):
         calls = [_Call.of(message, context) for message, context in received]
         results: Sequence[LocalResult | None] = [None] * len(calls)
         if len(calls) > 1 and side.dispatcher is not None and not side.is_stale:
-            results = side.dispatcher.run(stage, [call.task(stage) for call in calls], side.work)
+            tasks = [call.task(stage) for call in calls]
+            results = side.dispatcher.run(stage, tasks, side.work)
         return [
-            _serve(side, stage, call) if result is None else _ended(side, stage, call, result)
-            for call, result in zip(calls, results, strict=True)
+            _serve(side, stage, calls[i]) if result is None else _ended(side, stage, calls[i], tasks[i], result)
+            for i, result in enumerate(results)
         ]
 
 
@@ -146,11 +147,11 @@ def _serve(side: ClientSide, stage: str, call: _Call) -> Message:
     return _with_extras(reply, *results)
 
 
-def _ended(side: ClientSide, stage: str, call: _Call, result: LocalResult) -> Message:
+def _ended(side: ClientSide, stage: str, call: _Call, task: LocalTask, result: LocalResult) -> Message:
     """Return the reply of one of several that worked together, without mods and with no state but methods' memory."""
     if stage == "train":
         try:
-            _remember(side, call.context, side.complete(call.task(stage)), result)
+            _remember(side, call.context, task, result)
         except ClientError as error:
             return messages.error_reply(call.message, error)
     return _with_extras(_reply(stage, call.message, result), result)
