@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fed.callbacks.base import Averaging
-from lightning_fed.callbacks.local_steps import refuse_unheard, shared_parameters, zeros_of
+from lightning_fed.callbacks.local_steps import refuse_unheard, shared_parameters, with_gradients, zeros_of
 from lightning_fed.client.local.method import LocalMethod
 from lightning_fed.errors import ClientError, require
 from lightning_fed.strategies import DynamicMean
@@ -83,13 +83,9 @@ class DynamicTerm(LocalMethod):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add the terms' gradients to this optimizer's parameters; those that are not trained have none."""
         self._is_heard = True
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.grad is None or p not in self._begin:
-                    continue
-                if p.grad.is_sparse:  # the terms are not
-                    p.grad = p.grad.to_dense()
-                p.grad += (self.alpha * (p - self._begin[p]) - self.memory[self._names[p]]).to(p.grad.dtype)
+        for p, gradient in with_gradients(optimizer, self._begin):
+            change = self.alpha * (p - self._begin[p]) - self.memory[self._names[p]]
+            gradient += change.to(gradient.dtype)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the new ``lambda_i``."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fed.callbacks.base import FederatedCallback
-from lightning_fed.callbacks.local_steps import refuse_unheard, shared_parameters
+from lightning_fed.callbacks.local_steps import refuse_unheard, shared_parameters, with_gradients
 from lightning_fed.errors import require
 
 
@@ -61,13 +61,8 @@ class ProximalTerm(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add the gradient of the term to this optimizer's parameters; those that are not trained have none."""
         self._is_heard = True
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.grad is None or p not in self._anchor:
-                    continue
-                if p.grad.is_sparse:  # the term is not: rows without a gradient are pulled back, too
-                    p.grad = p.grad.to_dense()
-                p.grad.add_(p - self._anchor[p], alpha=self.mu)
+        for p, gradient in with_gradients(optimizer, self._anchor):
+            gradient.add_(p - self._anchor[p], alpha=self.mu)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Release the remembered weights."""

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_fed.errors import ClientError
+
+
+def with_gradients(optimizer: Optimizer, among: Container[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Give those of an optimizer's parameters that are among some and have a gradient, and that, dense from then on.
+
+    What is added to it is dense: rows without a gradient have their part in it, too.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and p in among:
+                if p.grad.is_sparse:
+                    p.grad = p.grad.to_dense()
+                yield p, p.grad
 
 
 def zeros_of(module: LightningModule, frozen: bool = True) -> dict[str, Tensor]:
