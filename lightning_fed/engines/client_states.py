@@ -7,12 +7,10 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from flwr.app import RecordDict
 
 from lightning_fed.errors import ConfigurationError
-from lightning_fed.wire import messages, roll_call
-from lightning_fed.wire.plain import from_plain, to_plain
+from lightning_fed.wire import kept_file, messages, roll_call
 
 # Of so many checkpoints the files are kept, besides what clients keep now.
 PINNED = 4
@@ -87,8 +85,7 @@ class StatesInFiles(StatesInMemory):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self._folder, self._key = folder, uuid.uuid4().hex[:16]
-        self._marks: dict[int, str] = {}
-        self._marks_before: dict[int, str] = {}
+        self._marks = kept_file.Marks()
         self._written: dict[int, list[str]] = {}
         self._pinned: deque[dict[int, str]] = deque(maxlen=PINNED)
         try:
@@ -98,7 +95,7 @@ class StatesInFiles(StatesInMemory):
 
     def begin_round(self) -> None:
         """See the base."""
-        self._marks_before = dict(self._marks)
+        self._marks.begin_round()
 
     def take(self, client: int) -> RecordDict:
         """See the base."""
@@ -110,20 +107,19 @@ class StatesInFiles(StatesInMemory):
         Raises:
             ConfigurationError: If its file is gone or damaged.
         """
-        return self._of(client, self._marks.get(client))
+        return self._of(client, self._marks.now.get(client))
 
     def read_before(self, client: int) -> RecordDict:
         """See the base; raises as ``read``."""
-        return self._of(client, self._marks_before.get(client))
+        return self._of(client, self._marks.before.get(client))
 
     def _of(self, client: int, mark: str | None) -> RecordDict:
         if mark is None:
             return RecordDict()
         path = self._path(client, mark)
         try:
-            kept = torch.load(path, weights_only=True)
-            state = from_plain(kept["state"])
-            if not isinstance(state, RecordDict) or (kept["client"], kept["mark"]) != (client, mark):
+            *of, state = kept_file.read_kept(path)
+            if of != [client, mark]:
                 raise TypeError("it is of something else")
         except Exception as error:
             said = str(error).partition("\n")[0]
@@ -136,39 +132,33 @@ class StatesInFiles(StatesInMemory):
 
     def put(self, client: int, state: RecordDict, round: int, stage: str) -> None:
         """See the base; clients change what they keep only in training."""
-        if stage != "train" or (not state and client not in self._marks):
+        if stage != "train" or (not state and client not in self._marks.now):
             return
         mark = roll_call.mark_of(self._key, round, stage)
         path = self._path(client, mark)
-        path.parent.mkdir(exist_ok=True)
-        new = path.with_suffix(".new")
         try:
-            torch.save({"client": client, "mark": mark, "state": to_plain(state)}, new)
-            new.replace(path)
+            kept_file.write_kept(path, client, mark, state)
         except (OSError, RuntimeError) as error:  # torch has its own for a disk that is full
-            new.unlink(missing_ok=True)
             raise ConfigurationError(f"client_storage: {path} cannot be written: {error}. Is the disk full?") from error
-        self._marks[client] = mark
+        self._marks.now[client] = mark
         self._written.setdefault(client, []).append(mark)
         self._tidy(client)
 
     def undo(self, client: int) -> None:
         """See the base."""
-        self._marks.pop(client, None)
-        if client in self._marks_before:
-            self._marks[client] = self._marks_before[client]
+        self._marks.undo(client)
 
     def _tidy(self, client: int) -> None:
-        needed = {self._marks[client], self._marks_before.get(client), *(pins.get(client) for pins in self._pinned)}
+        needed = {self._marks.now[client], self._marks.before.get(client), *(pins.get(client) for pins in self._pinned)}
         for mark in [mark for mark in self._written[client] if mark not in needed]:
             self._written[client].remove(mark)
             self._path(client, mark).unlink(missing_ok=True)
 
     def save(self, *, before_round: bool) -> dict[int, RecordDict]:
         """See the base: names of files."""
-        marks = dict(self._marks_before if before_round else self._marks)
+        marks = self._marks.saved(before_round=before_round)
         self._pinned.append(marks)
-        return {client: roll_call.as_state(mark, in_files=True) for client, mark in sorted(marks.items())}
+        return {client: roll_call.as_state(mark, in_files=True) for client, mark in marks.items()}
 
     def load(self, states: Mapping[int, RecordDict]) -> None:
         """See the base; what a checkpoint itself holds goes into files.
@@ -183,7 +173,7 @@ class StatesInFiles(StatesInMemory):
             elif not roll_call.is_in_files(state):
                 raise ConfigurationError(roll_call.kept_elsewhere(client, mark, state))
             else:
-                self._marks[client] = mark
+                self._marks.now[client] = mark
                 if not self._path(client, mark).exists():
                     self.read(client)
 

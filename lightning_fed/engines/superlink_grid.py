@@ -23,6 +23,7 @@ from lightning_fed.engines.members import Members
 from lightning_fed.engines.superlink_work import SiteDelivery, Work
 from lightning_fed.errors import ConfigurationError, FederationError
 from lightning_fed.wire import roll_call
+from lightning_fed.wire.kept_file import Marks
 
 T = TypeVar("T")
 
@@ -67,8 +68,7 @@ class SuperLinkGrid(ClientGrid):
         self._key = _new_key()
         self._asked: set[tuple[int, int, str]] = set()
         self._members: Members | None = None
-        self._marks: dict[int, str] = {}
-        self._before: dict[int, str] = {}
+        self._marks = Marks()
         self._pushed: dict[str, Work] = {}
         self.outages = 0
 
@@ -93,24 +93,22 @@ class SuperLinkGrid(ClientGrid):
 
     def begin_round(self) -> None:
         """See ``ClientGrid``."""
-        self._before = dict(self._marks)
+        self._marks.begin_round()
 
     def undo(self, client: int) -> None:
         """See ``ClientGrid``."""
-        self._marks.pop(client, None)
-        if client in self._before:
-            self._marks[client] = self._before[client]
+        self._marks.undo(client)
 
     def client_states(self, *, before_round: bool = False) -> dict[int, RecordDict]:
         """See ``ClientGrid``: where on their own disks clients have what they keep."""
-        marks = self._before if before_round else self._marks
-        return {client: roll_call.as_state(mark) for client, mark in sorted(marks.items())}
+        marks = self._marks.saved(before_round=before_round)
+        return {client: roll_call.as_state(mark) for client, mark in marks.items()}
 
     def load_client_states(self, states: dict[int, RecordDict]) -> None:
         """See ``ClientGrid``."""
         for client, state in states.items():
             if (mark := roll_call.from_state(state)) is not None:
-                self._marks[client] = mark
+                self._marks.now[client] = mark
             elif state:
                 raise ConfigurationError(
                     f"What client {client} keeps is in the checkpoint, for it was in the server's process: sites keep"
@@ -120,11 +118,11 @@ class SuperLinkGrid(ClientGrid):
     def kept_by(self, client: int, message: Message) -> roll_call.WorkMarks:
         """Return the marks of what a client's work begins with and leaves."""
         mark = roll_call.mark_of(self._key, roll_call.round_of(message), message.metadata.message_type)
-        return roll_call.WorkMarks(self._marks.get(client, ""), mark)
+        return roll_call.WorkMarks(self._marks.now.get(client, ""), mark)
 
     def keep(self, client: int, mark: str) -> None:
         """Remember that a client keeps something of a piece of work."""
-        self._marks[client] = mark
+        self._marks.now[client] = mark
 
     def patiently(self, do: Callable[[], T]) -> T:
         """Do something at the SuperLink, again and again where it does not answer.

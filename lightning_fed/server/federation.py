@@ -20,8 +20,9 @@ from lightning_fed.errors import ConfigurationError
 from lightning_fed.server.checkpoint import Found, RunState
 from lightning_fed.server.deal import Deal
 from lightning_fed.server.exchange import About
+from lightning_fed.server.inputs import FitInputs, Resumed, Settings
 from lightning_fed.server.owners import Owners
-from lightning_fed.server.session import FitInputs, Resumed, Session, Settings
+from lightning_fed.server.session import Session
 from lightning_fed.server.view import RoundLoader
 from lightning_fed.values import weights
 from lightning_fed.wire.checkpoint_file import FEDERATION

@@ -97,6 +97,10 @@ class Owners:
         except ConfigurationError:
             return None
 
+    def client_names(self) -> list[str]:
+        """Return what the data calls the clients, by number, where it has names for them."""
+        return list(map(str, getattr(self.partition, "client_names", None) or ()))
+
     def least_clients(self) -> int:
         """Return with how many clients a run begins: all that there is data for, unless a callback says fewer."""
         if (least := self.cohorts.min_available_clients) > 1:

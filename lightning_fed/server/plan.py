@@ -19,7 +19,7 @@ from lightning_fed.client.local.work import ClientState, LocalOptions
 from lightning_fed.engines import ENGINES, Engine, made
 from lightning_fed.seeding import run_seed
 from lightning_fed.server import arguments
-from lightning_fed.server.session import Settings
+from lightning_fed.server.inputs import Settings
 from lightning_fed.values import by_round
 
 Vectorize = bool | int | Literal["require"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import RecordDict
@@ -22,8 +21,8 @@ from lightning_fed.engines.base import ClientGrid, LocalGrid
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_all, seed_for
 from lightning_fed.server import placement
-from lightning_fed.server.checkpoint import Found, RunState
-from lightning_fed.server.deal import Deal
+from lightning_fed.server.checkpoint import RunState
+from lightning_fed.server.inputs import FitInputs, Settings
 from lightning_fed.server.methods import Methods
 from lightning_fed.server.owners import Owners
 from lightning_fed.server.roster import RollCall, Roster
@@ -37,57 +36,6 @@ from lightning_fed.wire import roll_call
 
 if TYPE_CHECKING:
     from lightning_fed.server.trainer import ServerTrainer
-
-
-@dataclass
-class Settings:
-    """What all fits of a trainer have in common, besides who decides what.
-
-    Attributes:
-        seed: The run's seed.
-        timeout: Seconds to wait for replies.
-        max_examples: The greatest number of examples that a client is believed to have.
-        max_clients: Truncates cohorts (``fast_dev_run``).
-        client_storage: The folder for what clients keep, or ``None`` for memory.
-    """
-
-    seed: int
-    timeout: float
-    max_examples: float
-    max_clients: int | None
-    client_storage: Path | None = None
-
-
-@dataclass
-class Resumed:
-    """What a run goes on from.
-
-    Attributes:
-        found: What the checkpoint holds.
-        script: How the script sets the run up, before callbacks load what the checkpoint holds.
-    """
-
-    found: Found
-    script: Script
-
-
-@dataclass
-class FitInputs:
-    """What a fit works with.
-
-    Attributes:
-        grid: Where the clients are reached.
-        deal: Which data each has.
-        side: All else that they work with.
-        engine: The name of what gave the grid, for the summary.
-        resumed: What the run goes on from, or ``None``.
-    """
-
-    grid: Grid
-    deal: Deal
-    side: ClientSide
-    engine: str
-    resumed: Resumed | None = None
 
 
 @dataclass
@@ -160,8 +108,7 @@ class Session:
         owners.check_cohort(self.num_clients, settings.max_clients)
         self._warn_of_monitors()
         script = given.resumed.script if given.resumed else self.script_of(given.side, owners, trainer)
-        names = map(str, getattr(owners.partition, "client_names", None) or ())
-        self.state = RunState(settings.seed, self.num_clients, ours, strategy, script, list(names))
+        self.state = RunState(settings.seed, self.num_clients, ours, strategy, script, owners.client_names())
         self._found = given.resumed.found if given.resumed else None
         self._running: RunningRound | None = None
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-import torch
 from flwr.app import RecordDict
 
 from lightning_fed.errors import ClientError, ConfigurationError
+from lightning_fed.wire import kept_file
 from lightning_fed.wire.checkpoint_file import look_at
-from lightning_fed.wire.plain import from_plain, to_plain
 
 # How many pieces of work the folder remembers: a server may go on from a checkpoint so many rounds back.
 KEPT = 20
@@ -87,10 +84,7 @@ class StateFolder:
         if (found := look_at(path)) is not None:
             raise ClientError(f"cannot take {path}, which {found} {_WAYS_OUT}")
         try:
-            kept = torch.load(path, weights_only=True)
-            client, of, state = kept["client"], kept["mark"], from_plain(kept["state"])
-            if not isinstance(state, RecordDict):
-                raise TypeError(f"it holds {state!r:.99}")
+            client, of, state = kept_file.read_kept(path)
         except Exception as error:
             said = str(error).partition("\n")[0]
             raise ClientError(f"cannot take {path}: {type(error).__name__}: {said} {_WAYS_OUT}") from error
@@ -110,26 +104,17 @@ class StateFolder:
             ClientError: If it cannot be written.
         """
         try:
-            self._write(self._path(mark), {"client": self._client, "mark": mark, "state": to_plain(state)})
+            kept_file.write_kept(self._path(mark), self._client, mark, state, durable=True)
+            self._forget_all_but(self._path(mark))
         except (OSError, RuntimeError) as error:  # torch has its own for a disk that is full
             raise ClientError(
                 f"cannot keep in {self.folder} what it has after this work, which counts as not done: {error}. Is the"
                 " disk full, or the folder somebody else's?"
             ) from error
 
-    def _write(self, path: Path, content: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(".new")
-        try:
-            with new.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)  # of a disk that is full
-        _to_disk(self.folder)
-        others = [one for one in self.folder.glob("*.state") if one != path]  # whatever its clock says
+    def _forget_all_but(self, path: Path) -> None:
+        """Forget the oldest files, and not this one, whatever its clock says."""
+        others = [one for one in self.folder.glob("*.state") if one != path]
         for old in sorted(others, key=lambda one: one.stat().st_mtime_ns)[: 1 - KEPT]:
             old.unlink(missing_ok=True)
 
@@ -154,13 +139,3 @@ class StateFolder:
 
     def _path(self, mark: str) -> Path:
         return self.folder / f"{mark}.state"
-
-
-def _to_disk(folder: Path) -> None:
-    """Let the names in a folder outlive a loss of power, where the system can."""
-    with suppress(OSError):
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
