@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from lightning_fed.client.local.work import LocalOptions
+from lightning_fed.values import by_round
 from lightning_fed.wire.fingerprint import arguments_in, describe
 
 Setup = dict[str, str]
@@ -73,9 +74,7 @@ def _epochs(options: LocalOptions, rounds: int) -> str:
     if not isinstance(options.epochs, tuple):
         return str(options.epochs)
     last = len(options.epochs) if rounds == -1 else rounds
-    epochs = [options.epochs_of(round) for round in range(1, max(1, last) + 1)]
-    while len(epochs) > 1 and epochs[-1] == epochs[-2]:
-        epochs.pop()
+    epochs = list(by_round.table("local_epochs", options.epochs, max(1, last), bool, ""))
     return describe(epochs) if len(epochs) > 1 else str(epochs[0])
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,13 +52,11 @@ class Methods:
         """
         sent: Weights = {}
         for name, method in self._methods.items():
-            try:
+            with _asking(name, "tensors_to_client", round, client):
                 given = dict(method.tensors_to_client(self._trainer, round, client))
                 for key, tensor in given.items():
                     if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
                         raise TypeError(f"{key!r} is a {type(tensor).__name__} and no (dense) tensor")
-            except Exception as error:
-                raise self._fault(name, "tensors_to_client", round, client, error) from error
             sent.update({f"{name}/{key}": tensor for key, tensor in given.items()})
         return sent
 
@@ -70,20 +69,14 @@ class Methods:
         """
         expected: Weights = {}
         for name, method in self._methods.items():
-            try:
+            with _asking(name, "tensors_expected", round, client):
                 like = dict(method.tensors_expected(of_method(sent, name)))
-            except Exception as error:
-                raise self._fault(name, "tensors_expected", round, client, error) from error
             expected.update({f"{name}/{key}": tensor for key, tensor in like.items()})
         check_update(came, expected, "its method", "Every client must run the same callbacks.")
         came = as_global(came, expected)
         for name, method in self._methods.items():
-            try:
+            with _asking(name, "check_tensors", round, client, may_refuse=True):
                 method.check_tensors(of_method(came, name))
-            except ClientError:
-                raise
-            except Exception as error:
-                raise self._fault(name, "check_tensors", round, client, error) from error
         return came
 
     def take(self, round: int, report: ClientReport, came: Weights) -> None:
@@ -93,16 +86,20 @@ class Methods:
             RoundError: If one raises.
         """
         for name, method in self._methods.items():
-            try:
+            with _asking(name, "tensors_from_client", round, report.client):
                 method.tensors_from_client(self._trainer, round, report, of_method(came, name))
-            except Exception as error:
-                raise self._fault(name, "tensors_from_client", round, report.client, error) from error
 
-    def _fault(self, name: str, hook: str, round: int, client: int, error: Exception) -> FederationError:
-        if isinstance(error, FederationError) and not isinstance(error, ClientError):
-            return error
+
+@contextmanager
+def _asking(name: str, hook: str, round: int, client: int, may_refuse: bool = False) -> Iterator[None]:
+    """Say of what a method raises in the block where that was; where it may refuse, a ``ClientError`` stays one."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, FederationError) and (may_refuse or not isinstance(error, ClientError)):
+            raise
         said = f"Round {round}: {name}.{hook}() failed for client {client}: {words(error)}"
-        return RoundError(said, round=round, client=client, stage="train")
+        raise RoundError(said, round=round, client=client, stage="train") from error
 
 
 class MethodTensors:
