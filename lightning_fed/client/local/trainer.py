@@ -88,7 +88,8 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
 
     def release(self, module: LightningModule) -> None:
         """Let go at once what is large: a trainer's reference cycles would keep it until a garbage collection."""
-        self.task = replace(self.task, weights={}, state=None)
+        self.task = replace(self.task, weights={}, state=None, received={}, memory={})
+        self.callbacks.clear()
         module.zero_grad(set_to_none=True)
         for optimizer in self.optimizers:
             optimizer.state.clear()
