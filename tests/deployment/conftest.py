@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.deployment.forks import Forks
 from tests.deployment.processes import SITES, Federation, Scripts, make_keys
 
 
@@ -18,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory) -> Iterator[Scripts]:
-    running = Scripts(tmp_path_factory.mktemp("deployment"))
+    running = Forks(tmp_path_factory.mktemp("deployment"))
     yield running
     running.end()
 
