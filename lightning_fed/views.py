@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 from lightning_fed._compat.lightning import COMPILER
+from lightning_fed._compat.torch import COMPILED_CALL
 from lightning_fed.caching import cached
 
 _HIDDEN = "_lightning_fed_hidden"
@@ -88,6 +91,21 @@ def _view_class(view: type, cls: type) -> type:
 def _names(view: type) -> frozenset[str]:
     every = (name for cls in view.__mro__ if issubclass(cls, View) for name in vars(cls))
     return frozenset(name for name in every if not name.startswith("__"))
+
+
+def uncompile(copied: nn.Module) -> None:
+    """Let a copy of a module, and all within it, run the user's own code; what is compiled has the original's layers.
+
+    Args:
+        copied: The copy, changed in place.
+    """
+    for child in copied.modules():
+        state = vars(child)
+        state.pop(COMPILED_CALL, None)
+        if state.get(COMPILER) is not None:
+            state[COMPILER] = None
+            for name in _COMPILED & state.keys():
+                del state[name]
 
 
 def move_to_class(instance: Any) -> None:

@@ -29,6 +29,8 @@ __all__ = [
 dynamo = torch._dynamo.config
 # What a loader keeps of its workers.
 LOADERS_WORKERS = "_iterator"
+# What ``module.compile()`` leaves on a module: the compiled call, which a copy would share with it.
+COMPILED_CALL = "_compiled_call_impl"
 # The attributes that ``torch.compile`` gives tensors begin so.
 OF_DYNAMO = "_dynamo"
 

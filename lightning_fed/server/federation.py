@@ -25,6 +25,7 @@ from lightning_fed.server.owners import Owners
 from lightning_fed.server.session import Session
 from lightning_fed.server.view import RoundLoader
 from lightning_fed.values import weights
+from lightning_fed.views import View, uncompile, viewed_as
 from lightning_fed.wire.checkpoint_file import FEDERATION
 from lightning_fed.wire.messages import memory_in
 
@@ -164,7 +165,9 @@ class Federation(Callback):
             raise ConfigurationError(f"personal_module({client!r}): there has been no fit with this trainer.")
         own = own_in(memory_in(self._state.kept_by(client)))
         running = None if self._session is None else self._session.weights_before()
-        copied = copy.deepcopy(module, {id(trainer_of(module)): None})
+        with viewed_as(module, View):  # which copies as the user's own class, without what is compiled
+            copied = copy.deepcopy(module, {id(trainer_of(module)): None})
+        uncompile(copied)
         weights.load(copied, {**(running or weights.read(copied)), **own})
         return copied
 

@@ -395,7 +395,7 @@ ATTRIBUTES = {
     "logger_connector": "_callback_metrics _current_fx _first_loop_iter _logged_metrics _progress_bar_metrics",
     "loaders": "_mode",
     "lightning_module": "_automatic_optimization _compiler_ctx _current_fx_name _fabric _metric_attributes _trainer",
-    "module": "_buffers _load_state_dict_pre_hooks _parameters",
+    "module": "_buffers _compiled_call_impl _load_state_dict_pre_hooks _parameters",
     "state_dict": "_metadata",
     "tensor": "_backward_hooks _post_accumulate_grad_hooks _version",
     "sparse": "_indices _nnz _values",

@@ -304,6 +304,28 @@ def test_there_is_no_module_of_a_client_that_is_not_there() -> None:
         fresh.personal_module(0)
 
 
+@pytest.mark.parametrize("what", ["the module", "a layer", "around it"])
+def test_a_compiled_module_s_copy_computes_with_its_own_tensors(what: str) -> None:
+    """The compiled call and steps are the original's, whose layers have the server's tensors."""
+
+    class Called(Personalized):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+    module = Called(network(torch.float64), sgd)
+    given: Any = torch.compile(module, backend="eager") if what == "around it" else module
+    if given is module:
+        (module if what == "the module" else module.net).compile(backend="eager")
+    trainer = FederatedTrainer(max_rounds=1, callbacks=[ClientData(loaders()), Personal("net.2")], **QUIET)
+    trainer.fit(given)
+    for client in range(len(SIZES)):
+        own = trainer.personal_module(client)
+        plain = Called(network(torch.float64), sgd)
+        plain.load_state_dict(own.state_dict())
+        x = torch.randn(4, 6, dtype=torch.float64)
+        assert torch.allclose(own(x), plain(x))
+
+
 def test_what_the_server_validates_is_said_once(tmp_path: Path) -> None:
     module = Personalized(network(torch.float64), sgd)
     callbacks = [ClientData(loaders()), Personal("net.2")]
