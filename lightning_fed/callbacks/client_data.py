@@ -89,17 +89,27 @@ class ClientData(PartitionOwner):
 def _fault(given: Any) -> str | None:
     """Return what is wrong with what a client is given: a clause, or ``None``."""
     pair = given if isinstance(given, tuple) and len(given) == 2 else (given,)
-    return next((fault for one in pair if (fault := _no_loader(one))), None)
+    return next((fault for one in pair if (fault := no_loader(one))), None)
 
 
-def _no_loader(one: Any) -> str | None:
-    kind, wanted = type(one).__name__, "a train loader, a pair of a train and a val loader, or a LightningDataModule"
+_TRAINS = "a train loader, a pair of a train and a val loader, or a LightningDataModule"
+
+
+def no_loader(one: Any, wanted: str = _TRAINS, used: str = "trained on") -> str | None:
+    """Return what is wrong with something in a loader's place: a clause, or ``None``.
+
+    Args:
+        one: What a client is given.
+        wanted: What to write.
+        used: What becomes of it.
+    """
+    kind = type(one).__name__
     if isinstance(one, LightningDataModule) or one is None:
         return None if one is not None else f"is None: write {wanted}"
     if checks.is_of_another_kind(one):
         return checks.why_not(one)
     table = kind == "Dataset" and type(one).__module__.startswith("datasets.")  # of Hugging Face
     if table or isinstance(one, torch.Tensor) or (isinstance(one, Dataset) and not isinstance(one, IterableDataset)):
-        return f"is a {kind}, which would be trained on example by example: write DataLoader(..., batch_size=...)"
+        return f"is a {kind}, which would be {used} example by example: write DataLoader(..., batch_size=...)"
     iterable = hasattr(one, "__iter__") or hasattr(one, "__getitem__")
     return None if iterable and not isinstance(one, str) else f"is {checks.as_typed(one)}: write {wanted}"

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_fed._compat.lightning import results_of
 from lightning_fed.callbacks.base import ClientReport, FederatedCallback, Stage
 from lightning_fed.values.metrics import logged_names
+from lightning_fed.values.text_table import as_table, cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -147,10 +148,7 @@ class History(FederatedCallback):
 
     def __str__(self) -> str:
         names = ["round", *self.names]
-        cells = [[_cell(row.get(name)) for name in names] for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
-        lines = [names, *cells]
-        return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+        return as_table([names, *([cell(row.get(name)) for name in names] for row in self.rows)])
 
     def plot(self, path: str | os.PathLike[str] | None = None, names: Sequence[str] | None = None) -> Figure:
         """Draw the curves, one panel a quantity: the clients' average and the server's own, side by side.
@@ -165,7 +163,7 @@ class History(FederatedCallback):
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
-        chosen = list(names) if names is not None else _curves(self.names)
+        chosen = list(names) if names is not None else curves(self.names)
         panels: dict[str, list[str]] = {}
         for name in chosen:
             panels.setdefault(_quantity(name), []).append(name)
@@ -190,11 +188,8 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:g}" if float(value).is_integer() else f"{value:.4f}"
-
-
-def _curves(names: list[str]) -> list[str]:
+def curves(names: list[str]) -> list[str]:
+    """Return those that a picture shows: all whose name speaks of a loss or an accuracy, else all."""
     usual = [name for name in names if _quantity(name) in ("loss", "accuracy") and not name.endswith("_step")]
     return usual or names
 

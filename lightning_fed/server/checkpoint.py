@@ -81,6 +81,19 @@ class RunState:
             raise ConfigurationError(f"What client {client} keeps is with it, and not on this machine.")
         return self._clients.state_of(client, before_round=self._snapshot is not None)
 
+    def require_here(self, call: str, way_out: str) -> None:
+        """Check that clients, and what they keep, are on this machine.
+
+        Args:
+            call: What the user wants of them, as typed.
+            way_out: What to do where they are elsewhere.
+
+        Raises:
+            ConfigurationError: If they are elsewhere.
+        """
+        if not isinstance(self._clients, LocalGrid):
+            raise ConfigurationError(f"{call}: clients, with what they keep, are not on this machine. {way_out}")
+
     def begin_round(self) -> None:
         """Save what is there now, until ``end_round``: a round that was not ended will be run again."""
         self._snapshot = self._strategy.snapshot()

@@ -20,7 +20,7 @@ from lightning_fed.errors import ConfigurationError
 from lightning_fed.server.checkpoint import Found, RunState
 from lightning_fed.server.deal import Deal
 from lightning_fed.server.exchange import About
-from lightning_fed.server.inputs import FitInputs, Resumed, Settings
+from lightning_fed.server.inputs import FitInputs, Fitted, Resumed, Settings
 from lightning_fed.server.owners import Owners
 from lightning_fed.server.session import Session
 from lightning_fed.server.view import RoundLoader
@@ -68,11 +68,11 @@ class Federation(Callback):
         self._given: FitInputs | None = None
         self._session: Session | None = None
         self._state: Saves = Saved({})
-        self._module: LightningModule | None = None  # of the last fit
+        self._fitted: Fitted | None = None  # of the last fit
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without grid and clients; what a checkpoint needs of them is in it."""
-        without = dict.fromkeys(("_given", "_session", "_module"))
+        without = dict.fromkeys(("_given", "_session", "_fitted"))
         return {**self.__dict__, **without, "has_begun": True, "_state": Saved(self.state_dict())}
 
     @property
@@ -97,7 +97,7 @@ class Federation(Callback):
         self.has_begun = False
 
     def end(self) -> None:
-        """Let the grid and all data go; what a checkpoint saved after the fit needs is kept."""
+        """Let the grid go; what a checkpoint saved after the fit, or a test of clients, needs is kept."""
         self.has_begun = True
         self._given = self._session = None
 
@@ -126,7 +126,8 @@ class Federation(Callback):
         weights.refuse_unfit(pl_module)
         if not is_known():
             rank_zero_warn(why_slower())
-        self._module = pl_module
+        side = self._given.side
+        self._fitted = Fitted(pl_module, side.datamodule, self._given.deal, side.options)
         self._session = Session(self._given, self.owners, self.settings, trainer)
         self._state, self._given.resumed = self._session.state, None
         self._session.start()
@@ -160,16 +161,36 @@ class Federation(Callback):
 
     def personal_module(self, client: int) -> LightningModule:
         """See ``FederatedTrainer.personal_module``."""
-        module = self._module
-        if not isinstance(self._state, RunState) or module is None:
-            raise ConfigurationError(f"personal_module({client!r}): there has been no fit with this trainer.")
-        own = own_in(memory_in(self._state.kept_by(client)))
-        running = None if self._session is None else self._session.weights_before()
-        with viewed_as(module, View):  # which copies as the user's own class, without what is compiled
-            copied = copy.deepcopy(module, {id(trainer_of(module)): None})
+        fitted, state = self.last_fit(f"personal_module({client!r})")
+        own = own_in(memory_in(state.kept_by(client)))
+        with viewed_as(fitted.module, View):  # which copies as the user's own class, without what is compiled
+            copied = copy.deepcopy(fitted.module, {id(trainer_of(fitted.module)): None})
         uncompile(copied)
-        weights.load(copied, {**(running or weights.read(copied)), **own})
+        weights.load(copied, {**self.global_weights(copied), **own})
         return copied
+
+    def last_fit(self, call: str) -> tuple[Fitted, RunState]:
+        """Return what is there of the last fit, or of the one that runs, and what its clients keep.
+
+        Args:
+            call: Who asks, as the user wrote it.
+
+        Raises:
+            ConfigurationError: If there has been none.
+        """
+        if not isinstance(self._state, RunState) or self._fitted is None:
+            raise ConfigurationError(f"{call}: there has been no fit with this trainer.")
+        return self._fitted, self._state
+
+    def global_weights(self, module: LightningModule) -> weights.Weights:
+        """Return those that a module of the fit has; in the middle of a round those that it began with."""
+        running = None if self._session is None else self._session.weights_before()
+        return running or weights.read(module)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a fit runs."""
+        return self._given is not None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the run keeps from round to round; tensors and plain values only.

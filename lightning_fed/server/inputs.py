@@ -1,4 +1,4 @@
-"""What a fit works with, and what all fits of a trainer have in common."""
+"""What a fit works with, what it leaves, and what all fits of a trainer have in common."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.serverapp import Grid
+from lightning.pytorch import LightningDataModule, LightningModule
 
+from lightning_fed.client.local.work import LocalOptions
 from lightning_fed.client.side import ClientSide
 from lightning_fed.server.checkpoint import Found
 from lightning_fed.server.deal import Deal
@@ -62,3 +64,20 @@ class FitInputs:
     side: ClientSide
     engine: str
     resumed: Resumed | None = None
+
+
+@dataclass
+class Fitted:
+    """What of a fit stays with its trainer, for who asks for clients' models afterwards.
+
+    Attributes:
+        module: The module.
+        datamodule: The server's datamodule, or ``None``.
+        deal: Which data each client has.
+        options: What all local fits had in common.
+    """
+
+    module: LightningModule
+    datamodule: LightningDataModule | None
+    deal: Deal
+    options: LocalOptions

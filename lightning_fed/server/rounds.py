@@ -155,7 +155,7 @@ class Rounds:
             self._say_once(note, "client: ")
         merged = metrics.merge(exchange.states, self.module)
         own = own_metrics(self.strategy, stage, extra, exchange.reported)
-        self._say(_AVERAGED, set(merged.averaged) - set(own))
+        self._say(AVERAGED, set(merged.averaged) - set(own))
         self._say(_LEFT_OUT, set(merged.left_out) - set(own))
         logged = {**extra, **merged.values, **own}
         self._say_nan(exchange, logged)
@@ -208,7 +208,7 @@ class Rounds:
 
 _NAMES = 10  # of which something is said in one round
 # What is said once of a logged name.
-_AVERAGED = (
+AVERAGED = (
     "The logged {} cannot be merged over clients exactly (a value that the module computed itself, a wrapper such as"
     " MinMax or BootStrapper, a metric whose states do not add up over clients or that keeps part of its value in"
     " attributes beside them, or a name that clients log in different ways): it is the example-weighted mean of the"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed._compat.lightning import results_of, shown_metrics
 from lightning_fed.callbacks.base import CLIENT_METRICS
+from lightning_fed.server.client_results import ClientResults
+from lightning_fed.server.client_tests import each_on_its_own
 from lightning_fed.server.exchange import About
 from lightning_fed.server.federation import Federation
 from lightning_fed.server.owners import Owners
@@ -72,6 +74,29 @@ class ServerTrainer(Trainer):
             ConfigurationError: If there has been no fit, there is no such client, or it is somewhere else.
         """
         return self.federation.personal_module(client)
+
+    def test_clients(
+        self,
+        clients: Iterable[int] | int | None = None,
+        dataloaders: Callable[[int], Any] | Sequence[Any] | None = None,
+    ) -> ClientResults:
+        """Test each client's own model on the client's own data, after ``fit``; ``test_step`` is the module's.
+
+        A client's model is that of ``personal_module``. Its data is what its datamodule gives as ``test_dataloader``
+        (``ClientData``), else what is held out of its own (``Partition(val_fraction=...)``, the second of a pair). A
+        client without any is left out, and named. ``accelerator``, ``precision``, ``limit_test_batches`` and the like
+        are the trainer's; client callbacks hear of it. The module is as before afterwards.
+
+        Args:
+            clients: Some of them, by number; all by default.
+            dataloaders: Other data to test on: for each client a loader, a list of loaders, a datamodule, or ``None``
+                for none; a list of them, by client, or a function of a client's index.
+
+        Raises:
+            ConfigurationError: If there has been no fit, the module has no ``test_step``, no client has data to test
+                on, or clients are elsewhere.
+        """
+        return each_on_its_own(self, clients, dataloaders)
 
     @property
     def global_step(self) -> int:

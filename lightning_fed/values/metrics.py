@@ -32,6 +32,7 @@ KINDS = MERGED | {LAST, METRIC, COMPUTED}
 _WITHOUT_BATCH = {
     *("on_train_start", "on_train_epoch_start", "on_train_epoch_end"),
     *("on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end"),
+    *("on_test_start", "on_test_epoch_start", "on_test_epoch_end"),
 }
 
 
@@ -78,7 +79,8 @@ def catch(trainer: Trainer, module: LightningModule, computed: Iterable[str] = (
     """Return the states of all that was logged in the epoch that is just ending, before Lightning resets them.
 
     Args:
-        trainer: A client's trainer, in ``on_train_epoch_end`` of the module or ``on_validation_end`` of a callback.
+        trainer: A client's trainer, in ``on_train_epoch_end`` of the module, or in a callback's ``on_validation_end``
+            or ``on_test_end``.
         module: The module that logged.
         computed: Names whose value the module had already computed from a metric.
     """

@@ -197,7 +197,7 @@ def reply_scalars(reply: Message, key: str = NUM_EXAMPLES) -> dict[str, float]:
 
 def get_fit_state(context: Context) -> bytes | None:
     """Return what the client keeps of its last fit: optimizers and schedulers with ``client_state="carry"``."""
-    return _get(context, _FIT_STATE)
+    return _get(context.state, _FIT_STATE)
 
 
 def set_fit_state(context: Context, state: bytes | None) -> None:
@@ -207,7 +207,12 @@ def set_fit_state(context: Context, state: bytes | None) -> None:
 
 def get_callback_states(context: Context) -> bytes | None:
     """Return what the client's callbacks keep, whatever ``client_state`` is."""
-    return _get(context, _CALLBACK_STATES)
+    return callback_states_in(context.state)
+
+
+def callback_states_in(state: RecordDict) -> bytes | None:
+    """Return the same of a client's state."""
+    return _get(state, _CALLBACK_STATES)
 
 
 def set_callback_states(context: Context, states: bytes | None) -> None:
@@ -234,8 +239,8 @@ def set_memory(context: Context, memory: Weights) -> None:
         context.state.pop(_MEMORY, None)
 
 
-def _get(context: Context, key: str) -> bytes | None:
-    record = context.state.get(key)
+def _get(state: RecordDict, key: str) -> bytes | None:
+    record = state.get(key)
     return cast(bytes, record["bytes"]) if isinstance(record, ConfigRecord) else None
 
 

@@ -1,7 +1,7 @@
 """How many examples a client's loaders yield in an epoch: what its results weigh in every mean over clients.
 
 Lengths tell, of sampler and batch sampler, as far as ``drop_last`` and a limit of batches go. Where they do not, what
-comes is counted, in the first epoch of a local fit or while validating.
+comes is counted, in the first epoch of a local fit or while evaluating.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class _Tells:
 
 
 class CountExamples(Callback):
-    """Counts the examples of one local run: of a fit's first epoch, or of a validation.
+    """Counts the examples of one local run: of a fit's first epoch, of a validation or test.
 
     For loaders whose lengths do not tell, or that are not open yet. It hears of every batch only where it must, since
     that costs each step.
@@ -167,6 +167,10 @@ class CountExamples(Callback):
         """Begin to count in a validation of its own, as the loaders are open."""
         if trainer.state.fn == "validate":
             self._begin(trainer, combined_loader(trainer.validate_loop), _InValidation(self, trainer))
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count in a test, likewise."""
+        self._begin(trainer, combined_loader(trainer.test_loop), _InTest(self, trainer))
 
     def _begin(self, trainer: Trainer, loaders: CombinedLoader | None, each: _EachBatch) -> None:
         assert loaders is not None
@@ -226,6 +230,13 @@ class _AfterSteps(_EachBatch):
 
 class _InValidation(_EachBatch):
     def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._add(trainer, batch, dataloader_idx)
+
+
+class _InTest(_EachBatch):
+    def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._add(trainer, batch, dataloader_idx)

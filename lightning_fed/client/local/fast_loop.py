@@ -259,7 +259,7 @@ def use_fast_loops(trainer: Trainer) -> bool:
     trainer.fit_loop.__class__ = FitLoop
     epoch_loop.__class__ = FastEpochLoop if is_fast else EpochLoop
     epoch_loop.manual_optimization.__class__ = ManualOptimization
-    for loop in (epoch_loop.val_loop, trainer.validate_loop):
+    for loop in (epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
         loop.__class__ = EvaluationLoop
     if is_fast:
         epoch_loop.automatic_optimization.__class__ = FastOptimization

@@ -15,6 +15,7 @@ from lightning_fed.client.local.fit_state import FitState
 from lightning_fed.client.local.isolation import quiet, restoring
 from lightning_fed.client.local.method import ended, methods_among
 from lightning_fed.client.local.run import (
+    Called,
     LocalHooks,
     LocalResult,
     build_trainer,
@@ -25,7 +26,7 @@ from lightning_fed.client.local.run import (
     restore_optimizers,
 )
 from lightning_fed.client.local.trainer import LocalTrainer
-from lightning_fed.client.local.views import ClientDataView, client_view
+from lightning_fed.client.local.views import ClientDataView, ClientView, TestView, client_view
 from lightning_fed.client.local.work import LocalWork
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.state.snapshot import DataSnapshot
@@ -50,7 +51,7 @@ def set_up(work: LocalWork) -> None:
         trainer = build_trainer(LocalTrainer, bare, [])
         stack.callback(restore_optimizers, module)
         trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = 0, -1
-        call(trainer, bare, train=True)
+        call(trainer, bare, "fit")
         trainer.release(module)
     module.trainer = None
 
@@ -87,7 +88,7 @@ def _trained(work: LocalWork, hooks: LocalHooks) -> tuple[LocalResult, FitState]
         trainer.data = data
         start_at_epoch(trainer, work.first_epoch)
         try:
-            call(trainer, work, train=True)
+            call(trainer, work, "fit")
         except MisconfigurationException as error:
             raise explain_monitor(error, trainer) or error from None
         state = left_behind(trainer, work.options.client_state, hooks.hand_steps)
@@ -118,17 +119,32 @@ def local_evaluate(work: LocalWork) -> LocalResult:
     Args:
         work: What the client works on.
     """
+    return _evaluated(work, "validate", "evaluate") if work.loaders.has_val() else LocalResult({}, 0, {}, [])
+
+
+def local_test(work: LocalWork, limit: int | float | None) -> LocalResult:
+    """Test a client's weights on its own test data; ``num_examples`` is 0 where that has no batch.
+
+    Args:
+        work: What the client works on; its ``loaders.val`` are those with the test data, unless it has a datamodule.
+        limit: As a Trainer's ``limit_test_batches``.
+    """
+    return _evaluated(work, "test", "test", TestView, limit_test_batches=limit)
+
+
+def _evaluated(
+    work: LocalWork, what: Called, purpose: str, view: type[ClientView] | None = None, **limits: int | float | None
+) -> LocalResult:
     loaders, counter = work.loaders, CountExamples()
-    if not loaders.has_val():
-        return LocalResult({}, 0, {}, [])
     callbacks: list[Callback] = [LocalHooks(work.options, 0)]
     if examples_in(loaders.val) is None:
         callbacks.append(counter)
-    with local_run(work, "evaluate") as data:
-        trainer = build_trainer(LocalTrainer, work, callbacks, validates=True)
+    with local_run(work, purpose, view) as data:
+        trainer = build_trainer(LocalTrainer, work, callbacks, validates=True, **limits)
         trainer.data = data
         stand_after(trainer, work.module, work.task.round, loaders.train)
-        call(trainer, work, train=False)
+        call(trainer, work, what)
         trainer.release(work.module)
-        examples = examples_in(loaders.val, sum(trainer.validate_loop.max_batches)) or counter.count
+        loop = trainer.test_loop if what == "test" else trainer.validate_loop
+        examples = examples_in(loaders.val, sum(loop.max_batches)) or counter.count
         return LocalResult({}, examples, logged_numbers(trainer), trainer.caught)

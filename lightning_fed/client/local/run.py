@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -41,6 +41,8 @@ from lightning_fed.values.weights import Weights
 from lightning_fed.views import viewed_as
 
 Kind = TypeVar("Kind", bound=LocalTrainer)
+# What a client's trainer is called for.
+Called = Literal["fit", "validate", "test"]
 
 
 @dataclass
@@ -123,6 +125,10 @@ class LocalHooks(Callback):
         if trainer.validating and trainer.state.fn == "validate":
             trainer.keep_logged(pl_module)
 
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(trainer, LocalTrainer)
+        trainer.keep_logged(pl_module)
+
 
 def logged_numbers(trainer: LocalTrainer) -> dict[str, float]:
     """Return the client's own values of what it logged in the run's last epoch; not of its local validation."""
@@ -130,8 +136,18 @@ def logged_numbers(trainer: LocalTrainer) -> dict[str, float]:
     return {name: float(v) for name, v in trainer.callback_metrics.items() if name in names and v.numel() == 1}
 
 
-def build_trainer(kind: type[Kind], work: LocalWork, callbacks: Sequence[Callback], validates: bool = False) -> Kind:
-    """Return a trainer of a ``kind`` for one local run, with ``callbacks`` before the user's own."""
+def build_trainer(
+    kind: type[Kind], work: LocalWork, callbacks: Sequence[Callback], validates: bool = False, **limits: Any
+) -> Kind:
+    """Return a trainer of a ``kind`` for one local run, with ``callbacks`` before the user's own.
+
+    Args:
+        kind: Its class.
+        work: What the client works on.
+        callbacks: The run's own.
+        validates: Whether the run is an evaluation.
+        **limits: Arguments of a Trainer, beside those that the user gave for clients.
+    """
     options = work.options
     callbacks = [*callbacks, *own_copies(options.callbacks, work.module, work.datamodule)]
     if stateful := [callback for callback in callbacks if keeps_state(callback)]:
@@ -148,6 +164,7 @@ def build_trainer(kind: type[Kind], work: LocalWork, callbacks: Sequence[Callbac
         enable_model_summary=False,
         num_sanity_val_steps=0,
         **_limited(work, is_silent),
+        **limits,
     )
     if is_silent:
         trainer.limit_val_batches = 0  # which overfit_batches sets, too
@@ -162,13 +179,13 @@ def _limited(work: LocalWork, is_silent: bool) -> dict[str, Any]:
     return {**copy.deepcopy(work.options.trainer), **limit, **({"limit_val_batches": 0} if is_silent else {})}
 
 
-def call(trainer: LocalTrainer, work: LocalWork, train: bool) -> None:
-    """Call ``trainer.fit`` or ``trainer.validate`` with the client's data."""
+def call(trainer: LocalTrainer, work: LocalWork, what: Called) -> None:
+    """Call ``trainer.fit``, ``trainer.validate`` or ``trainer.test`` with the client's data."""
     try:
-        if train:
-            trainer.fit(work.module, **data_of(work, train))
+        if what == "fit":
+            trainer.fit(work.module, **data_of(work, train=True))
         else:
-            trainer.validate(work.module, verbose=False, **data_of(work, train))
+            getattr(trainer, what)(work.module, verbose=False, **data_of(work, train=False))
     except SystemExit as error:
         # Lightning answers Ctrl-C in a fit with sys.exit(1); to the server it must still be Ctrl-C.
         if isinstance(error.__context__, KeyboardInterrupt):
@@ -177,7 +194,7 @@ def call(trainer: LocalTrainer, work: LocalWork, train: bool) -> None:
 
 
 def data_of(work: LocalWork, train: bool) -> dict[str, Any]:
-    """Return the client's data as the arguments of ``fit`` or ``validate``."""
+    """Return the client's data as the arguments of ``fit``, or of ``validate`` and ``test``."""
     loaders = work.loaders
     if loaders.datamodule is not None:
         return {"datamodule": loaders.datamodule}
@@ -216,7 +233,7 @@ def local_run(work: LocalWork, purpose: str, view: type[ClientView] | None = Non
             stack.enter_context(viewed_as(datamodule, ClientDataView))
         view = view or client_view(module)
         stack.enter_context(viewed_as(module, view))
-        if view is not BuildingClientView:
+        if not issubclass(view, BuildingClientView):
             weights.load(module, work.task.weights)
         for snapshot in held:
             snapshot.seed(seed_of)

@@ -71,7 +71,7 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
         self.data: LocalData | None = None
         self.strategy.setup_optimizers = partial(self._set_up_optimizers, self.strategy.setup_optimizers)  # type: ignore[method-assign]
         self.strategy.process_dataloader = self._take  # type: ignore[assignment, method-assign]
-        for loop in (self.fit_loop.epoch_loop, self.fit_loop.epoch_loop.val_loop, self.validate_loop):
+        for loop in (self.fit_loop.epoch_loop, self.fit_loop.epoch_loop.val_loop, self.validate_loop, self.test_loop):
             set_loop_results(loop, LoggedValues(training=loop is self.fit_loop.epoch_loop))
 
     def _take(self, loader: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_fed._compat.lightning import WHILE_HOOKS_RUN
 from lightning_fed._compat.torchmetrics import computed
+from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.values import weights
 from lightning_fed.views import View, users_own
 
@@ -76,6 +77,20 @@ class BuildingClientView(ClientView):
         weights.load(self, self.trainer.task.weights)  # type: ignore[arg-type]
 
 
+class TestView(BuildingClientView):
+    """That of a client's test after the fit: the module is set up for it, as for any test of Lightning's."""
+
+    __test__ = False  # for pytest, which takes a class of this name for a test
+
+    def setup(self, stage: str) -> None:
+        # As at the server: what it draws or builds is the same for each client.
+        with seeded(seed_for(self.trainer.task.seed, "setup")):
+            users_own(self, "setup")(stage)
+
+    def teardown(self, stage: str) -> None:
+        users_own(self, "teardown")(stage)
+
+
 def client_view(module: LightningModule) -> type[ClientView]:
     """Return the view for a module: Lightning prepares a good deal for any ``configure_model``."""
     return BuildingClientView if is_overridden("configure_model", module, LightningModule) else ClientView
@@ -101,6 +116,9 @@ class ClientDataView(View):
     def val_dataloader(self) -> Any:
         return [] if self.trainer.loaders.val is None else self.trainer.loaders.val
 
+    def test_dataloader(self) -> Any:
+        return self.val_dataloader()
+
 
 class OwnDataView(View):
     """A datamodule of the client's own. What it draws when it makes data is the same in each round and stage."""
@@ -122,3 +140,7 @@ class OwnDataView(View):
     def val_dataloader(self) -> Any:
         with self.trainer.task.making_data(self):
             return users_own(self, "val_dataloader")()
+
+    def test_dataloader(self) -> Any:
+        with self.trainer.task.making_data(self):
+            return users_own(self, "test_dataloader")()

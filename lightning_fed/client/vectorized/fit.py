@@ -63,7 +63,7 @@ def vectorized_fit(works: Sequence[LocalWork], how: StackOptions) -> list[LocalR
         start_at_epoch(trainer, work.first_epoch)
         try:
             with nullcontext() if how.compiled is None else how.compiled.configured():
-                call(trainer, work, train=True)
+                call(trainer, work, "fit")
             trainer.stack.streams.check()
             weights = trainer.stack.results()
         finally:
@@ -88,7 +88,7 @@ def vectorized_evaluate(works: Sequence[LocalWork], how: StackOptions) -> list[L
     with local_run(work, "evaluate", CohortView) as data:
         trainer = _cohort_trainer(work, works, [LocalHooks(work.options, 0)], "evaluate", how, data)
         stand_after(trainer, work.module, work.task.round, works[0].loaders.train)
-        call(trainer, work, train=False)
+        call(trainer, work, "validate")
         trainer.release(work.module)
         (batches,) = trainer.validate_loop.max_batches
         return [
