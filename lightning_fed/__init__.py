@@ -15,6 +15,7 @@ from lightning_fed.errors import (  # noqa: E402
     RoundError,
 )
 from lightning_fed.trainer import FederatedTrainer  # noqa: E402
+from lightning_fed.wire.personal_folder import load_personal_module  # noqa: E402
 
 __all__ = [
     "ClientError",
@@ -24,4 +25,5 @@ __all__ = [
     "InvalidUpdateError",
     "RoundError",
     "__version__",
+    "load_personal_module",
 ]

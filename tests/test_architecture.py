@@ -304,7 +304,7 @@ def test_telemetry_stays_on_where_the_user_switched_it_on(imported):
 @pytest.mark.parametrize("package", ["lightning_fed", "lightning_fed.callbacks", "lightning_fed.strategies"])
 def test_every_public_name_is_documented(package):
     module = importlib.import_module(package)
-    assert module.__all__ == sorted(module.__all__, key=lambda name: (name.startswith("_"), name))
+    assert module.__all__ == sorted(module.__all__, key=lambda name: (not name[0].isupper(), name))
     for name in module.__all__:
         value = getattr(module, name)
         if inspect.isclass(value) or inspect.isfunction(value):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from flwr.serverapp import Grid
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_fed._compat.known_lightning import is_known, why_slower
 from lightning_fed._compat.lightning import set_train_source, trainer_of
@@ -25,9 +28,15 @@ from lightning_fed.server.owners import Owners
 from lightning_fed.server.session import Session
 from lightning_fed.server.view import RoundLoader
 from lightning_fed.values import weights
-from lightning_fed.views import View, uncompile, viewed_as
+from lightning_fed.views import View, uncompile, user_class, viewed_as
 from lightning_fed.wire.checkpoint_file import FEDERATION
 from lightning_fed.wire.messages import memory_in
+from lightning_fed.wire.personal_folder import write_personal
+
+_WITH_THE_SITES = (
+    "A site's own tensors stay on its disk; the shared model is in the checkpoints, and trainer.save_checkpoint(path)"
+    " saves it."
+)
 
 
 class Saves(Protocol):
@@ -168,6 +177,20 @@ class Federation(Callback):
         uncompile(copied)
         weights.load(copied, {**self.global_weights(copied), **own})
         return copied
+
+    def save_personal_modules(self, folder: str | os.PathLike[str]) -> None:
+        """See ``FederatedTrainer.save_personal_modules``."""
+        call = f"save_personal_modules({str(folder)!r})"
+        fitted, state = self.last_fit(call)
+        state.require_here(call, _WITH_THE_SITES)
+        if others := [name for name, one in fitted.module.state_dict().items() if not isinstance(one, Tensor)]:
+            raise ConfigurationError(
+                f"{call}: {others[0]!r} of the state dict is no tensor, and would be missing in what is loaded. Save"
+                " modules one by one: torch.save(trainer.personal_module(client).state_dict(), path)."
+            )
+        each = ((client, own_in(memory_in(state.kept_by(client)))) for client in range(state.num_clients))
+        name = user_class(fitted.module).__name__
+        write_personal(Path(folder), name, self.global_weights(fitted.module), each)
 
     def last_fit(self, call: str) -> tuple[Fitted, RunState]:
         """Return what is there of the last fit, or of the one that runs, and what its clients keep.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -74,6 +75,18 @@ class ServerTrainer(Trainer):
             ConfigurationError: If there has been no fit, there is no such client, or it is somewhere else.
         """
         return self.federation.personal_module(client)
+
+    def save_personal_modules(self, folder: str | os.PathLike[str]) -> None:
+        """Save what each client has of its own, and once what all share, for ``lightning_fed.load_personal_module``.
+
+        During a fit or after it. A client that has nothing of its own yet is not in the folder. An earlier save in the
+        folder is replaced as a whole, once all of the new one is written. Clients are read one after the other.
+
+        Raises:
+            ConfigurationError: If there has been no fit, no client has anything of its own, the folder cannot be
+                written, or clients are elsewhere.
+        """
+        self.federation.save_personal_modules(folder)
 
     def test_clients(
         self,

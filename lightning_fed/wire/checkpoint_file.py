@@ -206,7 +206,7 @@ def _load_weights(
         load(checkpoint, *args, **kwargs)
     except RuntimeError as error:
         module = trainer.lightning_module
-        found = _differences(checkpoint["state_dict"], module.state_dict())
+        found = differing_tensors(checkpoint["state_dict"], module.state_dict())
         if not found:
             raise
         name = type(module).__name__
@@ -218,7 +218,7 @@ def _load_weights(
         ) from error
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def differing_tensors(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Return what two state dicts have different: names and shapes."""
     missing, foreign = [n for n in here if n not in there], [n for n in there if n not in here]
     shapes = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import RecordDict
@@ -66,11 +67,22 @@ def write_kept(path: Path, client: int, mark: str, state: RecordDict, *, durable
         OSError: If it cannot be written.
         RuntimeError: Torch's own, for a disk that is full.
     """
+    write_whole(path, {"client": client, "mark": mark, "state": to_plain(state)}, durable=durable)
+
+
+def write_whole(path: Path, content: dict[str, Any], *, durable: bool = False) -> None:
+    """Write a file of torch's that is there as a whole, or as it was before; errors as ``write_kept``.
+
+    Args:
+        path: The file, whose folder is made if it is not there.
+        content: What can be read with ``weights_only=True``.
+        durable: Whether it shall outlive a loss of power.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     try:
         with new.open("wb") as file:
-            torch.save({"client": client, "mark": mark, "state": to_plain(state)}, file)
+            torch.save(content, file)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
