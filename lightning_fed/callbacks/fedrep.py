@@ -20,17 +20,18 @@ class FedRep(Personal):
     statistics go on.
 
     Args:
-        *patterns: Name the head, as for ``Personal``.
+        *names: Name the head, as for ``Personal``, with ``patterns``.
         head_epochs: Local epochs for the head, at least 1.
         body_epochs: Local epochs for the body, at least 1.
+        patterns: As for ``Personal``.
 
     >>> from lightning_fed import FederatedTrainer
     >>> methods = [FedRep("head", head_epochs=5, body_epochs=1)]
     >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, local_epochs=6, callbacks=methods)
     """
 
-    def __init__(self, *patterns: str, head_epochs: int = 1, body_epochs: int = 1) -> None:
-        super().__init__(*patterns)
+    def __init__(self, *names: str, head_epochs: int = 1, body_epochs: int = 1, patterns: Sequence[str] = ()) -> None:
+        super().__init__(*names, patterns=patterns)
         at_least_one = (lambda number: number >= 1 and number == int(number)), "a whole number, at least 1"
         require(self, head_epochs=(head_epochs, *at_least_one), body_epochs=(body_epochs, *at_least_one))
         self.head_epochs, self.body_epochs = head_epochs, body_epochs

@@ -44,8 +44,9 @@ class Personal(_Travels):
     ``trainer.personal_module(client)`` gives a client's module.
 
     Args:
-        *patterns: Each the path of a layer, which stands for all below it (``"head"`` is not ``"head2"``), or of a
-            tensor of the state dict; ``*``, ``?`` and ``[...]`` as in a shell.
+        *names: Patterns: each the path of a layer, which stands for all below it (``"head"`` is not ``"head2"``), or of
+            a tensor of the state dict; ``*``, ``?`` and ``[...]`` as in a shell.
+        patterns: More of them as one list, which is how a file of ``LightningCLI`` gives them.
         modules: Types of layers, subclasses with them.
 
     Raises:
@@ -55,10 +56,12 @@ class Personal(_Travels):
     >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, callbacks=[Personal("head", "*.bias")])
     """
 
-    def __init__(self, *patterns: str, modules: type[nn.Module] | Sequence[type[nn.Module]] = ()) -> None:
+    def __init__(
+        self, *names: str, patterns: Sequence[str] = (), modules: type[nn.Module] | Sequence[type[nn.Module]] = ()
+    ) -> None:
         super().__init__()
         types = (modules,) if isinstance(modules, type) else tuple(modules)
-        name = type(self).__name__
+        name, patterns = type(self).__name__, (*names, *([patterns] if isinstance(patterns, str) else patterns))
         wrong = [p for p in patterns if not isinstance(p, str)] + [t for t in types if not isinstance(t, type)]
         if wrong:
             raise ConfigurationError(f"{name}({wrong[0]!r}): patterns are strings, modules= are classes.")

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from torch.utils.data import DataLoader
 
 from lightning_fed import ConfigurationError, FederatedTrainer
-from lightning_fed.callbacks import History, PartialParticipation, Partition
+from lightning_fed.callbacks import History, PartialParticipation, Partition, Personal
 from lightning_fed.engines import InProcess
 from lightning_fed.testing import ToyModule, toy_data
 from tests.helpers import sweep
@@ -111,6 +111,16 @@ def test_clients_by_a_column_are_written_there_too(config):
     Path(config).write_text("\n".join(lines))
     made = cli("--config", config, run=False)
     assert of(made.trainer, Partition).by == "targets"
+
+
+@pytest.mark.parametrize("name", ["Personal", "FedPer", "FedRep"])
+def test_layers_that_stay_with_clients_are_named_there(config, name):
+    given = f"    - class_path: lightning_fed.callbacks.{name}\n      init_args: {{patterns: [net.2, '*.bias']}}\n"
+    Path(config).write_text(
+        CONFIG.replace("  callbacks:\n    - class_path: light", f"  callbacks:\n{given}    - class_path: light", 1)
+    )
+    assert Path(config).read_text().count(name) == 1
+    assert of(cli("--config", config, run=False).trainer, Personal).patterns == ("net.2", "*.bias")
 
 
 def test_a_yaml_file_and_a_few_words_on_the_command_line_make_a_federation(config):
