@@ -5,6 +5,7 @@ dtype of the global weights.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -390,6 +391,71 @@ def personal_sgd(
         shared = weighted_mean(updates, counts)
         after.append(shared)
     return after, own
+
+
+def apfl(
+    module: nn.Module,
+    batches: Sequence[Sequence[Sequence[Any] | None]],
+    sizes: Sequence[float],
+    loss: Callable[[nn.Module, Any], Tensor],
+    optimizer: Callable[[Any], torch.optim.Optimizer],
+    *,
+    alpha: float,
+    adaptive: bool = True,
+) -> tuple[Weights, list[Weights], list[float]]:
+    """Deng et al. 2020, Algorithm 1, over FedAvg; autograd differentiates ``F(alpha v + (1 - alpha) w)``.
+
+    ``alpha`` is moved at a round's first step alone, by the learning rate, and clipped to [0, 1].
+
+    Args:
+        module: The model; it is trained in place.
+        batches: ``batches[round][client]`` is the list of batches, or ``None`` where the client is not in the cohort.
+        sizes: Each client's number of training examples.
+        loss: ``loss(function, batch)`` gives the scalar to differentiate.
+        optimizer: Makes the clients' optimizers, new in each round.
+        alpha: That of all clients at the start.
+        adaptive: Whether it is moved.
+
+    Returns:
+        The global state dict, each client's mixture (with buffers of its own), and each client's ``alpha``.
+    """
+    x = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    names = [k for k, _ in module.named_parameters()]
+    alphas, own, mixtures = [alpha] * len(sizes), [None] * len(sizes), [x] * len(sizes)
+    for round in batches:
+        updates, counts = [], []
+        for i, steps in enumerate(round):
+            if steps is None:
+                continue
+            module.load_state_dict(x)
+            module.train()
+            first = own[i] or {k: x[k] for k in names}
+            v = {k: first[k].clone().requires_grad_() for k in names}
+            buffers = {k: t.clone() for k, t in mixtures[i].items() if k not in v}
+            buffers = buffers if own[i] else {k: x[k].clone() for k in buffers}
+            of_w, of_v = optimizer(module.parameters()), optimizer(list(v.values()))
+            for step, batch in enumerate(steps):
+                a = torch.tensor(alphas[i], dtype=torch.float64, requires_grad=True)
+                bar = {k: a * v[k] + (1 - a) * p.detach() for k, p in module.named_parameters()}
+                of_v.zero_grad()
+                loss(partial(_with, module, {**bar, **buffers}), batch).backward()
+                of_w.zero_grad()
+                loss(module, batch).backward()
+                of_v.step()
+                of_w.step()
+                if adaptive and step == 0:
+                    alphas[i] = min(max(alphas[i] - of_v.param_groups[0]["lr"] * float(a.grad), 0.0), 1.0)
+            y = {k: t.detach().clone() for k, t in module.state_dict().items()}
+            own[i] = {k: t.detach().clone() for k, t in v.items()}
+            mixtures[i] = {**buffers, **{k: alphas[i] * own[i][k] + (1 - alphas[i]) * y[k] for k in names}}
+            updates.append(y)
+            counts.append(sizes[i])
+        x = weighted_mean(updates, counts)
+    return x, mixtures, alphas
+
+
+def _with(module: nn.Module, weights: Weights, data: Tensor) -> Tensor:
+    return torch.func.functional_call(module, weights, (data,))
 
 
 def moon(

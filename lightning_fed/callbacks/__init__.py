@@ -1,5 +1,6 @@
 """Federated methods and watchers: one method a file, all in the Trainer's list of callbacks."""
 
+from lightning_fed.callbacks.apfl import APFL
 from lightning_fed.callbacks.base import ClientReport, FederatedCallback
 from lightning_fed.callbacks.client_data import ClientData
 from lightning_fed.callbacks.client_metrics import ClientMetrics
@@ -23,6 +24,7 @@ from lightning_fed.callbacks.scaffold import Scaffold
 from lightning_fed.client.local.method import LocalMethod
 
 __all__ = [
+    "APFL",
     "ClientData",
     "ClientMetrics",
     "ClientReport",

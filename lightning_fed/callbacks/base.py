@@ -131,11 +131,14 @@ class FederatedCallback(Callback):
         of it goes into ``state_dict`` has to wait for ``on_round_end``.
         """
 
-    def second_fit(self, received: Mapping[str, Tensor]) -> Sequence[Callback]:
+    def second_fit(self, received: Mapping[str, Tensor], first: Sequence[Callback]) -> Sequence[Callback]:
         """Return new callbacks for the fit of a second model, which a client keeps and evaluates in place of the other.
+
+        A ``LocalMethod`` among them has a memory of its own; it receives nothing, and nothing that it sends goes out.
 
         Args:
             received: The weights that the client was sent.
+            first: The callbacks that methods had in the fit of the first model, which is over.
         """
         return []
 

@@ -36,7 +36,7 @@ class Ditto(FederatedCallback):
         require(self, lam=(lam, lambda number: number >= 0, ">= 0"))
         self.lam = lam
 
-    def second_fit(self, received: Mapping[str, Tensor]) -> Sequence[Callback]:
+    def second_fit(self, received: Mapping[str, Tensor], first: Sequence[Callback]) -> Sequence[Callback]:
         """Return the callbacks of the fit of the client's own model."""
         return [HeldNear(self.lam, received)]
 

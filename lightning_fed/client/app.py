@@ -178,7 +178,8 @@ def _run(side: ClientSide, stage: str, message: Message, context: Context, call:
         work = side.work(task)
         side.set_up(work)
         result = local_fit(work) if stage == "train" else local_evaluate(work)
-        result.own = side.second_fit(work) if stage == "train" else {}
+        if stage == "train":
+            side.second_fit(work, result)
     if stage == "train":
         messages.set_fit_state(context, result.state)
         messages.set_callback_states(context, result.callback_states)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 from lightning_fed.client.local.fit import local_fit, set_up
 from lightning_fed.client.local.look_ahead import LookAhead
-from lightning_fed.client.local.method import of_method
+from lightning_fed.client.local.method import named, of_method
 from lightning_fed.client.local.run import LocalResult
 from lightning_fed.client.local.work import LocalOptions, LocalTask, LocalWork
 from lightning_fed.client.vectorized.dispatch import Dispatcher
@@ -24,6 +23,8 @@ from lightning_fed.values.weights import Weights, read
 _PERSONAL = "its personal tensors"
 # The same of a second model of its own.
 _OWN = "its own model"
+# The same of what a method keeps of that one's fit.
+_SECOND = "its own model's fit"
 
 
 class DataSource(Protocol):
@@ -101,16 +102,17 @@ class ClientSide:
             task.weights = {**self.own, **personal_in(task.memory), **task.weights}
         return task
 
-    def second_fit(self, work: LocalWork) -> Weights:
-        """Return the weights of the client's own model after a fit of its own; empty where it has none."""
+    def second_fit(self, work: LocalWork, first: LocalResult) -> None:
+        """Train the client's own model, where it has one, and put what it keeps of it into the first fit's result."""
         if (callbacks := self.options.second_fit) is None:
-            return {}
+            return
         x, own = self.options.staying.shared(work.task.weights), of_method(work.task.memory, _OWN)
-        task = replace(
-            work.task, weights={**work.task.weights, **own}, state=None, callback_states=None, memory={}, received={}
+        task = replace(work.task, weights={**work.task.weights, **own}, state=None, callback_states=None, received={})
+        options = replace(
+            self.options, callbacks=(), method_callbacks=lambda: named(_SECOND, callbacks(x, first.callbacks))
         )
-        options = replace(self.options, callbacks=(), method_callbacks=partial(callbacks, x))
-        return local_fit(replace(work, task=task, options=options)).weights
+        second = local_fit(replace(work, task=task, options=options))
+        first.own, first.memory = second.weights, {**first.memory, **second.memory}
 
     def look_ahead(self, weights: Weights, seed: int) -> None:
         """Look, before the first round, at what ``configure_optimizers`` gives; raises as ``LookAhead.look``."""

@@ -23,6 +23,7 @@ from lightning_fed.testing import ToyModule, toy_data
 
 # A callback that is exported and missing here fails the suite: give it simple arguments.
 SIMPLE = {
+    "APFL": lambda: callbacks.APFL(),
     "ClientData": lambda: callbacks.ClientData(client_loader, num_clients=2),
     "ClientMetrics": lambda: callbacks.ClientMetrics(),
     "FaultTolerance": lambda: callbacks.FaultTolerance(),

@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import (
+    APFL,
     ClientData,
     Ditto,
     FaultTolerance,
@@ -527,6 +528,7 @@ WITH_PERSONAL: dict[str, Any] = {
     "FedRep": lambda head: [FedRep(head), Scaffold()],
     "Ditto": lambda head: [FedPer(head), Ditto(0.7)],
     "Ditto alone": lambda head: [Ditto(0.7)],
+    "APFL": lambda head: [FedPer(head), APFL()],
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import ClientData, FedDyn, FederatedCallback, FedNova, Moon, Scaffold
+from lightning_fed.callbacks import APFL, ClientData, FedDyn, FederatedCallback, FedNova, Moon, Scaffold
 from lightning_fed.engines import SuperLink
 from tests.callbacks.rounds import EPOCHS, ROUNDS, SIZES, Chosen, assert_equal, encoded, loaders, momentum
 from tests.deployment.processes import free_port
@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.landing, pytest.mark.filterwarnings("ignore:.*use of f
 
 METHODS: dict[str, Any] = {
     "Scaffold": Scaffold,
+    "APFL": APFL,
     "FedNova": FedNova,
     "FedDyn": FedDyn,
     "Moon": lambda: Moon(representation="net.encoder"),

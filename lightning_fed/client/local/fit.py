@@ -80,7 +80,8 @@ def local_fit(work: LocalWork) -> LocalResult:
 def _trained(work: LocalWork, hooks: LocalHooks) -> tuple[LocalResult, FitState]:
     """Return what one fit gives, and what it leaves to the client's next one."""
     module, loaders, counter = work.module, work.loaders, CountExamples()
-    callbacks: list[Callback] = [hooks, *work.options.method_callbacks()]
+    of_methods = work.options.method_callbacks()
+    callbacks: list[Callback] = [hooks, *of_methods]
     if examples_in(loaders.train) is None:
         callbacks.append(counter)
     with local_run(work, "train") as data:
@@ -110,6 +111,7 @@ def _trained(work: LocalWork, hooks: LocalHooks) -> tuple[LocalResult, FitState]
             notes,
             sent,
             memory,
+            callbacks=of_methods,
         ), state
 
 

@@ -60,6 +60,7 @@ class LocalResult:
         sent: What goes to the server's methods, by ``"method/name"``.
         memory: What it keeps of its methods, likewise.
         own: The weights of the second model that it keeps.
+        callbacks: Those that methods had in the fit.
     """
 
     weights: Weights
@@ -72,6 +73,7 @@ class LocalResult:
     sent: Weights = field(default_factory=dict)
     memory: Weights = field(default_factory=dict)
     own: Weights = field(default_factory=dict)
+    callbacks: Sequence[Callback] = ()
 
 
 class LocalHooks(Callback):

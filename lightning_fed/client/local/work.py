@@ -38,7 +38,8 @@ class LocalOptions:
         log_dir: The server's ``log_dir``.
         epochs_by: The name of the function that gives the epochs of a round, for a resumed run to compare.
         staying: Which tensors do not travel.
-        second_fit: ``second_fit(received)`` builds the callbacks of the fit of a client's own model, or ``None``.
+        second_fit: ``second_fit(received, first)`` builds the callbacks of the fit of a client's own model, from those
+            of methods in the fit before it; or ``None``.
     """
 
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -53,7 +54,7 @@ class LocalOptions:
     log_dir: str | None = None
     epochs_by: str | None = None
     staying: Staying = field(default_factory=Staying)
-    second_fit: Callable[[Weights], Sequence[Callback]] | None = None
+    second_fit: Callable[[Weights, Sequence[Callback]], Sequence[Callback]] | None = None
 
     def epochs_of(self, round: int) -> int | None:
         """Return the local epochs of a round, or ``None`` where ``steps`` counts."""
