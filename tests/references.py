@@ -185,6 +185,7 @@ def scaffold(
     loss: Callable[[nn.Module, Any], Tensor],
     optimizer: Callable[[Any], torch.optim.Optimizer],
     *,
+    option_i: Sequence[Any] | None = None,
     option_ii: float | None = None,
     server_lr: float = 1.0,
     server: Callable[[Weights, Weights], Weights] | None = None,
@@ -196,6 +197,7 @@ def scaffold(
         batches: ``batches[round][client]`` is the list of batches, or ``None`` where the client is not in the cohort.
         loss: ``loss(module, batch)`` gives the scalar to differentiate.
         optimizer: Makes the clients' optimizer, new in each round.
+        option_i: For line 12's option I, all data of each client as one batch.
         option_ii: The learning rate for line 12's option II; by default ``c_i+`` is the mean of the recorded gradients.
         server_lr: The server's step.
         server: ``server(x, mean)`` in its place, of parameters.
@@ -221,7 +223,12 @@ def scaffold(
                     p.grad += c[k] - own[i][k]
                 local.step()
             y = {k: v.detach().clone() for k, v in module.state_dict().items()}
-            if option_ii is None:
+            if option_i is not None:
+                module.load_state_dict(x)
+                module.zero_grad()
+                loss(module, option_i[i]).backward()
+                new = {k: p.grad.clone() for k, p in module.named_parameters()}
+            elif option_ii is None:
                 new = {k: sum(g[k].double() for g in recorded).to(x[k].dtype) / len(steps) for k in names}
             else:
                 new = {k: own[i][k] - c[k] + (x[k] - y[k]) / (len(steps) * option_ii) for k in names}

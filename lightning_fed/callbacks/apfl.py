@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fed.callbacks.base import FederatedCallback
-from lightning_fed.callbacks.local_steps import is_skipped, refuse_unheard
+from lightning_fed.callbacks.local_steps import is_skipped, parameters_of, refuse_unheard
 from lightning_fed.client.local.method import LocalMethod
 from lightning_fed.errors import ClientError, require
 from lightning_fed.values.trajectory import Trajectory
@@ -259,11 +259,6 @@ def travelling(trainer: Trainer, module: LightningModule) -> dict[str, nn.Parame
     """Return a client's parameters by the module's names, without those that nobody trains and that do not travel."""
     frozen = getattr(trainer, "frozen", ())
     return {name: p for name, p in module.named_parameters() if name not in frozen}
-
-
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Return an optimizer's parameters."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _inner(one: Tensor, other: Tensor) -> float:

@@ -99,6 +99,15 @@ class FederatedCallback(Callback):
         """
         return []
 
+    def pass_before(self) -> Sequence[Callback]:
+        """Return new callbacks for a pass over a client's data before its fit, or none.
+
+        The pass is a fit of one epoch from the weights received, which leaves no trace but what a ``LocalMethod`` among
+        them sends: the method's part in the fit proper has that in ``received``, under ``"before/name"``. It has the
+        terms that methods add to the objective (``adds_to_objective``), and no other callbacks.
+        """
+        return []
+
     def tensors_to_client(self, trainer: Trainer, round: int, client: int) -> Mapping[str, Tensor]:
         """Return the tensors that a client is sent beside the weights when it trains, by name.
 

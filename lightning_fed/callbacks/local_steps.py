@@ -12,6 +12,11 @@ from torch.optim import Optimizer
 from lightning_fed.errors import ClientError
 
 
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return an optimizer's parameters."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def with_gradients(optimizer: Optimizer, among: Container[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Give those of an optimizer's parameters that are among some and have a gradient, and that, dense from then on.
 

@@ -74,6 +74,8 @@ class ContrastiveTerm(LocalMethod):
         mu, temperature, representation: As for ``Moon``.
     """
 
+    adds_to_objective = True
+
     def __init__(self, mu: float, temperature: float, representation: str) -> None:
         self.mu, self.temperature, self.representation = mu, temperature, representation
         self._handle: RemovableHandle | None = None

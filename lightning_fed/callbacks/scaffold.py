@@ -14,10 +14,11 @@ from torch.optim import SGD, Optimizer
 from lightning_fed.callbacks.base import Averaging, ClientReport, FederatedCallback, Stage
 from lightning_fed.callbacks.fedavg import FedAvg, FedAvgM
 from lightning_fed.callbacks.local_steps import is_skipped, refuse_unheard, shared_parameters, zeros_of
-from lightning_fed.client.local.method import LocalMethod
+from lightning_fed.callbacks.whole_gradient import WholeGradient
+from lightning_fed.client.local.method import LocalMethod, of_method
 from lightning_fed.errors import ClientError, ConfigurationError, require
 
-Option = Literal["running", "II"]
+Option = Literal["running", "I", "II"]
 
 
 class Scaffold(FederatedCallback):
@@ -35,17 +36,21 @@ class Scaffold(FederatedCallback):
 
     Args:
         server_learning_rate: The server's step, > 0.
-        option: ``"running"``, or ``"II"``: ``c_i+ = c_i - c + (x - y_i) / (K lr)``, as the paper writes it, for plain
-            SGD with one learning rate a round.
+        option: ``"running"``, or one of the paper's. ``"I"``: ``c_i+`` is the gradient of the client's whole objective
+            at the weights received, ``grad f_i(x)``, over one more pass over its data before its fit, in which nothing
+            steps. A batch counts by its examples there: ``f_i`` is the mean over the client's examples where a loss is
+            the mean over its batch. It is right with any optimizer, and not for float16's scaled losses. ``"II"``:
+            ``c_i+ = c_i - c + (x - y_i) / (K lr)``, for plain SGD with one learning rate a round.
 
     >>> from lightning_fed import FederatedTrainer
     >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, callbacks=[Scaffold()])
+    >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, callbacks=[Scaffold(option="I")])
     """
 
     def __init__(self, server_learning_rate: float = 1.0, option: Option = "running") -> None:
         require(self, server_learning_rate=(server_learning_rate, lambda number: number > 0, "> 0"))
         if option not in get_args(Option):
-            raise ConfigurationError(f"Scaffold(option={option!r}): write 'running' or 'II'.")
+            raise ConfigurationError(f"Scaffold(option={option!r}): write 'running', 'I' or 'II'.")
         self.server_learning_rate, self.option = server_learning_rate, option
         self._control: dict[str, Tensor] = {}
         self._change: dict[str, Tensor] = {}
@@ -68,6 +73,10 @@ class Scaffold(FederatedCallback):
     def local_callbacks(self) -> Sequence[Callback]:
         """Return the client's part."""
         return [ControlVariates(self.option)]
+
+    def pass_before(self) -> Sequence[Callback]:
+        """Return what takes the gradient of a client's whole objective, for option I."""
+        return [WholeGradient("Scaffold")] if self.option == "I" else []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew; what a checkpoint holds comes after."""
@@ -137,8 +146,10 @@ class ControlVariates(LocalMethod):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare the correction ``c - c_i``."""
         self._names = shared_parameters(trainer, pl_module)
-        self.memory = {name: self.memory[name] for name in self.received}
-        self._correction = {name: self.received[name] - own for name, own in self.memory.items()}
+        self._whole = of_method(self.received, "before")
+        control = {name: c for name, c in self.received.items() if not name.startswith("before/")}
+        self.memory = {name: self.memory[name] for name in control}
+        self._correction = {name: control[name] - own for name, own in self.memory.items()}
         self._sum = {name: torch.zeros_like(own) for name, own in self.memory.items()}
         self._steps = dict.fromkeys(self.memory, 0)
         self._begin, self._is_heard = {p: p.detach().clone() for p in self._names}, False
@@ -177,6 +188,8 @@ class ControlVariates(LocalMethod):
         self.memory = new
 
     def _new(self, name: str, own: Tensor) -> Tensor:
+        if self.option == "I":
+            return self._whole.get(name, own)
         steps = self._steps[name]
         if not steps:  # not trained in this round
             return own

@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
 from lightning_fed.client.changes import Changes, apply
-from lightning_fed.client.local.fit import local_evaluate, local_fit
+from lightning_fed.client.local.fit import local_evaluate
 from lightning_fed.client.local.isolation import weights_of
 from lightning_fed.client.local.run import LocalResult
 from lightning_fed.client.local.work import LocalTask
@@ -177,9 +177,7 @@ def _run(side: ClientSide, stage: str, message: Message, context: Context, call:
     with random_states_kept():
         work = side.work(task)
         side.set_up(work)
-        result = local_fit(work) if stage == "train" else local_evaluate(work)
-        if stage == "train":
-            side.second_fit(work, result)
+        result = side.train(work) if stage == "train" else local_evaluate(work)
     if stage == "train":
         messages.set_fit_state(context, result.state)
         messages.set_callback_states(context, result.callback_states)

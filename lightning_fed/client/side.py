@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
+from lightning_fed.client.local.data_pass import data_pass
 from lightning_fed.client.local.fit import local_fit, set_up
 from lightning_fed.client.local.look_ahead import LookAhead
 from lightning_fed.client.local.method import named, of_method
@@ -102,7 +103,14 @@ class ClientSide:
             task.weights = {**self.own, **personal_in(task.memory), **task.weights}
         return task
 
-    def second_fit(self, work: LocalWork, first: LocalResult) -> None:
+    def train(self, work: LocalWork) -> LocalResult:
+        """Return what a client's fit gives, with the pass before it and the fit of a model of its own after it."""
+        work.task.received = {**work.task.received, **data_pass(work)}
+        result = local_fit(work)
+        self._second_fit(work, result)
+        return result
+
+    def _second_fit(self, work: LocalWork, first: LocalResult) -> None:
         """Train the client's own model, where it has one, and put what it keeps of it into the first fit's result."""
         if (callbacks := self.options.second_fit) is None:
             return

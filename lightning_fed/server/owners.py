@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast, get_args
 
 from flwr.clientapp.typing import Mod
@@ -21,6 +22,7 @@ from lightning_fed.callbacks.base import (
     PartitionOwner,
     Stage,
 )
+from lightning_fed.client.local.data_pass import BEFORE
 from lightning_fed.client.local.method import named
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.strategies import ServerOptimizer
@@ -125,6 +127,13 @@ def local_callbacks(methods: Mapping[str, FederatedCallback]) -> list[Callback]:
     """Return new callbacks of all methods for one client's local fit, those that add to the objective first."""
     built = [callback for name, method in methods.items() for callback in named(name, method.local_callbacks())]
     return sorted(built, key=lambda callback: not getattr(callback, "adds_to_objective", False))
+
+
+def pass_callbacks(methods: Mapping[str, FederatedCallback]) -> list[Callback]:
+    """Return new callbacks for a pass over a client's data: the terms of the objective, and who makes use of it."""
+    terms = [callback for callback in local_callbacks(methods) if getattr(callback, "adds_to_objective", False)]
+    parts = [named(f"{name}{BEFORE}", method.pass_before()) for name, method in methods.items()]
+    return [*terms, *chain.from_iterable(parts)]
 
 
 def trains_a_second(callbacks: Sequence[FederatedCallback]) -> list[FederatedCallback]:

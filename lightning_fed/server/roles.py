@@ -59,8 +59,11 @@ class Roles:
             arguments.refuse(owners.owner_faults(federated, self._num_clients))
             self._federated, self.owners = federated, owners.build(federated, self._num_clients)
         monitors = [callback for callback in callbacks if isinstance(callback, LearningRateMonitor)]
-        methods = {**self.owners.training(), **({"learning rates": LearningRates(monitors)} if monitors else {})}
+        training = self.owners.training()
+        methods = {**training, **({"learning rates": LearningRates(monitors)} if monitors else {})}
         self._options.method_callbacks = partial(owners.local_callbacks, methods)
+        passes = any(method.pass_before() for method in training.values())
+        self._options.pass_before = partial(owners.pass_callbacks, training) if passes else None
         second = self.owners.of_a_second_fit()
         self._options.second_fit = second[0].second_fit if second else None
 

@@ -122,7 +122,7 @@ def _arguments_of(callback: Callback) -> Arguments:
 
 
 def _acts(callback: FederatedCallback) -> bool:
-    parts = ("server_strategy", "client_mods", "local_callbacks", "stays", "second_fit")
+    parts = ("server_strategy", "client_mods", "local_callbacks", "stays", "pass_before", "second_fit")
     return bool(callback.decides) or any(is_overridden(part, callback, FederatedCallback) for part in parts)
 
 

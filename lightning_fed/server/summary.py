@@ -90,7 +90,7 @@ def _examples(sizes: list[int] | None) -> str:
 
 
 def _is_method(callback: FederatedCallback) -> bool:
-    parts = ("server_strategy", "client_mods", "local_callbacks", "stays", "second_fit")
+    parts = ("server_strategy", "client_mods", "local_callbacks", "stays", "pass_before", "second_fit")
     return any(is_overridden(part, callback, FederatedCallback) for part in parts)
 
 

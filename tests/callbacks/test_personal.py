@@ -523,6 +523,7 @@ class Renamed(Personalized):
 WITH_PERSONAL: dict[str, Any] = {
     "FedProx": lambda head: [FedPer(head), FedProx(0.5)],
     "Scaffold": lambda head: [FedPer(head), Scaffold()],
+    "Scaffold, option I": lambda head: [FedPer(head), Scaffold(option="I")],
     "FedDyn": lambda head: [FedPer(head), FedDyn(0.3)],
     "FedNova": lambda head: [FedPer(head), FedNova()],
     "FedRep": lambda head: [FedRep(head), Scaffold()],

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.landing, pytest.mark.filterwarnings("ignore:.*use of f
 METHODS: dict[str, Any] = {
     "Scaffold": Scaffold,
     "APFL": APFL,
+    "Scaffold, option I": lambda: Scaffold(option="I"),
     "FedNova": FedNova,
     "FedDyn": FedDyn,
     "Moon": lambda: Moon(representation="net.encoder"),

@@ -174,21 +174,30 @@ class CountExamples(Callback):
 
     def _begin(self, trainer: Trainer, loaders: CombinedLoader | None, each: _EachBatch) -> None:
         assert loaders is not None
-        self._loaders, known = loaders, _known(loaders)
-        together = len(loaders.flattened) > 1 and not is_in_turn(loaders)
-        self._tells = [_Tells(None if together else loader) for loader in loaders.flattened]
+        self.look_at(loaders)
+        known = _known(loaders)
         self.count = known or 0
         if known is None:
             trainer.callbacks.append(each)  # type: ignore[attr-defined]
 
+    def look_at(self, loaders: CombinedLoader) -> None:
+        """Take note of the loaders whose batches will come."""
+        self._loaders = loaders
+        together = len(loaders.flattened) > 1 and not is_in_turn(loaders)
+        self._tells = [_Tells(None if together else loader) for loader in loaders.flattened]
+
     def add(self, batch: Any, loader: int = 0) -> None:
-        """Count a batch of one of the loaders.
+        """Count a batch of one of the loaders; raises as ``examples_of``."""
+        self.count += self.examples_of(batch, loader)
+
+    def examples_of(self, batch: Any, loader: int = 0) -> int:
+        """Return the examples of a batch of one of the loaders.
 
         Raises:
-            ClientError: If nothing tells how many examples it has.
+            ClientError: If nothing tells how many it has.
         """
         size = self._tells[loader].count(batch)
-        self.count += self._most(batch) if size is None else size
+        return self._most(batch) if size is None else size
 
     def _most(self, batch: Any) -> int:
         kind, assumed = type(batch).__name__, None

@@ -38,6 +38,7 @@ class LocalOptions:
         log_dir: The server's ``log_dir``.
         epochs_by: The name of the function that gives the epochs of a round, for a resumed run to compare.
         staying: Which tensors do not travel.
+        pass_before: Builds the callbacks of a pass over a client's data before its fit, or ``None``.
         second_fit: ``second_fit(received, first)`` builds the callbacks of the fit of a client's own model, from those
             of methods in the fit before it; or ``None``.
     """
@@ -54,6 +55,7 @@ class LocalOptions:
     log_dir: str | None = None
     epochs_by: str | None = None
     staying: Staying = field(default_factory=Staying)
+    pass_before: Callable[[], Sequence[Callback]] | None = None
     second_fit: Callable[[Weights, Sequence[Callback]], Sequence[Callback]] | None = None
 
     def epochs_of(self, round: int) -> int | None:

@@ -133,6 +133,8 @@ class Candidate:
             yield "client_state='carry' keeps optimizers apart"
         if options.local_validation:
             yield "local_validation=True"
+        if options.pass_before is not None:
+            yield "each client passes over its data before it trains"
         if options.second_fit is not None:
             yield "each client trains a second model of its own"
 
