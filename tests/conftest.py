@@ -38,3 +38,17 @@ def _one_thread():
 def quiet(tmp_path):
     """A Trainer's arguments for a run that writes nothing and shows nothing."""
     return {**QUIET, "default_root_dir": tmp_path}
+
+
+@pytest.fixture(scope="module")
+def one_ray():
+    """A Ray with two CPUs that all tests of a module use: each start of one takes seconds."""
+    from lightning_fed.engines.ray import _ray
+
+    ray = _ray(None)  # imported as the engine does: for the loopback interface
+    handler = signal.getsignal(signal.SIGTERM)
+    assert not ray.is_initialized()
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    signal.signal(signal.SIGTERM, handler)  # Ray's own would stay for all later tests
+    yield
+    ray.shutdown()

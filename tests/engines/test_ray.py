@@ -36,19 +36,16 @@ def listening() -> set[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_ray_for_all():
-    """Each start of a Ray takes seconds. The first is the engine's own, which nobody outside can reach."""
+def first_its_own():
+    """The first Ray is the engine's own, which nobody outside can reach."""
     handler, before = signal.getsignal(signal.SIGTERM), listening()
     assert Ray(num_workers=1).run(lambda grid: listening(), counting_client(), lambda: 1) == before
     assert signal.getsignal(signal.SIGTERM) is handler
 
-    import ray
 
-    assert not ray.is_initialized()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    signal.signal(signal.SIGTERM, handler)  # Ray's own would stay for all later tests
-    yield
-    ray.shutdown()
+@pytest.fixture(scope="module", autouse=True)
+def then_one_for_all(first_its_own, one_ray):
+    pass
 
 
 def send(grid: Any) -> Any:

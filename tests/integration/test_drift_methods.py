@@ -1,4 +1,4 @@
-"""Methods that correct drift where a client fails, and on Ray."""
+"""Methods that correct drift where a client fails; these and personal methods on Ray."""
 
 from __future__ import annotations
 
@@ -9,9 +9,23 @@ import lightning as L
 import pytest
 import torch
 
-from lightning_fed.callbacks import FaultTolerance, FedDyn, FedNova, Moon, Scaffold
+from lightning_fed.callbacks import (
+    APFL,
+    Ditto,
+    FaultTolerance,
+    FedBN,
+    FedDyn,
+    FedNova,
+    FedPer,
+    FedRep,
+    LGFedAvg,
+    Moon,
+    Scaffold,
+    TrainableOnly,
+)
 from tests import references
 from tests.callbacks.rounds import SIZES, assert_close, assert_equal, batches, encoded, federated, loss, momentum, sgd
+from tests.callbacks.test_personal import fit
 from tests.integration.test_algorithms import network
 
 
@@ -48,6 +62,7 @@ def test_a_client_that_fails_is_as_one_that_was_not_asked(name: str, engine: str
 
 METHODS: dict[str, tuple[Any, Any]] = {
     "Scaffold": (Scaffold, network(torch.float64, batch_norm=True)),
+    "Scaffold, option I": (lambda: Scaffold(option="I"), network(torch.float64, batch_norm=True)),
     "FedNova": (FedNova, network(torch.float64, batch_norm=True)),
     "FedDyn": (FedDyn, network(torch.float64, batch_norm=True)),
     "Moon": (lambda: Moon(representation="net.encoder"), encoded(batch_norm=True)),
@@ -55,7 +70,33 @@ METHODS: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("one_ray")
 @pytest.mark.parametrize("name", METHODS)
 def test_on_ray_it_is_the_same_bit_for_bit(name: str) -> None:
     method, net = METHODS[name]
     assert_equal(federated(net, momentum, method(), engine="ray", num_workers=2), federated(net, momentum, method()))
+
+
+PERSONAL: dict[str, Any] = {
+    "FedPer": lambda: FedPer("net.3"),
+    "LG-FedAvg": lambda: LGFedAvg("net.0", "net.1"),
+    "FedBN": FedBN,
+    "FedRep": lambda: FedRep("net.3"),
+    "Ditto": Ditto,
+    "APFL": APFL,
+    "TrainableOnly": TrainableOnly,
+}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("one_ray")
+@pytest.mark.parametrize("name", PERSONAL)
+def test_on_ray_clients_end_with_the_same_models_bit_for_bit(name: str) -> None:
+    net = network(torch.float64, batch_norm=True)
+    net[0].bias.requires_grad_(name != "TrainableOnly")
+    (ray, ours), (alone, theirs) = (
+        fit(net, PERSONAL[name](), **how) for how in ({"engine": "ray", "num_workers": 2}, {})
+    )
+    assert_equal(ours.state_dict(), theirs.state_dict())
+    for client in range(len(SIZES)):
+        assert_equal(ray.personal_module(client).state_dict(), alone.personal_module(client).state_dict())
