@@ -61,35 +61,6 @@ class FederatedTrainer(ServerTrainer):
     Callbacks, loggers, checkpoints, ``max_time`` and validation act at the server, per round; gradient clipping,
     accumulation and ``limit_train_batches`` act in the clients' local fits; accelerator and precision in both.
 
-    Args:
-        max_rounds: How many rounds to train; -1 for no limit (with ``max_time`` or ``EarlyStopping``).
-        num_clients: Short for ``Partition(num_clients)``, an IID partition of the train set.
-        local_epochs: How many epochs a client trains in a round; 1 by default. A list has one number for each round, of
-            which the last goes on; a function gives that of a round, from 1.
-        local_steps: How many optimizer steps a client trains in a round, in place of ``local_epochs``.
-        engine: Where clients run: ``"in_process"``, one after the other; ``"processes"``, several at a time on all
-            cores; ``"ray"``, in actors of a Ray cluster; or an ``Engine``, ``engines.SuperLink(...)`` over a network.
-        num_workers: How many processes or actors these start; by default one for each core, on CUDA
-            ``clients_per_device`` for each device.
-        clients_per_device: How many clients they train at a time on one CUDA device; 1 by default.
-        vectorize_clients: Vectorize clients, their weights stacked, where module and callbacks allow for it: at most so
-            many at once, or ``True`` for a number that fits memory, and only where that is expected to be faster.
-            Else clients train one after the other, and one line says why; with ``"require"`` that is an error.
-        compile_clients: Compile the step of vectorized clients; takes some seconds at the run's start.
-        client_callbacks: Lightning callbacks for the clients' trainers; each local fit gets copies.
-        client_state: ``"global"`` begins each round with new optimizers and with schedules where one long local fit
-            would be, ``"carry"`` keeps optimizers and schedules with the client, ``"reset"`` begins both anew.
-        local_validation: Validate in local fits, on the client's held-out part.
-        seed: The run's seed; by default that of ``seed_everything``, else 0.
-        timeout: Seconds to wait for the replies of one stage of a round.
-        max_examples: More examples than any client has: one that reports more has failed.
-        client_storage: Where simulated clients keep what they keep: ``"memory"``, or a folder for more than that holds.
-        callbacks: Lightning callbacks for the server, and federated ones.
-        **kwargs: The other arguments of ``lightning.pytorch.Trainer``.
-
-    Raises:
-        ConfigurationError: If arguments contradict each other or have no meaning in a federation; all faults together.
-
     >>> from torch.utils.data import DataLoader
     >>> from lightning_fed.testing import ToyModule, toy_data
     >>> quiet = {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
@@ -120,6 +91,41 @@ class FederatedTrainer(ServerTrainer):
         callbacks: list[Callback] | Callback | None = None,
         **kwargs: Any,
     ) -> None:
+        """Set a federation up; nothing is trained before ``fit``.
+
+        Args:
+            max_rounds: How many rounds to train; -1 for no limit (with ``max_time`` or ``EarlyStopping``).
+            num_clients: Short for ``Partition(num_clients)``, an IID partition of the train set.
+            local_epochs: How many epochs a client trains in a round; 1 by default. A list has one number for each
+                round, of which the last goes on; a function gives that of a round, from 1.
+            local_steps: How many optimizer steps a client trains in a round, in place of ``local_epochs``.
+            engine: Where clients run: ``"in_process"``, one after the other; ``"processes"``, several at a time on all
+                cores; ``"ray"``, in actors of a Ray cluster; or an ``Engine``, ``engines.SuperLink(...)`` over a
+                network.
+            num_workers: How many processes or actors these start; by default one for each core, on CUDA
+                ``clients_per_device`` for each device.
+            clients_per_device: How many clients they train at a time on one CUDA device; 1 by default.
+            vectorize_clients: Vectorize clients, their weights stacked, where module and callbacks allow for it: at
+                most so many at once, or ``True`` for a number that fits memory, and only where that is expected to be
+                faster. Else clients train one after the other, and one line says why; with ``"require"`` that is an
+                error.
+            compile_clients: Compile the step of vectorized clients; takes some seconds at the run's start.
+            client_callbacks: Lightning callbacks for the clients' trainers; each local fit gets copies.
+            client_state: ``"global"`` begins each round with new optimizers and with schedules where one long local fit
+                would be, ``"carry"`` keeps optimizers and schedules with the client, ``"reset"`` begins both anew.
+            local_validation: Validate in local fits, on the client's held-out part.
+            seed: The run's seed; by default that of ``seed_everything``, else 0.
+            timeout: Seconds to wait for the replies of one stage of a round.
+            max_examples: More examples than any client has: one that reports more has failed.
+            client_storage: Where simulated clients keep what they keep: ``"memory"``, or a folder for more than that
+                holds.
+            callbacks: Lightning callbacks for the server, and federated ones.
+            **kwargs: The other arguments of ``lightning.pytorch.Trainer``.
+
+        Raises:
+            ConfigurationError: If arguments contradict each other or have no meaning in a federation; all faults
+                together.
+        """
         plan = resolve(
             Given(
                 max_rounds=max_rounds,

@@ -1,7 +1,14 @@
 """Federated methods and watchers: one method a file, all in the Trainer's list of callbacks."""
 
 from lightning_fed.callbacks.apfl import APFL
-from lightning_fed.callbacks.base import ClientReport, FederatedCallback
+from lightning_fed.callbacks.base import (
+    Averaging,
+    ClientReport,
+    CohortOwner,
+    FailureOwner,
+    FederatedCallback,
+    PartitionOwner,
+)
 from lightning_fed.callbacks.client_data import ClientData
 from lightning_fed.callbacks.client_metrics import ClientMetrics
 from lightning_fed.callbacks.ditto import Ditto
@@ -25,10 +32,13 @@ from lightning_fed.client.local.method import LocalMethod
 
 __all__ = [
     "APFL",
+    "Averaging",
     "ClientData",
     "ClientMetrics",
     "ClientReport",
+    "CohortOwner",
     "Ditto",
+    "FailureOwner",
     "FaultTolerance",
     "FedAdagrad",
     "FedAdam",
@@ -50,6 +60,7 @@ __all__ = [
     "PartialParticipation",
     "Participation",
     "Partition",
+    "PartitionOwner",
     "Personal",
     "RichRoundBar",
     "RoundPrinter",
