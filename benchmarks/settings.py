@@ -8,7 +8,7 @@ from typing import Any
 
 from flwr_datasets.partitioner import DirichletPartitioner, PathologicalPartitioner
 
-from lightning_fed.callbacks import Ditto, FedBN, FedNova, FedPer, FedProx, FedRep, Scaffold
+from lightning_fed.callbacks import APFL, Ditto, FedBN, FedNova, FedPer, FedProx, FedRep, Scaffold
 
 Make = Callable[..., Any]
 
@@ -82,6 +82,7 @@ PERSONAL_METHODS = {
     "FedPer": Method(lambda: [FedPer("head")], {STRONG: "97.4", MILD: ""}),
     "FedRep": Method(lambda: [FedRep("head")], {STRONG: "97.6"}, local_epochs=2),
     "Ditto": Method(lambda: [Ditto(lam=0.1)], {STRONG: "97.5"}),
+    "APFL": Method(lambda: [APFL(alpha=0.5)], {STRONG: "97.3"}),
     "FedAvg, BatchNorm": Method(lambda: [], {STRONG: ""}, norm=True),
     "FedBN": Method(lambda: [FedBN()], {STRONG: ""}, norm=True),
 }
