@@ -2,7 +2,7 @@
 
 ::
 
-    python benchmarks/quality.py                    # both tables, three seeds: about an hour on one core
+    python benchmarks/quality.py                    # both tables, three seeds: one to two hours on one core
     python benchmarks/quality.py drift --seeds 0    # NIID-Bench's setting, one seed
     python benchmarks/quality.py personal           # PFLlib's setting
     python benchmarks/quality.py --show             # the tables of what has been computed
