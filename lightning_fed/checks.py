@@ -6,7 +6,7 @@ import inspect
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, SupportsIndex, TypeGuard
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import nn
@@ -139,6 +139,11 @@ def _origins_of(kind: type) -> frozenset[str]:
 def _origin(value: Any) -> str | None:
     found = _origins(value)
     return next((origin for origin in _ORIGINS if origin in found), None)
+
+
+def is_whole(value: Any) -> bool:
+    """Return whether something is a whole number: Python's or NumPy's, and no bool."""
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
 
 
 def as_typed(value: Any) -> str:

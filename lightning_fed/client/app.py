@@ -39,7 +39,7 @@ class _Call:
     def of(cls, message: Message, context: Context) -> _Call:
         return cls(message, context, extras.detach_integers(message), extras.detach_methods(message))
 
-    def task(self, stage: str, message: Message | None = None) -> LocalTask:
+    def task(self, side: ClientSide, stage: str, message: Message | None = None) -> LocalTask:
         """Return what the client is to do, as its mods left the message."""
         context, instruction = self.context, messages.read_instruction(message or self.message)
         memory, weights = messages.get_memory(context), extras.merge_integers(instruction.weights, self.integers)
@@ -47,7 +47,7 @@ class _Call:
             client=int(context.node_config[messages.CLIENT]),
             round=instruction.round,
             seed=instruction.seed,
-            weights={**weights, **own_in(memory)} if stage == "evaluate" else weights,
+            weights={**weights, **own_in(memory, side.options)} if stage == "evaluate" else weights,
             state=messages.get_fit_state(context) if stage == "train" else None,
             callback_states=messages.get_callback_states(context),
             received=self.methods,
@@ -104,7 +104,7 @@ class LocalClientApp(ClientApp, ServedApp):
         calls = [_Call.of(message, context) for message, context in received]
         results: Sequence[LocalResult | None] = [None] * len(calls)
         if len(calls) > 1 and side.dispatcher is not None and not side.is_stale:
-            tasks = [call.task(stage) for call in calls]
+            tasks = [call.task(side, stage) for call in calls]
             results = side.dispatcher.run(stage, tasks, side.work)
         return [
             _serve(side, stage, calls[i]) if result is None else _ended(side, stage, calls[i], tasks[i], result)
@@ -168,7 +168,7 @@ def _wrap(inner: ClientAppCallable, mod: Mod) -> ClientAppCallable:
 
 
 def _run(side: ClientSide, stage: str, message: Message, context: Context, call: _Call) -> LocalResult:
-    task = replace(call, context=context).task(stage, message)
+    task = replace(call, context=context).task(side, stage, message)
     if side.is_stale:
         raise ClientError(
             "was not trained: what the server changed between rounds could not be changed in its process"

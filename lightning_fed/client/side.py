@@ -157,6 +157,10 @@ def personal_in(memory: Weights) -> Weights:
     return of_method(memory, _PERSONAL)
 
 
-def own_in(memory: Weights) -> Weights:
-    """Return the client's own weights in what it keeps, with which it evaluates."""
-    return {**personal_in(memory), **of_method(memory, _OWN)}
+def own_in(memory: Weights, options: LocalOptions) -> Weights:
+    """Return the client's own weights in what it keeps, with which it evaluates.
+
+    What it has kept in another way of training, from before a resume, is not its own in this one.
+    """
+    personal = {name: own for name, own in personal_in(memory).items() if name in options.staying.personal}
+    return {**personal, **(of_method(memory, _OWN) if options.second_fit is not None else {})}

@@ -66,6 +66,9 @@ class ClientGrid(Grid):
             before_round: What they kept when ``begin_round`` was called last.
         """
 
+    def saved_at(self, path: str) -> None:
+        """Note where the checkpoint is that has what ``client_states`` gave last."""
+
     @abstractmethod
     def load_client_states(self, states: dict[int, RecordDict]) -> None:
         """Take back what ``client_states`` gave."""

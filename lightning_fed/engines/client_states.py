@@ -5,15 +5,30 @@ from __future__ import annotations
 import uuid
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import RecordDict
 
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.wire import kept_file, messages, roll_call
+from lightning_fed.wire.checkpoint_file import is_there
 
-# Of so many checkpoints the files are kept, besides what clients keep now.
+# Of so many saves the files are kept at least, whatever has become of them.
 PINNED = 4
+
+
+@dataclass
+class SavedMarks:
+    """What a checkpoint names.
+
+    Attributes:
+        marks: By client.
+        seen: Whether the checkpoint has been where it was saved to.
+    """
+
+    marks: dict[int, str]
+    seen: bool = False
 
 
 class StatesInMemory:
@@ -58,6 +73,9 @@ class StatesInMemory:
             states |= self._before
         return {client: state for client, state in states.items() if state}
 
+    def saved_at(self, path: str) -> None:
+        """Note where the checkpoint is that has what ``save`` gave last."""
+
     def load(self, states: Mapping[int, RecordDict]) -> None:
         """Take back what ``save`` gave.
 
@@ -73,7 +91,8 @@ class StatesInMemory:
 class StatesInFiles(StatesInMemory):
     """The same in files of a folder, one a client and piece of work, of which a checkpoint has the names.
 
-    A file that some of the last checkpoints of this process name stays; those that it finds stay in any case.
+    A file stays while a checkpoint is where this process has saved it that names the file, and while one of its last
+    saves does; those that the process finds stay in any case.
 
     Args:
         folder: Made if it is not there.
@@ -88,6 +107,7 @@ class StatesInFiles(StatesInMemory):
         self._marks = kept_file.Marks()
         self._written: dict[int, list[str]] = {}
         self._pinned: deque[dict[int, str]] = deque(maxlen=PINNED)
+        self._checkpoints: dict[str, SavedMarks] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -149,7 +169,8 @@ class StatesInFiles(StatesInMemory):
         self._marks.undo(client)
 
     def _tidy(self, client: int) -> None:
-        needed = {self._marks.now[client], self._marks.before.get(client), *(pins.get(client) for pins in self._pinned)}
+        saved = [*self._pinned, *(checkpoint.marks for checkpoint in self._checkpoints.values())]
+        needed = {self._marks.now[client], self._marks.before.get(client), *(marks.get(client) for marks in saved)}
         for mark in [mark for mark in self._written[client] if mark not in needed]:
             self._written[client].remove(mark)
             self._path(client, mark).unlink(missing_ok=True)
@@ -159,6 +180,15 @@ class StatesInFiles(StatesInMemory):
         marks = self._marks.saved(before_round=before_round)
         self._pinned.append(marks)
         return {client: roll_call.as_state(mark, in_files=True) for client, mark in marks.items()}
+
+    def saved_at(self, path: str) -> None:
+        """See the base. A checkpoint that is written later, or was replaced at its path, is told from one removed."""
+        for other, checkpoint in list(self._checkpoints.items()):
+            there = is_there(other)
+            if checkpoint.seen and not there:
+                del self._checkpoints[other]
+            checkpoint.seen |= there
+        self._checkpoints[path] = SavedMarks(self._pinned[-1])
 
     def load(self, states: Mapping[int, RecordDict]) -> None:
         """See the base; what a checkpoint itself holds goes into files.

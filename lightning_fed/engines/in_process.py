@@ -63,6 +63,10 @@ class InProcessGrid(LocalGrid):
         """See ``LocalGrid``."""
         return self._states.save(before_round=before_round)
 
+    def saved_at(self, path: str) -> None:
+        """See ``ClientGrid``."""
+        self._states.saved_at(path)
+
     def load_client_states(self, states: dict[int, RecordDict]) -> None:
         """See ``LocalGrid``.
 

@@ -10,6 +10,7 @@ from flwr.app import RecordDict
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_fed import checks
 from lightning_fed.engines.base import ClientGrid, LocalGrid
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.server.script import Script
@@ -75,7 +76,7 @@ class RunState:
         Raises:
             ConfigurationError: If there is no such client, or the client keeps it itself.
         """
-        if type(client) is not int or not 0 <= client < self.num_clients:
+        if not checks.is_whole(client) or not 0 <= client < self.num_clients:
             raise ConfigurationError(f"There is no client {client!r}: there are clients 0 to {self.num_clients - 1}.")
         if not isinstance(self._clients, LocalGrid):
             raise ConfigurationError(f"What client {client} keeps is with it, and not on this machine.")
@@ -121,6 +122,11 @@ class RunState:
             state["clients"] = {client: to_plain(record) for client, record in kept.items()}
         self._name_unsaved()
         return state
+
+    def saved_at(self, path: str) -> None:
+        """Note where the checkpoint is that has what ``save`` gave last."""
+        if self._clients is not None:
+            self._clients.saved_at(path)
 
     def restore(self, found: Found, loaded: Mapping[str, dict[str, str]]) -> None:
         """Take up what a checkpoint holds, and say once all that this run has otherwise.

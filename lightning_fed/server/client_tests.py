@@ -114,7 +114,7 @@ class _Test:
             client=client,
             round=max(1, self.trainer.global_step),
             seed=self.state.seed,
-            weights={**self.shared, **own_in(memory)},
+            weights={**self.shared, **own_in(memory, options)},
             callback_states=callback_states_in(kept),
             memory=memory,
             rounds=options.rounds,

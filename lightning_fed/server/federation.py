@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +44,8 @@ class Saves(Protocol):
 
     def save(self) -> dict[str, Any]: ...
 
+    def saved_at(self, path: str) -> None: ...
+
 
 @dataclass
 class Saved:
@@ -54,6 +56,9 @@ class Saved:
     def save(self) -> dict[str, Any]:
         """Do as ``RunState.save``."""
         return self.state
+
+    def saved_at(self, path: str) -> None:
+        """Do nothing: its clients are not there."""
 
 
 class Federation(Callback):
@@ -155,13 +160,11 @@ class Federation(Callback):
         self.session.apply_weights()
 
     @contextmanager
-    def saving(self) -> Iterator[None]:
+    def saving(self, path: str) -> Iterator[None]:
         """Give the module the global weights while a checkpoint is saved, also in the middle of a round."""
-        if self._session is None:
+        with nullcontext() if self._session is None else self._session.saving():
             yield
-        else:
-            with self._session.saving():
-                yield
+        self._state.saved_at(path)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let a checkpoint in the middle of a round hold what methods had when it began."""
@@ -171,9 +174,17 @@ class Federation(Callback):
     def personal_module(self, client: int) -> LightningModule:
         """See ``FederatedTrainer.personal_module``."""
         fitted, state = self.last_fit(f"personal_module({client!r})")
-        own = own_in(memory_in(state.kept_by(client)))
+        own = own_in(memory_in(state.kept_by(client)), fitted.options)
         with viewed_as(fitted.module, View):  # which copies as the user's own class, without what is compiled
-            copied = copy.deepcopy(fitted.module, {id(trainer_of(fitted.module)): None})
+            try:
+                copied = copy.deepcopy(fitted.module, {id(trainer_of(fitted.module)): None})
+            except Exception as error:
+                raise ConfigurationError(
+                    f"personal_module({client!r}): {user_class(fitted.module).__name__} cannot be copied:"
+                    f" {type(error).__name__}: {error}. Build it anew for the client's tensors:"
+                    " trainer.save_personal_modules(folder), and load_personal_module(MyModule(...), folder,"
+                    f" client={client!r})."
+                ) from error
         uncompile(copied)
         weights.load(copied, {**self.global_weights(copied), **own})
         return copied
@@ -183,12 +194,15 @@ class Federation(Callback):
         call = f"save_personal_modules({str(folder)!r})"
         fitted, state = self.last_fit(call)
         state.require_here(call, _WITH_THE_SITES)
+        if not isinstance(folder, str | os.PathLike) or not str(folder):
+            raise ConfigurationError(f"{call}: name a folder of your own.")
         if others := [name for name, one in fitted.module.state_dict().items() if not isinstance(one, Tensor)]:
             raise ConfigurationError(
                 f"{call}: {others[0]!r} of the state dict is no tensor, and would be missing in what is loaded. Save"
                 " modules one by one: torch.save(trainer.personal_module(client).state_dict(), path)."
             )
-        each = ((client, own_in(memory_in(state.kept_by(client)))) for client in range(state.num_clients))
+        kept = ((client, memory_in(state.kept_by(client))) for client in range(state.num_clients))
+        each = ((client, own_in(memory, fitted.options)) for client, memory in kept)
         name = user_class(fitted.module).__name__
         write_personal(Path(folder), name, self.global_weights(fitted.module), each)
 
@@ -202,7 +216,8 @@ class Federation(Callback):
             ConfigurationError: If there has been none.
         """
         if not isinstance(self._state, RunState) or self._fitted is None:
-            raise ConfigurationError(f"{call}: there has been no fit with this trainer.")
+            ended = "its last fit ended before the first round" if self._fitted else "there has been no fit"
+            raise ConfigurationError(f"{call}: {ended} with this trainer.")
         return self._fitted, self._state
 
     def global_weights(self, module: LightningModule) -> weights.Weights:

@@ -194,7 +194,7 @@ class ServerTrainer(Trainer):
         if not self.federation.has_begun and is_there(filepath):
             rank_zero_warn(f"{filepath} stays as it is: the run has not begun, and there is nothing to save of it.")
             return
-        with self.federation.saving():
+        with self.federation.saving(str(filepath)):
             super().save_checkpoint(filepath, *args, **kwargs)
 
     def place_callbacks(self, given: Sequence[Callback]) -> list[Callback]:

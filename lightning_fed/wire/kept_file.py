@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from flwr.app import RecordDict
 
+from lightning_fed.wire.checkpoint_file import look_at
 from lightning_fed.wire.plain import from_plain, to_plain
 
 
@@ -46,6 +47,8 @@ def read_kept(path: Path) -> tuple[int, str, RecordDict]:
     Raises:
         Exception: Of any kind, if it is no such file.
     """
+    if (found := look_at(path)) is not None:  # torch itself does not look at checksums
+        raise ValueError(f"it {found}")
     kept = torch.load(path, weights_only=True)
     client, mark, state = kept["client"], kept["mark"], from_plain(kept["state"])
     if not isinstance(state, RecordDict):

@@ -138,7 +138,8 @@ def load_personal_module(module: AnyModule, folder: str | os.PathLike[str], clie
         own = user_class(module).__name__
         raise ConfigurationError(
             f"{folder} has the models of another module than this {own}{'' if own == name else f', of a {name}'}:"
-            f" {'; '.join(differing)}. Build the module as it was for the fit."
+            f" {'; '.join(differing)}. Build the module as it was for the fit; one that was trained in another"
+            " precision is first brought to it, as by module.double() or module.bfloat16()."
         )
     weights.load(module, found)
     return module
@@ -160,7 +161,7 @@ def _read(folder: Path, client: int | None) -> tuple[str, Weights]:
     if client is None:
         return index["module"], index["shared"]
     clients = index["clients"]
-    if type(client) is not int or client not in clients:
+    if not checks.is_whole(client) or client not in clients:
         more = f" and {len(clients) - _SHOWN} more" if len(clients) > _SHOWN else ""
         raise ConfigurationError(
             f"{folder} has nothing of client {client!r}; it has clients {', '.join(map(str, clients[:_SHOWN]))}{more}."

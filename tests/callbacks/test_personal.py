@@ -557,3 +557,20 @@ def test_what_is_frozen_has_to_stay_so_whatever_the_state_dict_calls_it(kind: ty
     net[0].requires_grad_(False)
     with pytest.raises(FederationError, match=r"client 0 trains 'net.0.weight', which was frozen when the run began"):
         fit(net, TrainableOnly(), kind=kind, client_callbacks=[Unfreezes()])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(Ditto, lambda: []), (lambda: FedPer("net.2"), lambda: []), (lambda: FedPer("net.2"), lambda: [FedPer("net.0")])],
+    ids=["Ditto, none", "FedPer, none", "FedPer, other layers"],
+)
+def test_what_a_client_kept_in_another_way_of_training_is_not_its_own(before: Any, after: Any, tmp_path: Path) -> None:
+    """The run that goes on has no rounds left, so nobody has trained in the new way yet."""
+    net, how = network(torch.float64), {"enable_checkpointing": True, "default_root_dir": str(tmp_path)}
+    saves = OnExceptionCheckpoint(tmp_path)
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(net, before(), Stops("on_round_start"), saves, **how)
+    path = str(tmp_path / "on_exception.ckpt")
+    trainer, module = fit(net, *after(), rounds=2, ckpt_path=path, **how)
+    for client in range(len(SIZES)):
+        assert_equal(trainer.personal_module(client).state_dict(), module.state_dict())

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, RecordDict
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_fed import ConfigurationError, FederatedTrainer
-from lightning_fed.callbacks import ClientData, FaultTolerance, Personal, Scaffold
+from lightning_fed.callbacks import ClientData, FaultTolerance, PartialParticipation, Personal, Scaffold
 from lightning_fed.engines.client_states import StatesInFiles
 from tests.callbacks.rounds import EPOCHS, ROUNDS, SIZES, WAYS, Chosen, Stops, loaders, momentum
 from tests.helpers import QUIET
@@ -22,14 +22,22 @@ from tests.integration.test_algorithms import Classifier, network
 ARGUMENTS: dict[str, dict[str, Any]] = {"in process": {}, **WAYS, "carry": {"client_state": "carry"}}
 
 
-def fit(folder: Path, *callbacks: Any, ckpt_path: Any = None, storage: Any = "memory", **how: Any) -> Any:
+def fit(
+    folder: Path, *callbacks: Any, ckpt_path: Any = None, storage: Any = "memory", rounds: int = ROUNDS, **how: Any
+) -> Any:
     module = Classifier(copy.deepcopy(network(torch.float64)), momentum)
     saves = ModelCheckpoint(folder / "checkpoints", filename="{epoch}", save_top_k=-1)
     methods = [Scaffold(), Personal("net.2")]
     trainer = FederatedTrainer(
-        max_rounds=ROUNDS,
+        max_rounds=rounds,
         local_epochs=EPOCHS,
-        callbacks=[ClientData(loaders()), Chosen(), *methods, saves, *callbacks],
+        callbacks=[
+            ClientData(loaders()),
+            *([] if any(isinstance(one, PartialParticipation) for one in callbacks) else [Chosen()]),
+            *methods,
+            saves,
+            *callbacks,
+        ],
         client_storage=storage,
         **{**QUIET, "enable_checkpointing": True, "default_root_dir": folder},
         **how,
@@ -79,6 +87,53 @@ def test_files_that_nobody_needs_go_and_those_of_the_last_checkpoints_stay(tmp_p
     assert states.read(7)["kept"]["round"] == 4  # type: ignore[index]
 
 
+def test_files_of_a_checkpoint_stay_as_long_as_it_is_there(tmp_path: Path) -> None:
+    """However many were saved since: `best` and `last` are often old."""
+    states, kept = StatesInFiles(tmp_path / "kept"), tmp_path / "kept" / "client-7"
+    best, last, later = (str(tmp_path / name) for name in ("best.ckpt", "last.ckpt", "later.ckpt"))
+
+    def train(round: int) -> None:
+        states.begin_round()
+        states.put(7, RecordDict({"kept": ConfigRecord({"round": round})}), round, "train")
+
+    def save(path: str, is_written: bool = True) -> Any:
+        saved = states.save(before_round=False)
+        if is_written:
+            Path(path).touch()
+        states.saved_at(path)
+        return saved
+
+    train(1)
+    first, _ = save(best), save(later, is_written=False)  # in the background: not there yet
+    for round in range(2, 12):
+        train(round)
+        newest = save(last)
+    for saved, round in ((first, 1), (newest, 11)):
+        again = StatesInFiles(tmp_path / "kept")
+        again.load(saved)
+        assert again.read(7)["kept"]["round"] == round  # type: ignore[index]
+    Path(best).unlink()
+    Path(later).touch()
+    train(12)
+    save(last)
+    assert any(path.stem.endswith("-1-train") for path in kept.iterdir())  # what was late is there now
+    Path(later).unlink()
+    for round in range(13, 20):
+        train(round)
+        save(last)
+    assert not any(path.stem.endswith("-1-train") for path in kept.iterdir())
+
+
+@pytest.mark.parametrize("way", ["in process", "processes"])
+def test_an_old_checkpoint_of_a_long_run_is_gone_on_from(way: str, tmp_path: Path) -> None:
+    old = ModelCheckpoint(tmp_path / "old", filename="{epoch}", every_n_epochs=6, save_top_k=-1)
+    how: Any = {**ARGUMENTS[way], "storage": tmp_path / "kept", "rounds": 9}
+    whole = fit(tmp_path, old, PartialParticipation(0.5), **how)
+    checkpoint = tmp_path / "old" / "epoch=5.ckpt"
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert_same(fit(tmp_path, old, PartialParticipation(0.5), ckpt_path=checkpoint, **how), whole)
+
+
 def stopped(folder: Path, storage: Any) -> Path:
     with pytest.raises(RuntimeError, match="stopped"):
         fit(folder, Stops("on_round_end"), storage=storage)
@@ -92,8 +147,22 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "kept" / "client-2")
     with pytest.raises(ConfigurationError, match=r"What client 2 keeps should be in .*client-2.* cannot be read"):
         fit(tmp_path, ckpt_path=path, storage=tmp_path / "kept")
-    damaged = next((tmp_path / "kept" / "client-0").iterdir())
-    damaged.write_bytes(damaged.read_bytes()[:100])
+
+
+@pytest.mark.parametrize("how", ["truncated", "a bit"])
+def test_a_damaged_file_is_named_and_not_used(how: str, tmp_path: Path) -> None:
+    everybody = PartialParticipation(1.0)
+    how: Any = {"storage": tmp_path / "kept"}
+    trainer = fit(tmp_path, everybody, **how)
+    own = trainer.personal_module(2).net[2].weight.detach().numpy().tobytes()
+    [path] = [p for p in (tmp_path / "kept" / "client-2").iterdir() if own in p.read_bytes()]
+    content = bytearray(path.read_bytes())
+    content[content.find(own) + 2] ^= 0x40
+    path.write_bytes(content if how == "a bit" else content[: len(content) // 2])
+    with pytest.raises(ConfigurationError, match=rf"What client 2 keeps should be in {path}, which cannot be read"):
+        trainer.personal_module(2)
+    with pytest.raises(ConfigurationError, match=r"What client 2 keeps should be in .*, which cannot be read"):
+        fit(tmp_path, everybody, ckpt_path=tmp_path / "checkpoints" / "epoch=2.ckpt", rounds=ROUNDS + 1, **how)
 
 
 def test_what_a_checkpoint_holds_itself_goes_into_files(tmp_path: Path) -> None:

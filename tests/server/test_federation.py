@@ -68,5 +68,5 @@ def test_there_are_no_rounds_outside_of_a_fit(quiet):
     trainer.fit(ToyModule(), DataLoader(toy_data(8)))
     with pytest.raises(RuntimeError, match=r"rounds run within FederatedTrainer\.fit"):
         trainer.run_round()
-    with trainer.federation.saving():
+    with trainer.federation.saving("path"):
         assert trainer.federation.state_dict()["num_clients"] == 2

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -247,6 +249,7 @@ def test_another_module_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     wide.net[0] = nn.Linear(6, 9).double()
     with pytest.raises(ConfigurationError, match=r"module than this Classifier: 'net.0.weight' is torch.float64 there"):
         load_personal_module(narrow, tmp_path, 0)
+    load_personal_module(narrow.double(), tmp_path, 0)  # which is what the error says
     with pytest.raises(ConfigurationError, match=r"it has no 'net.weight', 'net.bias'; it has 'net.0.weight', "):
         load_personal_module(other, tmp_path, 0)
     with pytest.raises(ConfigurationError, match=r"'net.0.weight' is \(7, 6\) there and \(9, 6\) here"):
@@ -270,6 +273,40 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigurationError, match=r"'_extra_state' of the state dict is no tensor"):
         fit(METHODS["FedPer"](), kind=Extra).save_personal_modules(tmp_path)
+    for nothing in ("", None):
+        with pytest.raises(ConfigurationError, match=r"save_personal_modules\(.*\): name a folder of your own"):
+            fit(METHODS["FedPer"]()).save_personal_modules(nothing)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match=r"Name a folder of your own; is the disk full"):
         saved(tmp_path / "file")
+
+
+def test_a_client_may_be_a_number_of_numpy_s(tmp_path: Path) -> None:
+    trainer = saved(tmp_path)
+    assert_same(load_personal_module(module(), tmp_path, np.int64(2)), trainer.personal_module(np.int64(2)))
+    with pytest.raises(ConfigurationError, match="There is no client True"):
+        trainer.personal_module(True)
+
+
+def test_a_module_that_cannot_be_copied_is_built_anew_and_loaded(tmp_path: Path) -> None:
+    class Locked(Classifier):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.lock = threading.Lock()
+
+    trainer = fit(METHODS["FedPer"](), kind=Locked)
+    with pytest.raises(
+        ConfigurationError, match=r"personal_module\(1\): Locked cannot be copied.*lock.*load_personal_mod"
+    ):
+        trainer.personal_module(1)
+    trainer.save_personal_modules(tmp_path)
+    built = Locked(network(torch.float64, batch_norm=True), momentum)
+    assert_same(load_personal_module(built, tmp_path, 1), fit(METHODS["FedPer"]()).personal_module(1))
+
+
+def test_after_a_fit_that_did_not_begin_it_is_said_so(tmp_path: Path) -> None:
+    trainer = fit(METHODS["FedPer"]())
+    with pytest.raises(FileNotFoundError):
+        trainer.fit(module(), ckpt_path=str(tmp_path / "none.ckpt"))
+    with pytest.raises(ConfigurationError, match="its last fit ended before the first round"):
+        trainer.personal_module(1)
