@@ -346,6 +346,8 @@ NUMBER = "must be a finite number"
         ),
         (lambda: FedYogi(tau="small"), rf"^FedYogi: tau='small' {NUMBER} > 0: leave it out for the default, 0\.001\.$"),
         (lambda: FedAdagrad(float("nan")), rf"^FedAdagrad: learning_rate=nan {NUMBER} > 0"),
+        (lambda: FedAdam(learning_rate=[0.1, 0]), r"^FedAdam: learning_rate=\[0\.1, 0\] must be > 0\.$"),
+        (lambda: FedYogi(learning_rate=[]), r"^FedYogi: learning_rate=\[\] has no round: write a number for each"),
         (lambda: FedAvgM(momentum=False), rf"^FedAvgM: momentum=False {NUMBER} in \[0, 1\)"),
         (lambda: FedAvgM(learning_rate=FedAvgM), rf"^FedAvgM: learning_rate=<class .*> {NUMBER} > 0"),
     ],

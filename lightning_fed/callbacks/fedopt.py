@@ -9,15 +9,18 @@ from __future__ import annotations
 from flwr.serverapp.strategy import Strategy
 
 from lightning_fed.callbacks.base import Averaging, Weighting
+from lightning_fed.callbacks.fedavg import require_rate
 from lightning_fed.errors import require
 from lightning_fed.strategies import AdagradMean, AdamMean, YogiMean
+from lightning_fed.values.by_round import ByRound
 
 
 class FedAdagrad(Averaging):
     """Server Adagrad: ``v = v + delta^2``.
 
     Args:
-        learning_rate: The server's learning rate (eta), > 0.
+        learning_rate: The server's learning rate (eta), > 0; a list with one for each round, of which the last goes on,
+            or a function of the round (from 1).
         beta_1: Decay of the first moment, in ``[0, 1)``.
         tau: The degree of adaptivity, > 0.
         weighting: As in ``FedAvg``.
@@ -28,15 +31,15 @@ class FedAdagrad(Averaging):
 
     def __init__(
         self,
-        learning_rate: float = 0.1,
+        learning_rate: ByRound = 0.1,
         beta_1: float = 0.0,
         tau: float = 1e-3,
         weighting: Weighting = "examples",
     ) -> None:
         super().__init__(weighting)
+        require_rate(self, learning_rate)
         require(
             self,
-            learning_rate=(learning_rate, lambda number: number > 0, "> 0"),
             beta_1=(beta_1, lambda number: 0 <= number < 1, "in [0, 1)"),
             tau=(tau, lambda number: number > 0, "> 0"),
         )
@@ -51,7 +54,8 @@ class FedAdam(FedAdagrad):
     """Server Adam without bias correction: ``v = beta_2 v + (1 - beta_2) delta^2``.
 
     Args:
-        learning_rate: The server's learning rate (eta), > 0.
+        learning_rate: The server's learning rate (eta), > 0; a list with one for each round, of which the last goes on,
+            or a function of the round (from 1).
         beta_1: Decay of the first moment, in ``[0, 1)``.
         beta_2: Decay of the second moment, in ``[0, 1)``.
         tau: The degree of adaptivity, > 0.
@@ -65,7 +69,7 @@ class FedAdam(FedAdagrad):
 
     def __init__(
         self,
-        learning_rate: float = 0.1,
+        learning_rate: ByRound = 0.1,
         beta_1: float = 0.9,
         beta_2: float = 0.99,
         tau: float = 1e-3,

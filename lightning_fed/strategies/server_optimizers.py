@@ -9,14 +9,18 @@ Only parameters are stepped; floating buffers (BatchNorm's statistics) take the 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
+from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor
 
 from lightning_fed.strategies.mean import WeightedMean
+from lightning_fed.values import by_round
+from lightning_fed.values.by_round import ByRound
 from lightning_fed.values.weights import Weights
+from lightning_fed.wire.fingerprint import describe
 
 
 class ServerOptimizer(WeightedMean):
@@ -73,47 +77,78 @@ class ServerOptimizer(WeightedMean):
         self.moments = {k: {n: t.clone() for n, t in store.items()} for k, store in state["moments"].items()}
 
 
-class MomentumMean(ServerOptimizer):
+class SteppedMean(ServerOptimizer):
+    """The base of those with a learning rate, which may change from round to round.
+
+    Args:
+        learning_rate: The server's learning rate, > 0; a list with one for each round, of which the last goes on, or a
+            function of the round (from 1).
+        **kwargs: As ``WeightedMean``.
+
+    Attributes:
+        rate: That of the present round.
+    """
+
+    rate: float
+
+    def __init__(self, *, learning_rate: ByRound, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.learning_rate = learning_rate
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Do as ``WeightedMean``, with the learning rate of the round.
+
+        Raises:
+            ConfigurationError: If a function gives none.
+        """
+        call = f"{type(self).__name__}(learning_rate={describe(self.learning_rate)})"
+        self.rate = by_round.at(call, self.learning_rate, server_round, lambda number: number > 0, "> 0")
+        return super().aggregate_train(server_round, replies)
+
+
+class MomentumMean(SteppedMean):
     """FedAvgM: ``v = momentum * v - delta; x = x - lr * v`` (Hsu et al. 2019, section 3: server momentum).
 
     Args:
-        learning_rate: The server's learning rate.
+        learning_rate: The server's learning rate: a number, a list by round, or a function of the round.
         momentum: The server's momentum, in ``[0, 1)``.
         **kwargs: As ``WeightedMean``.
     """
 
-    def __init__(self, *, learning_rate: float, momentum: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.learning_rate, self.momentum = learning_rate, momentum
+    def __init__(self, *, learning_rate: ByRound, momentum: float, **kwargs: Any) -> None:
+        super().__init__(learning_rate=learning_rate, **kwargs)
+        self.momentum = momentum
 
     def step(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
         """See the class."""
         velocity = self.keep("velocity", name, self.moment("velocity", name, x) * self.momentum - delta)
-        return x - self.learning_rate * velocity
+        return x - self.rate * velocity
 
 
-class AdaptiveMean(ServerOptimizer):
+class AdaptiveMean(SteppedMean):
     """The shared part of Algorithm 2: ``m = beta_1 m + (1 - beta_1) delta; x = x + lr m / (sqrt(v) + tau)``.
 
     ``m`` starts at 0 and ``v`` at ``tau ** 2``, the least that the algorithm allows; there is no bias correction.
 
     Args:
-        learning_rate: The server's learning rate (eta).
+        learning_rate: The server's learning rate (eta): a number, a list by round, or a function of the round.
         beta_1: Decay of the first moment, in ``[0, 1)``.
         tau: The degree of adaptivity, > 0.
         **kwargs: As ``WeightedMean``.
     """
 
-    def __init__(self, *, learning_rate: float, beta_1: float, tau: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.learning_rate, self.beta_1, self.tau = learning_rate, beta_1, tau
+    def __init__(self, *, learning_rate: ByRound, beta_1: float, tau: float, **kwargs: Any) -> None:
+        super().__init__(learning_rate=learning_rate, **kwargs)
+        self.beta_1, self.tau = beta_1, tau
 
     def step(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
         """See the class."""
         m = self.keep("m", name, (self.moment("m", name, x) * self.beta_1).add_(delta, alpha=1 - self.beta_1))
         squared = (delta * delta.conj()).real if delta.is_complex() else delta * delta
         v = self.keep("v", name, self.second_moment(self.moment("v", name, squared, self.tau**2), squared))
-        return x + self.learning_rate * m / (v.sqrt() + self.tau)
+        return x + self.rate * m / (v.sqrt() + self.tau)
 
     @abstractmethod
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:

@@ -98,12 +98,25 @@ class Adaptive:
         return x + self.eta * m / (torch.sqrt(v) + self.tau)
 
 
+class ByRound:
+    """A server's step with a learning rate for each round."""
+
+    def __init__(self, server: Momentum | Adaptive, etas: Sequence[float]) -> None:
+        self.server, self.etas = server, etas
+        self.rounds: dict[str, int] = {}
+
+    def step(self, name: str, x: Tensor, delta: Tensor) -> Tensor:
+        done = self.rounds.get(name, 0)
+        self.rounds[name], self.server.eta = done + 1, self.etas[done]
+        return self.server.step(name, x, delta)
+
+
 def federate(
     net: nn.Module,
     clients: Sequence[Batches],
     *,
     rounds: int,
-    server: TakeMean | Momentum | Adaptive,
+    server: TakeMean | Momentum | Adaptive | ByRound,
     uniform: bool = False,
     **local: object,
 ) -> State:

@@ -105,6 +105,14 @@ METHODS = {
         lambda: [FedAvgM(learning_rate=0.7, momentum=0.6, weighting="uniform")],
         lambda: {"server": plain.Momentum(0.7, 0.6), "uniform": True},
     ),
+    "FedAvgM by round": (
+        lambda: [FedAvgM(learning_rate=[0.7, 0.2], momentum=0.6)],
+        lambda: {"server": plain.ByRound(plain.Momentum(0.7, 0.6), [0.7, 0.2, 0.2])},
+    ),
+    "FedAdam by round": (
+        lambda: [FedAdam(learning_rate=lambda round: 0.3 / round, beta_1=0.8, beta_2=0.6, tau=0.05)],
+        lambda: {"server": plain.ByRound(plain.Adaptive("adam", 0.3, 0.8, 0.6, 0.05), [0.3, 0.15, 0.1])},
+    ),
     "FedAdagrad": (
         lambda: [FedAdagrad(learning_rate=0.1, beta_1=0.3, tau=0.05)],
         lambda: {"server": plain.Adaptive("adagrad", 0.1, 0.3, 0.0, 0.05)},

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import ClientData, FedAdagrad, FedAdam, FedAvgM, FedYogi
+from lightning_fed.errors import ConfigurationError
 from lightning_fed.strategies import AdagradMean, AdamMean, MomentumMean, YogiMean
 from lightning_fed.testing import ToyModule, toy_data
 from lightning_fed.wire import messages
@@ -289,3 +290,11 @@ def test_renamed_state_dict_changes_nothing_of_a_server_optimizer(name, quiet):
         FederatedTrainer(max_rounds=2, callbacks=[ClientData(loaders), METHODS[name]], **quiet).fit(module)
         ends.append(dict(module.net.state_dict()))
     assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
+
+
+def test_a_learning_rate_that_a_function_does_not_give_is_an_error_of_its_round(quiet):
+    method = FedAdam(learning_rate=lambda round: 0.1 if round < 2 else None)
+    trainer = FederatedTrainer(max_rounds=3, num_clients=2, callbacks=[method], **quiet)
+    with pytest.raises(ConfigurationError, match=r"AdamMean\(learning_rate=.*\) gave None for round 2: it must be > 0"):
+        trainer.fit(ToyModule(), DataLoader(toy_data(16), 8))
+    assert trainer.global_step == 1

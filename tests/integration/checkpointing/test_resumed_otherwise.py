@@ -265,6 +265,15 @@ def test_a_callback_that_had_nothing_to_save_is_not_taken_for_a_new_one(tmp_path
     assert said == []
 
 
+def test_a_learning_rate_by_round_goes_on_with_its_round(tmp_path):
+    whole, _ = fit(tmp_path / "whole", FedAdam(learning_rate=[0.3, 0.2, 0.05]), rounds=3)
+    fit(tmp_path / "in two", FedAdam(learning_rate=[0.3, 0.2, 0.05]), rounds=2)
+    with notes() as said:
+        resumed, _ = fit(tmp_path / "in two", FedAdam(learning_rate=[0.3, 0.2, 0.05]), rounds=3, ckpt_path="last")
+    assert said == []
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
 def test_a_learning_rate_that_is_changed_on_resume_holds_and_the_moments_stay(tmp_path):
     """By hand: the moments after two rounds, and a third one with the new learning rate."""
     fit(tmp_path, FedAdam(learning_rate=0.1), rounds=2)
