@@ -32,7 +32,7 @@ def require_rate(owner: object, learning_rate: ByRound) -> None:
         if faults := by_round.faults("learning_rate", learning_rate, *positive):
             raise ConfigurationError(f"{type(owner).__name__}: {faults[0]}.")
     else:
-        require(owner, learning_rate=(learning_rate, *positive))  # type: ignore[arg-type]
+        require(owner, learning_rate=(learning_rate, *positive))
 
 
 class FedAvgM(Averaging):
