@@ -26,8 +26,12 @@ Names = dict[str, Any]
 
 # What the guides' code runs after: a module and loaders, as a reader has them.
 SETUP = "docs/howto/index.md"
-# What takes long, with a shorter test of the same elsewhere: an engine's processes that start.
-MARKED = {"docs/howto/ray.md": pytest.mark.ray, "docs/howto/gpu.md": pytest.mark.landing}
+# What takes long, with a shorter test of the same elsewhere: long runs, and an engine's processes that start.
+MARKED = {
+    "docs/howto/ray.md": pytest.mark.ray,
+    "docs/howto/gpu.md": pytest.mark.landing,
+    "docs/tutorials/central_to_federated.md": pytest.mark.landing,
+}
 # What is run by a test of its own, in which it takes server and sites.
 COMMANDS_OF_DEPLOYMENT = "docs/deployment.md"
 KNOWN = {"python", "pycon", "bash", "toml", "diff", "text", "", "{eval-rst}", "{include}", "{toctree}"}
