@@ -116,6 +116,18 @@ def test_a_crawler_finds_what_is_broken(tmp_path: Path) -> None:
     assert broken_links(tmp_path.resolve()) == ["a.html: b.html#x", "a.html: c.html", "b.html: a.html#there"]
 
 
+def test_messages_that_the_page_of_errors_quotes_are_those_of_the_code() -> None:
+    table = (ROOT / "docs" / "reference" / "errors.md").read_text().split("\n## By its words\n")[1].split("\n## ")[0]
+    quoted = re.findall(r"^\| `(.*?)` \| `(\w+)`", table, re.M)
+    files = (ROOT / "lightning_fed").rglob("*.py")
+    code = re.sub(
+        r"[\"']\s*\n\s*f?[\"']", "", "".join(path.read_text() for path in files)
+    )  # of sentences over several lines
+    assert len(quoted) > 15
+    assert [words for words, _ in quoted if words not in code] == []
+    assert {error for _, error in quoted} < set(importlib.import_module("lightning_fed").__all__)
+
+
 def test_the_table_of_arguments_has_them_all() -> None:
     sections = (ROOT / "docs" / "reference" / "arguments.md").read_text().split("\n## ")
     listed = [re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", part, re.M))) for part in sections[1:]]
