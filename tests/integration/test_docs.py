@@ -35,6 +35,7 @@ MARKED = {
 # What is run by a test of its own, in which it takes server and sites.
 COMMANDS_OF_DEPLOYMENT = "docs/deployment.md"
 KNOWN = {"python", "pycon", "bash", "toml", "diff", "text", "", "{eval-rst}", "{include}", "{toctree}"}
+OF_OTHERS = {"docs/howto/from_nvflare.md": "{code-block}"}  # code of a project that is not installed
 
 
 def run(block: Block, names: Names) -> None:
@@ -112,10 +113,32 @@ def test_clients_are_the_hospitals(names: Names) -> None:
     assert Path("hospitals.png").stat().st_size > 2000
 
 
+def test_flowers_apps_and_the_trainer_beside_them_give_the_same_weights(names: Names) -> None:
+    class Same(names["Classifier"]):
+        def __init__(self) -> None:
+            torch.manual_seed(3)
+            super().__init__()
+
+    names["Classifier"] = Same
+    shorter = {"0.5, 0.5": "1.0, 1.0", "shuffle=True": "shuffle=False", "num_clients=10": "num_clients=4"}
+    for block in blocks("docs/howto/from_flower.md", "python"):
+        code = block.code
+        for written, instead in shorter.items():
+            code = code.replace(written, instead)
+        code = code.replace("trainer.fit(Classifier())", "trainer.fit(ours := Classifier())")
+        code = code.replace("    strategy.start(", "    return strategy.start(")
+        run(Block(block.page, block.line, block.language, code), names)
+    result = InProcess().run(lambda grid: names["main"](grid, None), names["client"], lambda: 4)
+    theirs = result.arrays.to_torch_state_dict()
+    for name, tensor in names["ours"].state_dict().items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(theirs["head.weight"], Same().head.weight, atol=1e-3)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_of_a_kind_that_is_looked_at(page: str) -> None:
     for block in blocks(page):
-        assert block.language in KNOWN, f"{page}, line {block.line}"
+        assert block.language in {*KNOWN, OF_OTHERS.get(page)}, f"{page}, line {block.line}"
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p != COMMANDS_OF_DEPLOYMENT and any(blocks(p, "bash"))])
