@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 from lightning_fed.client.local.data_pass import data_pass
@@ -26,6 +27,8 @@ _PERSONAL = "its personal tensors"
 _OWN = "its own model"
 # The same of what a method keeps of that one's fit.
 _SECOND = "its own model's fit"
+# The same of that fit's optimizers and schedules, as bytes.
+_SECOND_STATE = "its own model's optimizers"
 
 
 class DataSource(Protocol):
@@ -115,12 +118,22 @@ class ClientSide:
         if (callbacks := self.options.second_fit) is None:
             return
         x, own = self.options.staying.shared(work.task.weights), of_method(work.task.memory, _OWN)
-        task = replace(work.task, weights={**work.task.weights, **own}, state=None, callback_states=None, received={})
+        kept = of_method(work.task.memory, _SECOND_STATE).get("bytes")
+        task = replace(
+            work.task,
+            weights={**work.task.weights, **own},
+            state=None if kept is None else kept.numpy().tobytes(),
+            callback_states=None,
+            received={},
+        )
         options = replace(
             self.options, callbacks=(), method_callbacks=lambda: named(_SECOND, callbacks(x, first.callbacks))
         )
         second = local_fit(replace(work, task=task, options=options))
         first.own, first.memory = second.weights, {**first.memory, **second.memory}
+        if second.state is not None:
+            # A frombuffer of bytes warns: they cannot be written to.
+            first.memory[f"{_SECOND_STATE}/bytes"] = torch.frombuffer(bytearray(second.state), dtype=torch.uint8)
 
     def look_ahead(self, weights: Weights, seed: int) -> None:
         """Look, before the first round, at what ``configure_optimizers`` gives; raises as ``LookAhead.look``."""
