@@ -35,9 +35,10 @@ class APFL(FederatedCallback):
 
     ``w`` and ``v_bar`` are trained in two fits, on the same batches. The first notes ``w`` after each step: that is
     memory for the parameters times the steps of a round; beyond 256 MiB it is a temporary file. The second has the same
-    optimizers, epochs and schedules, and has no client callbacks. It begins with a new optimizer in each round; with
-    ``client_state="carry"`` it goes on with its own, and with its schedules. Weight decay acts on ``v``, and momentum
-    is ``v``'s. BatchNorm's statistics, and all buffers, are the mixture's own. It takes as long again.
+    optimizers, epochs and schedules, and of client callbacks those that the module's ``configure_callbacks`` gives. It
+    begins with a new optimizer in each round; with ``client_state="carry"`` it goes on with its own, and with its
+    schedules. Weight decay acts on ``v``, and momentum is ``v``'s. BatchNorm's statistics, and all buffers, are the
+    mixture's own. It takes as long again.
 
     Args:
         alpha: The share of a client's own model, from 0 to 1; with ``adaptive`` that with which each client begins.

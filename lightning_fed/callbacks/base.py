@@ -104,7 +104,8 @@ class FederatedCallback(Callback):
 
         The pass is a fit of one epoch from the weights received, which leaves no trace but what a ``LocalMethod`` among
         them sends: the method's part in the fit proper has that in ``received``, under ``"before/name"``. It has the
-        terms that methods add to the objective (``adds_to_objective``), and no other callbacks.
+        terms that methods add to the objective (``adds_to_objective``), no other callbacks of methods, and copies of
+        the client callbacks: what these do to batches and losses is part of the objective. Batches are not accumulated.
         """
         return []
 
@@ -144,6 +145,7 @@ class FederatedCallback(Callback):
         """Return new callbacks for the fit of a second model, which a client keeps and evaluates in place of the other.
 
         A ``LocalMethod`` among them has a memory of its own; it receives nothing, and nothing that it sends goes out.
+        Of the client callbacks the fit has those that the module's ``configure_callbacks`` gives.
 
         Args:
             received: The weights that the client was sent.

@@ -22,8 +22,9 @@ class Ditto(FederatedCallback):
     client, and is what it evaluates: ``clients/...`` are each client's with its own, and
     ``trainer.personal_module(client)`` gives it. What the client sends and logs in training is of the other model,
     which is trained as without Ditto, so it goes with any aggregation. The second fit has the same data, batches,
-    optimizer, schedules and epochs as the first, and has no client callbacks. It begins with a new optimizer in each
-    round; with ``client_state="carry"`` it goes on with its own, and with its schedules. It takes as long again.
+    optimizer, schedules and epochs as the first, and of client callbacks those that the module's
+    ``configure_callbacks`` gives. It begins with a new optimizer in each round; with ``client_state="carry"`` it goes
+    on with its own, and with its schedules. It takes as long again.
 
     Args:
         lam: The strength of the term, >= 0; with 0 each client trains on alone.

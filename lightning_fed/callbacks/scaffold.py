@@ -38,8 +38,9 @@ class Scaffold(FederatedCallback):
         server_learning_rate: The server's step, > 0.
         option: ``"running"``, or one of the paper's. ``"I"``: ``c_i+`` is the gradient of the client's whole objective
             at the weights received, ``grad f_i(x)``, over one more pass over its data before its fit, in which nothing
-            steps. A batch counts by its examples there: ``f_i`` is the mean over the client's examples where a loss is
-            the mean over its batch. It is right with any optimizer, and not for float16's scaled losses. ``"II"``:
+            steps. Copies of the client callbacks act in it, for what they do to batches and losses. A batch counts by
+            its examples there: ``f_i`` is the mean over the client's examples where a loss is the mean over its batch.
+            It is right with any optimizer, and not for float16's scaled losses. ``"II"``:
             ``c_i+ = c_i - c + (x - y_i) / (K lr)``, for plain SGD with one learning rate a round.
 
     >>> from lightning_fed import FederatedTrainer

@@ -27,8 +27,8 @@ _PERSONAL = "its personal tensors"
 _OWN = "its own model"
 # The same of what a method keeps of that one's fit.
 _SECOND = "its own model's fit"
-# The same of that fit's optimizers and schedules, as bytes.
-_SECOND_STATE = "its own model's optimizers"
+# The same of that fit's optimizers and schedules, and of its callbacks, as bytes.
+_SECOND_STATE = "its own model's fit state"
 
 
 class DataSource(Protocol):
@@ -118,22 +118,24 @@ class ClientSide:
         if (callbacks := self.options.second_fit) is None:
             return
         x, own = self.options.staying.shared(work.task.weights), of_method(work.task.memory, _OWN)
-        kept = of_method(work.task.memory, _SECOND_STATE).get("bytes")
+        kept = {name: tensor.numpy().tobytes() for name, tensor in of_method(work.task.memory, _SECOND_STATE).items()}
         task = replace(
             work.task,
             weights={**work.task.weights, **own},
-            state=None if kept is None else kept.numpy().tobytes(),
-            callback_states=None,
+            state=kept.get("optimizers"),
+            callback_states=kept.get("callbacks"),
             received={},
         )
         options = replace(
-            self.options, callbacks=(), method_callbacks=lambda: named(_SECOND, callbacks(x, first.callbacks))
+            self.options,
+            callbacks=self.options.callbacks[len(self.options.callbacks) - self.options.module_callbacks :],
+            method_callbacks=lambda: named(_SECOND, callbacks(x, first.callbacks)),
         )
         second = local_fit(replace(work, task=task, options=options))
         first.own, first.memory = second.weights, {**first.memory, **second.memory}
-        if second.state is not None:
-            # A frombuffer of bytes warns: they cannot be written to.
-            first.memory[f"{_SECOND_STATE}/bytes"] = torch.frombuffer(bytearray(second.state), dtype=torch.uint8)
+        for name, state in (("optimizers", second.state), ("callbacks", second.callback_states)):
+            if state is not None:  # of bytes, which cannot be written to, frombuffer warns
+                first.memory[f"{_SECOND_STATE}/{name}"] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
 
     def look_ahead(self, weights: Weights, seed: int) -> None:
         """Look, before the first round, at what ``configure_optimizers`` gives; raises as ``LookAhead.look``."""

@@ -95,4 +95,5 @@ class Roles:
         # As in Lightning, they take the place of the user's of their kind.
         kept = [c for c in self._for_clients if not any(isinstance(one, type(c)) for one in moved)]
         self._options.callbacks, self._moved = [*kept, *moved], moved
+        self._options.module_callbacks = len(moved)
         return moved

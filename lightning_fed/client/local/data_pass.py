@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelPruning
 
 from lightning_fed.client.local.fit import local_fit
 from lightning_fed.client.local.work import LocalWork
@@ -14,24 +15,27 @@ from lightning_fed.values.weights import Weights
 
 # What is behind a method's name in the names of what its part in the pass has.
 BEFORE = "/before"
+# What these of Lightning's do is done at steps, or after them: it is no part of the objective.
+_OF_STEPS = (GradientAccumulationScheduler, ModelPruning)
 
 
 def data_pass(work: LocalWork) -> Weights:
     """Return what the methods' parts in the pass send, by ``"method/before/name"``; empty where none has one.
 
     The fit proper finds all as if there had been no pass: weights and buffers are loaded for it, the rest is restored.
-    Schedules stand still, and batches are not accumulated.
+    It has copies of the client callbacks, as they begin the fit proper. Schedules stand still, and batches are not
+    accumulated.
     """
     if (callbacks := work.options.pass_before) is None:
         return {}
     options = replace(
         work.options,
-        callbacks=(),
+        callbacks=[callback for callback in work.options.callbacks if not isinstance(callback, _OF_STEPS)],
         method_callbacks=lambda: [*callbacks(), OneEpoch()],
         client_state="reset",
         trainer={**work.options.trainer, "accumulate_grad_batches": 1},
     )
-    task = replace(work.task, state=None, callback_states=None)
+    task = replace(work.task, state=None)
     sent = local_fit(replace(work, task=task, options=options)).sent
     return {name: tensor for name, tensor in sent.items() if f"{BEFORE}/" in name}
 
@@ -52,7 +56,12 @@ class OneEpoch(Callback):
             config.scheduler.step = _stand_still  # type: ignore[method-assign]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the fit."""
+        """End the fit; raises if there is more data."""
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            raise ClientError(
+                "ends the pass over its data before its fit too early (something sets trainer.should_stop within an"
+                " epoch): a method has no gradient over all of it. Let it end fits between epochs."
+            )
         trainer.should_stop = True
 
 

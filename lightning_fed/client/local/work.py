@@ -29,7 +29,8 @@ class LocalOptions:
         trainer: Arguments for each client's ``Trainer``.
         epochs: Local epochs a round; those of each, of which the last goes on; or ``None`` where ``steps`` counts.
         steps: Local optimizer steps a round, or ``None``.
-        callbacks: The user's client callbacks, copied for each fit.
+        callbacks: The user's client callbacks, copied for each fit; the module's own are the last of them.
+        module_callbacks: How many of these the module's ``configure_callbacks`` gave.
         method_callbacks: Builds the callbacks that federated methods bring, outermost first.
         client_state: What becomes of optimizers and schedulers from round to round.
         local_validation: Whether a fit validates on the client's held-out part.
@@ -47,6 +48,7 @@ class LocalOptions:
     epochs: int | tuple[int, ...] | None = 1
     steps: int | None = None
     callbacks: Sequence[Callback] = ()
+    module_callbacks: int = 0
     method_callbacks: Callable[[], Sequence[Callback]] = list
     client_state: ClientState = "global"
     local_validation: bool = False
