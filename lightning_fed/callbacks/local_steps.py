@@ -64,9 +64,13 @@ def refuse_unheard(method: str, is_heard: bool, begin: Mapping[nn.Parameter, Ten
     Raises:
         ClientError: If it was not, and one that trains has changed.
     """
-    if is_heard or all(torch.equal(p, before) for p, before in begin.items() if p.requires_grad):
-        return
-    raise ClientError(
+    if not is_heard and any(not torch.equal(p, before) for p, before in begin.items() if p.requires_grad):
+        raise unheard(method)
+
+
+def unheard(method: str) -> ClientError:
+    """Return what is said of a step that no hook comes before."""
+    return ClientError(
         f"steps an optimizer past Lightning, so {method} hears of no step: on_before_optimizer_step is not called for"
         " self.optimizers(use_pl_optimizer=False), nor for `optimizer.optimizer`. Step what self.optimizers() gives."
     )

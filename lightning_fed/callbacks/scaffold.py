@@ -40,8 +40,8 @@ class Scaffold(FederatedCallback):
             at the weights received, ``grad f_i(x)``, over one more pass over its data before its fit, in which nothing
             steps. Copies of the client callbacks act in it, for what they do to batches and losses. A batch counts by
             its examples there: ``f_i`` is the mean over the client's examples where a loss is the mean over its batch.
-            It is right with any optimizer, and not for float16's scaled losses. ``"II"``:
-            ``c_i+ = c_i - c + (x - y_i) / (K lr)``, for plain SGD with one learning rate a round.
+            It is right with any optimizer, and refuses float16's scaled losses and gradients accumulated by hand.
+            ``"II"``: ``c_i+ = c_i - c + (x - y_i) / (K lr)``, for plain SGD with one learning rate a round.
 
     >>> from lightning_fed import FederatedTrainer
     >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, callbacks=[Scaffold()])
