@@ -12,8 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_fed.callbacks.base import FederatedCallback
 from lightning_fed.callbacks.local_steps import is_skipped, parameters_of, refuse_unheard
+from lightning_fed.checks import switch_faults
 from lightning_fed.client.local.method import LocalMethod
-from lightning_fed.errors import ClientError, require
+from lightning_fed.errors import ClientError, ConfigurationError, require
 from lightning_fed.values.trajectory import Trajectory
 
 
@@ -50,6 +51,8 @@ class APFL(FederatedCallback):
 
     def __init__(self, alpha: float = 0.5, adaptive: bool = True) -> None:
         require(self, alpha=(alpha, lambda number: 0 <= number <= 1, "from 0 to 1"))
+        if faults := switch_faults({"adaptive": adaptive}):
+            raise ConfigurationError(f"APFL: {faults[0]}")
         self.alpha, self.adaptive = alpha, adaptive
 
     def local_callbacks(self) -> Sequence[Callback]:

@@ -387,6 +387,9 @@ def kept_one(trainer: FederatedTrainer, client: int, what: str) -> torch.Tensor:
 def test_arguments_are_checked() -> None:
     with pytest.raises(ConfigurationError, match=r"APFL: alpha=1\.5 must be from 0 to 1"):
         APFL(1.5)
+    for adaptive in ("no", 0, None):
+        with pytest.raises(ConfigurationError, match=f"APFL: adaptive={adaptive!r}: write True or False"):
+            APFL(adaptive=adaptive)
 
 
 def test_clients_train_one_after_the_other() -> None:
