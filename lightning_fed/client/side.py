@@ -23,9 +23,9 @@ from lightning_fed.values.weights import Weights, read
 
 # The name under which a client's memory has its own weights, beside the names of methods.
 _PERSONAL = "its personal tensors"
-# The same of a second model of its own.
+# The same, behind the name of the method that trains it, of a second model of its own.
 _OWN = "its own model"
-# The same of what a method keeps of that one's fit.
+# The same of what the method keeps of that one's fit.
 _SECOND = "its own model's fit"
 # The same of that fit's optimizers and schedules, and of its callbacks, as bytes.
 _SECOND_STATE = "its own model's fit state"
@@ -117,8 +117,10 @@ class ClientSide:
         """Train the client's own model, where it has one, and put what it keeps of it into the first fit's result."""
         if (callbacks := self.options.second_fit) is None:
             return
-        x, own = self.options.staying.shared(work.task.weights), of_method(work.task.memory, _OWN)
-        kept = {name: tensor.numpy().tobytes() for name, tensor in of_method(work.task.memory, _SECOND_STATE).items()}
+        method, memory = _second_method(self.options), work.task.memory
+        x, own = self.options.staying.shared(work.task.weights), of_method(memory, f"{method}, {_OWN}")
+        states = of_method(memory, f"{method}, {_SECOND_STATE}")
+        kept = {name: tensor.numpy().tobytes() for name, tensor in states.items()}
         task = replace(
             work.task,
             weights={**work.task.weights, **own},
@@ -129,13 +131,15 @@ class ClientSide:
         options = replace(
             self.options,
             callbacks=self.options.callbacks[len(self.options.callbacks) - self.options.module_callbacks :],
-            method_callbacks=lambda: named(_SECOND, callbacks(x, first.callbacks)),
+            method_callbacks=lambda: named(f"{method}, {_SECOND}", callbacks(x, first.callbacks)),
         )
         second = local_fit(replace(work, task=task, options=options))
         first.own, first.memory = second.weights, {**first.memory, **second.memory}
         for name, state in (("optimizers", second.state), ("callbacks", second.callback_states)):
             if state is not None:  # of bytes, which cannot be written to, frombuffer warns
-                first.memory[f"{_SECOND_STATE}/{name}"] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+                first.memory[f"{method}, {_SECOND_STATE}/{name}"] = torch.frombuffer(
+                    bytearray(state), dtype=torch.uint8
+                )
 
     def look_ahead(self, weights: Weights, seed: int) -> None:
         """Look, before the first round, at what ``configure_optimizers`` gives; raises as ``LookAhead.look``."""
@@ -164,7 +168,9 @@ class ClientSide:
         staying = self.options.staying
         personal = {f"{_PERSONAL}/{name}": result.weights[name] for name in staying.personal}
         result.weights = staying.shared(result.weights)
-        return {**result.memory, **personal, **{f"{_OWN}/{name}": tensor for name, tensor in result.own.items()}}
+        method = _second_method(self.options)
+        own = {f"{method}, {_OWN}/{name}": tensor for name, tensor in result.own.items()}
+        return {**result.memory, **personal, **own}
 
 
 def personal_in(memory: Weights) -> Weights:
@@ -178,4 +184,10 @@ def own_in(memory: Weights, options: LocalOptions) -> Weights:
     What it has kept in another way of training, from before a resume, is not its own in this one.
     """
     personal = {name: own for name, own in personal_in(memory).items() if name in options.staying.personal}
-    return {**personal, **(of_method(memory, _OWN) if options.second_fit is not None else {})}
+    return {**personal, **of_method(memory, f"{_second_method(options)}, {_OWN}")}
+
+
+def _second_method(options: LocalOptions) -> str:
+    """Return the name of the method that trains a second model; empty where there is none."""
+    fit = options.second_fit
+    return "" if fit is None else type(getattr(fit, "__self__", fit)).__name__

@@ -561,8 +561,14 @@ def test_what_is_frozen_has_to_stay_so_whatever_the_state_dict_calls_it(kind: ty
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(Ditto, lambda: []), (lambda: FedPer("net.2"), lambda: []), (lambda: FedPer("net.2"), lambda: [FedPer("net.0")])],
-    ids=["Ditto, none", "FedPer, none", "FedPer, other layers"],
+    [
+        (Ditto, lambda: []),
+        (APFL, lambda: [Ditto()]),
+        (Ditto, lambda: [APFL()]),
+        (lambda: FedPer("net.2"), lambda: []),
+        (lambda: FedPer("net.2"), lambda: [FedPer("net.0")]),
+    ],
+    ids=["Ditto, none", "APFL, Ditto", "Ditto, APFL", "FedPer, none", "FedPer, other layers"],
 )
 def test_what_a_client_kept_in_another_way_of_training_is_not_its_own(before: Any, after: Any, tmp_path: Path) -> None:
     """The run that goes on has no rounds left, so nobody has trained in the new way yet."""
