@@ -91,7 +91,7 @@ def test_a_clients_error_is_one_screen_with_its_traceback_once(engine):
     error = caught(lambda: trainer.fit(Mine(), DataLoader(toy_data(48), batch_size=8)))
     screen = "".join(traceback.format_exception(error))
     # From torch 2.15 on it begins with "addmm: ".
-    assert re.search(r"Round 1, train: client 0 raised RuntimeError: (\w+: )?mat1 and mat2 shapes cannot be multip", screen)
+    assert re.search(r"Round 1, train: client 0 raised RuntimeError: (\w+: )?mat1 and mat2 shapes", screen)
     assert screen.count("self.net(batch[0][:, :3])") == 1
     assert "trainer.fit(Mine()" in screen
     assert len(screen.splitlines()) < 30
