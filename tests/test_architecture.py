@@ -317,9 +317,9 @@ def test_every_module_says_what_it_is_for(name):
     assert ast.get_docstring(ast.parse(MODULES[name].read_text()))
 
 
-def test_the_readme_s_tree_lists_every_file():
+def test_the_tree_in_docs_lists_every_file():
     listed, folders = set(), [""]
-    tree = (ROOT.parent / "README.md").read_text().split("\nlightning_fed/\n")[1].split("```")[0]
+    tree = (ROOT.parent / "docs" / "package.md").read_text().split("\nlightning_fed/\n")[1].split("```")[0]
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
         for name in line.split("  " * depth, 1)[1].split("  ")[0].split(", "):

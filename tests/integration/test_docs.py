@@ -80,6 +80,7 @@ MORE: dict[str, Callable[[Names], None]] = {
     "README.md": of_readme,
     "CONTRIBUTING.md": of_contributing,
     "docs/deployment.md": of_deployment,
+    "docs/resume.md": of_readme,
 }
 
 

@@ -1,4 +1,4 @@
-"""The README's examples run as they stand, on every engine, with all that Lightning does unless told otherwise."""
+"""Code of README and docs runs as it stands, on every engine, with all that Lightning does unless told otherwise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import matplotlib
 import pytest
 import torch
@@ -21,7 +20,7 @@ from lightning_fed.engines import Engine, InProcess, Processes, Ray
 from lightning_fed.testing import ToyModule, toy_data
 from lightning_fed.values.weights import Weights, read
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
 
 
 class Model(ToyModule):
@@ -43,9 +42,9 @@ class Data(LightningDataModule):
         return self.val_dataloader()
 
 
-def block(heading: str, kind: str = "python") -> str:
-    """The first block of code below a heading of the README, or below its title."""
-    part = README.split(f"# {heading}\n", 1)[1]
+def block(heading: str, kind: str = "python", page: str = "README.md") -> str:
+    """The first block of code below a heading of a page, or below its title."""
+    part = (ROOT / page).read_text().split(f"# {heading}\n", 1)[1]
     found = re.search(rf"```{kind}\n(.*?)```", part, re.DOTALL)
     assert found is not None, heading
     return found[1]
@@ -111,8 +110,8 @@ def test_the_run_with_more_in_it(
 def test_the_first_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = block("lightning_fed", "diff").splitlines()
-    central, federated = ("\n".join(line[1:] for line in lines if line[0] in kept) for kept in ("- ", "+ "))
-    tools = {"L": L, "ModelCheckpoint": ModelCheckpoint, "FederatedTrainer": FederatedTrainer}
+    central, federated = ("\n".join(line[1:] for line in lines if line[:1] in kept) for kept in ("- ", "+ "))
+    tools = {"ModelCheckpoint": ModelCheckpoint}
     run(central, None, **tools)
     trainer = run(shorter(federated), ENGINES["processes"](), **tools)["trainer"]
     assert trainer.current_epoch == 2
@@ -122,18 +121,17 @@ def test_the_first_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_run_that_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("whole", "in two"):
         (tmp_path / folder).mkdir()
-    tools = {"ModelCheckpoint": ModelCheckpoint, "FederatedTrainer": FederatedTrainer}
+    code = block("Resume", page="docs/resume.md")
     monkeypatch.chdir(tmp_path / "whole")
-    whole = run(shorter(block("Resume"), 3), InProcess(), **tools)["model"]
+    whole = run(shorter(code, 3), InProcess())["model"]
     monkeypatch.chdir(tmp_path / "in two")
-    run(shorter(block("Resume"), 2), ENGINES["processes"](), **tools)
-    resumed = run(shorter(block("Resume"), 3), InProcess(), **tools)["model"]
+    run(shorter(code, 2), ENGINES["processes"]())
+    resumed = run(shorter(code, 3), InProcess())["model"]
     torch.testing.assert_close(read(resumed), read(whole), rtol=0, atol=0)
 
 
 def test_the_method_of_one_s_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    names = {"L": L, "torch": torch, "FederatedCallback": FederatedCallback}
-    method = run(block("A method of your own"), None, **names)["NoisyTraining"]
+    method = run(block("A method of your own", page="docs/own_methods.md"), None)["NoisyTraining"]
     FederatedTrainer(
         max_rounds=1, num_clients=2, callbacks=[method()], accelerator="cpu", default_root_dir=tmp_path
     ).fit(Model(), Data())
@@ -143,7 +141,7 @@ def test_the_method_of_one_s_own(capsys: pytest.CaptureFixture[str], tmp_path: P
 @pytest.mark.parametrize("engine", ["in process", "processes"])
 def test_the_method_with_tensors_and_memory_is_scaffold(engine: str, tmp_path: Path) -> None:
     names = {"torch": torch, "FederatedCallback": FederatedCallback, "LocalMethod": LocalMethod, "FedAvg": FedAvg}
-    method = run(block("A method with tensors and memory"), None, **names)["MyScaffold"]
+    method = run(block("A method with tensors and memory", page="docs/own_methods.md"), None, **names)["MyScaffold"]
 
     def fit(scaffold: FederatedCallback, **how: Any) -> Weights:
         torch.manual_seed(0)
