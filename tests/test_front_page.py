@@ -60,7 +60,7 @@ def test_the_picture_is_there_and_small() -> None:
 
 
 def test_links_within_the_repository_lead_somewhere() -> None:
-    pages = ["README.md", *(f"docs/{name}.md" for name in re.findall(r"\(docs/(\w+)\.md\)", README))]
+    pages = ["README.md", *(f"docs/{name}.md" for name in re.findall(r"\(docs/([\w/]+)\.md\)", README))]
     for page in pages:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
             assert (ROOT / page).parent.joinpath(target).exists(), (page, target)
