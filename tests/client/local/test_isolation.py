@@ -227,7 +227,11 @@ def test_data_is_made_the_same_wherever_and_whenever_and_nobody_else_s_draws_cha
 # --------------------------------------------------------------------------------------------------- output and signals
 
 
-def test_lightning_tells_nothing_but_warnings(caplog: pytest.LogCaptureFixture) -> None:
+def test_lightning_tells_nothing_but_warnings(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Lightning's own logger hands on to the root's where that had handlers when Lightning was imported.
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         with quiet():
             rank_zero_info("GPU available: False")
