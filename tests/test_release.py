@@ -34,7 +34,6 @@ def test_workflows_and_templates_are_yaml(path: Path) -> None:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an sdist, and the wheel that is built from it."""
-    pytest.importorskip("build.__main__")
     folder, copy = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("copy") / "lightning_fed"
     # Of a copy: a build leaves its metadata in the tree, and takes from an earlier one what that listed.
     left = shutil.ignore_patterns(".git", "*.egg-info", "build", "dist", "data", "outputs", ".*_cache", ".hypothesis")

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fed.callbacks.base import FederatedCallback
-from lightning_fed.callbacks.local_steps import is_skipped, parameters_of, refuse_unheard
+from lightning_fed.callbacks.local_steps import is_skipped, parameters_of, refuse_unheard, unheard
 from lightning_fed.checks import switch_faults
 from lightning_fed.client.local.method import LocalMethod
 from lightning_fed.errors import ClientError, ConfigurationError, require
@@ -165,11 +165,7 @@ class Mixture(LocalMethod):
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         if self._stepping is None:
-            raise ClientError(
-                f"steps its {type(optimizer).__name__} past Lightning, so APFL hears of it too late:"
-                " on_before_optimizer_step is not called for self.optimizers(use_pl_optimizer=False), nor for"
-                " `optimizer.optimizer`. Step what self.optimizers() gives."
-            )
+            raise unheard("APFL")
         for p in self._stepping:
             self._v[p].copy_(p)
         stepped, self._stepping = self._stepping, None
