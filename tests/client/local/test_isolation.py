@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_module, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -229,10 +229,10 @@ def test_data_is_made_the_same_wherever_and_whenever_and_nobody_else_s_draws_cha
 
 
 def test_lightning_tells_nothing_but_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Not caplog: whether it hears depends on who imported Lightning first.
-    told, logger = logging.handlers.BufferingHandler(10), logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    monkeypatch.setattr(logger, "handlers", [told])
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    # A logger of its own: the level, the handlers and what is disabled of Lightning's depend on the tests before.
+    logger, told = logging.Logger("lightning", logging.INFO), logging.handlers.BufferingHandler(10)
+    logger.addHandler(told)
+    monkeypatch.setattr(rank_zero_module, "log", logger)
     with quiet():
         rank_zero_info("GPU available: False")
         with pytest.warns(UserWarning, match="heard"):
