@@ -2,9 +2,13 @@
 
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +48,39 @@ class Child:
 
 
 class Fork(Script):
-    """A site's or a server's script, with a log, a folder to work in and temporary files there."""
+    """A function in a process with a log, a folder to work in and temporary files there."""
 
-    def __init__(self, role: str, given: dict[str, Any], folder: Path, name: str):
+    def __init__(self, function: Callable[[], Any], folder: Path, name: str):
         self.log_path = folder / f"{name}.log"
         self.log_path.touch()
-        self.process = Child(_CONTEXT.Process(target=_run, args=(role, given, folder, self.log_path), name=name))
+        self.process = Child(_CONTEXT.Process(target=_run, args=(function, folder, self.log_path), name=name))
 
 
 class Forks(Scripts):
-    """Starts such scripts; programs of Flower's are started as they are."""
+    """Starts Python's scripts so; programs of Flower's are started as they are."""
+
+    def start(self, command: list[str], name: str) -> Script:
+        if command[0] != "python":
+            return super().start(command, name)
+        self.all.append(Fork(partial(_script, command[1:]), self.folder, name))
+        return self.all[-1]
 
     def run(self, role: str, name: str, **given: Any) -> Script:
-        self.all.append(Fork(role, {"root": str(self.folder / name), **given}, self.folder, name))
+        function = partial(getattr(federation, role), root=str(self.folder / name), **given)
+        self.all.append(Fork(function, self.folder, name))
         return self.all[-1]
 
 
-def _run(role: str, given: dict[str, Any], folder: Path, log_path: Path) -> None:
+def _run(function: Callable[[], Any], folder: Path, log_path: Path) -> None:
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(folder)
     os.environ["FLWR_HOME"] = tempfile.tempdir = str(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    getattr(federation, role)(**given)
+    function()
+
+
+def _script(words: list[str]) -> None:
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")

@@ -1,15 +1,13 @@
 """What docs/deployment.md shows is run, in its order, on this machine."""
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.deployment.forks import Forks
 from tests.deployment.processes import ROOT, answers, free_port, wait_for
 
 TEXT = (ROOT / "docs" / "deployment.md").read_text()
@@ -55,37 +53,26 @@ def test_commands(name, tmp_path):
     if answers(port):
         pytest.skip("something else listens at port 8000")
     for content in re.findall(r"```toml\n(.*?)```", section(name), re.S):
-        (home := tmp_path / ".flwr").mkdir()
-        (home / "config.toml").write_text(for_this_machine(content, port, tmp_path))
-    env = {**os.environ, "FLWR_HOME": str(tmp_path / ".flwr"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    env |= {
-        "PATH": f"{Path(sys.executable).parent}:{env['PATH']}",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-    }
-    running: list[subprocess.Popen] = []
-    said = ""
+        (tmp_path / "config.toml").write_text(for_this_machine(content, port, tmp_path))
+    scripts, running, said = Forks(tmp_path), [], ""
     try:
-        for command in commands(section(name), port, tmp_path):
-            with (tmp_path / f"{len(running)}.log").open("wb") as log:
-                if command.endswith(" &"):
-                    words = shlex.split(command.removesuffix(" &"))
-                    running.append(subprocess.Popen(words, stdout=log, stderr=log, cwd=tmp_path, env=env))
-                    if words[0] == "flower-superlink":
-                        wait_for(lambda: answers(port), what=command)
-                    continue
-            done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=env)
-            said = done.stdout + done.stderr
-            logs = {path.name: path.read_text()[-2000:] for path in tmp_path.glob("*.log")} if done.returncode else {}
-            assert done.returncode == 0, (command, said, logs)
+        for number, command in enumerate(commands(section(name), port, tmp_path)):
+            words = shlex.split(command.removesuffix(" &"))
+            if words[0] == "export":
+                continue  # what no process of these tests goes without
+            script = scripts.start(words, str(number))
+            if command.endswith(" &"):
+                running.append(script)
+                if words[0] == "flower-superlink":
+                    wait_for(lambda: answers(port), what=command)
+                continue
+            done, said = script.process.wait(800), script.log
+            assert done == 0, (command, said, {one.log_path.name: one.log[-2000:] for one in running})
         assert re.search(rf"accuracy 0\.\d+ after {1 if name == STOCK else 5} rounds", said), said
         if name == STOCK:
             assert f"checkpoints in {tmp_path}/results/checkpoints." in said
             assert (tmp_path / "results" / "checkpoints" / "last.ckpt").exists()
-        assert all(process.poll() is None for process in running)
+        assert all(script.process.poll() is None for script in running)
     finally:
-        for process in reversed(running):
-            process.terminate()
-        for process in running:
-            process.wait(30)
+        scripts.end()
     assert not answers(port)
