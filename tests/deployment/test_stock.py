@@ -22,7 +22,7 @@ def test_flwr_run_gives_the_bits_of_one_process(scripts, sites, rounds):
         torch.save(examples(client), data := folder / f"{client}.pt")
         node = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", "--port", str(free_port())]
         scripts.start([*node, "--node-config", f'partition-id={client} data="{data}"'], f"node-{client}")
-    (app := folder / "app").mkdir()
+    (app := folder / "app").mkdir(exist_ok=True)
     (app / "pyproject.toml").write_text(PROJECT)
     (folder / "config.toml").write_text(f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
     given = {"max_rounds": rounds, "check_val_every_n_epoch": 2, "clients": sites}
