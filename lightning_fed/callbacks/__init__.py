@@ -11,6 +11,7 @@ from lightning_fed.callbacks.base import (
 )
 from lightning_fed.callbacks.client_data import ClientData
 from lightning_fed.callbacks.client_metrics import ClientMetrics
+from lightning_fed.callbacks.device_speed import DeviceSpeed
 from lightning_fed.callbacks.ditto import Ditto
 from lightning_fed.callbacks.fault_tolerance import FaultTolerance
 from lightning_fed.callbacks.fedavg import FedAvg, FedAvgM
@@ -37,6 +38,7 @@ __all__ = [
     "ClientMetrics",
     "ClientReport",
     "CohortOwner",
+    "DeviceSpeed",
     "Ditto",
     "FailureOwner",
     "FaultTolerance",

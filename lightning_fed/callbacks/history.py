@@ -150,20 +150,28 @@ class History(FederatedCallback):
         names = ["round", *self.names]
         return as_table([names, *([cell(row.get(name)) for name in names] for row in self.rows)])
 
-    def plot(self, path: str | os.PathLike[str] | None = None, names: Sequence[str] | None = None) -> Figure:
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        names: Sequence[str] | None = None,
+        x: str = "round",
+    ) -> Figure:
         """Draw the curves, one panel a quantity: the clients' average and the server's own, side by side.
 
         Args:
             path: Where to save the picture, if anywhere.
             names: The metrics to draw; by default all whose name speaks of a loss or an accuracy, else all.
+            x: What they are drawn over: the rounds, or a metric, such as ``"time/virtual"`` (``DeviceSpeed``).
 
         Raises:
-            KeyError: If no round has one of ``names``.
+            KeyError: If no round has one of ``names``, or ``x``.
         """
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
-        chosen = list(names) if names is not None else curves(self.names)
+        chosen = list(names) if names is not None else [name for name in curves(self.names) if name != x]
+        for name in {*chosen, x} - {"round"}:
+            self[name]
         panels: dict[str, list[str]] = {}
         for name in chosen:
             panels.setdefault(_quantity(name), []).append(name)
@@ -171,11 +179,12 @@ class History(FederatedCallback):
         for i, (quantity, members) in enumerate(sorted(panels.items()), 1):
             axes = figure.add_subplot(1, len(panels), i)
             for name in members:
-                rounds = [row["round"] for row in self.rows if name in row]
+                rows = [row for row in self.rows if name in row and x in row]
                 label = f"{name} ({'over clients' if name in self._from_clients else 'server'})"
-                axes.plot(rounds, self[name], label=label, marker="." if len(rounds) < 50 else None)
-            axes.set(xlabel="round", ylabel=quantity)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+                marker = "." if len(rows) < 50 else None
+                axes.plot([row[x] for row in rows], [row[name] for row in rows], label=label, marker=marker)
+            axes.set(xlabel=x, ylabel=quantity)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=x == "round"))
             axes.grid(alpha=0.3)
             axes.legend()
         if path is not None:

@@ -28,6 +28,7 @@ SIMPLE = {
     "ClientData": lambda: callbacks.ClientData(client_loader, num_clients=2),
     "ClientMetrics": lambda: callbacks.ClientMetrics(),
     "CohortOwner": lambda: callbacks.CohortOwner(),
+    "DeviceSpeed": lambda: callbacks.DeviceSpeed(0.01),
     "FailureOwner": lambda: callbacks.FailureOwner(),
     "FaultTolerance": lambda: callbacks.FaultTolerance(),
     "FedAdagrad": lambda: callbacks.FedAdagrad(),
