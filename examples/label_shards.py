@@ -35,7 +35,7 @@ def main():
     print(f"\nServer accuracy round by round:  {rounds}")
     print(f"After {args.rounds} rounds, seed {args.seed}:")
     print(f"  FedAvg, label shards, 5 of 10 clients  test accuracy {accuracy:.4f}")
-    partition.plot(args.output_dir / "label_shards_partition.png", cmap="tab10")
+    partition.plot(args.output_dir / "label_shards_partition.png")
     history.plot(args.output_dir / "label_shards.png")
     print(f"wrote {args.output_dir / 'label_shards_partition.png'} and {args.output_dir / 'label_shards.png'}")
 

@@ -46,7 +46,7 @@ DOORS = {
         "testing",
     ],
     "ray": ["engines.ray"],
-    "flwr_datasets": ["callbacks.partition", "callbacks.dealt", "callbacks.distribution"],
+    "flwr_datasets": ["callbacks.partition", "callbacks.dealt"],
     "datasets": ["callbacks.columns", "callbacks.dealt", "callbacks.natural"],
     "matplotlib": ["callbacks.*"],
 }

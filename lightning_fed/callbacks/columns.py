@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from lightning_fed import checks
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.values.data import labels_of
 
@@ -44,6 +46,12 @@ def columns_of(dataset: Any, labels: Any, wanted: str | None) -> dict[str, np.nd
     if given is not None:  # given by hand, they are what the partitioner asks for
         names.add(wanted or LABEL_NAMES[0])
     return dict.fromkeys(sorted(names), np.asarray(found))
+
+
+def label_column(dataset: Any, labels: Any, wanted: str | None) -> np.ndarray[Any, Any] | None:
+    """Return the label of each example, (n,): that a partitioner asks for, or what is called so."""
+    columns = columns_of(dataset, labels, wanted)
+    return next((columns[name] for name in (wanted, *LABEL_NAMES) if name in columns), None)
 
 
 def one_each(argument: str, values: Any, dataset: Any) -> Any:
@@ -173,3 +181,38 @@ def _names_of(dataset: Any) -> set[str]:
     own = {} if _is_table(dataset) else getattr(dataset, "__dict__", {})
     attributes = {name for name, value in own.items() if name[0] != "_" and _is_one_each(value, dataset)}
     return attributes.union(*map(_names_in, _tables(dataset)))
+
+
+def require_one_way(partitioner: Any, by: Any, min_examples: Any) -> None:
+    """Check what says who has which examples.
+
+    Raises:
+        ConfigurationError: If nothing does, two things do, or one is of the wrong kind.
+    """
+    if partitioner is not None and by is not None:
+        raise ConfigurationError(
+            f"Partition({checks.as_typed(partitioner)}, by={checks.as_typed(by)}): both say who has which examples:"
+            " keep one of them."
+        )
+    if not (checks.is_number(min_examples, whole=True) and min_examples >= 1):
+        raise ConfigurationError(f"Partition(min_examples={min_examples!r}) must be a whole number, at least 1.")
+    if by is None and min_examples != 1:
+        raise ConfigurationError(
+            f"Partition(min_examples={min_examples}) goes with by=: a partitioner has its own (min_partition_size=)."
+        )
+    if by is not None:
+        is_list = hasattr(by, "__len__") and hasattr(by, "__getitem__") and not isinstance(by, Mapping)
+        if inspect.isclass(by) or not (is_list or callable(by)):
+            raise ConfigurationError(
+                f"Partition(by={checks.as_typed(by)}): write the name of a column, or a list, array or tensor with a"
+                " value for each example."
+            )
+    elif checks.is_number(partitioner, whole=True):
+        if partitioner < 1:
+            raise ConfigurationError(f"num_clients={partitioner} must be at least 1.")
+    elif inspect.isclass(partitioner) or not hasattr(partitioner, "load_partition"):
+        raise ConfigurationError(
+            f"Partition({'' if partitioner is None else checks.as_typed(partitioner)}): write a number of clients, or a"
+            " partitioner of flwr_datasets.partitioner, such as Partition(IidPartitioner(num_partitions=10)), or by=,"
+            " the column that tells clients apart."
+        )

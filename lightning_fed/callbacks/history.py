@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed._compat.lightning import results_of
 from lightning_fed.callbacks.base import ClientReport, FederatedCallback, Stage
+from lightning_fed.callbacks.pictures import new_figure, number_ticks
 from lightning_fed.values.metrics import logged_names
 from lightning_fed.values.text_table import as_table, cell
 
@@ -166,16 +167,13 @@ class History(FederatedCallback):
         Raises:
             KeyError: If no round has one of ``names``, or ``x``.
         """
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-
         chosen = list(names) if names is not None else [name for name in curves(self.names) if name != x]
         for name in {*chosen, x} - {"round"}:
             self[name]
         panels: dict[str, list[str]] = {}
         for name in chosen:
             panels.setdefault(_quantity(name), []).append(name)
-        figure = Figure(figsize=(5.5 * max(1, len(panels)), 4), layout="constrained")
+        figure = new_figure(5.5 * max(1, len(panels)), 4)
         for i, (quantity, members) in enumerate(sorted(panels.items()), 1):
             axes = figure.add_subplot(1, len(panels), i)
             for name in members:
@@ -183,8 +181,9 @@ class History(FederatedCallback):
                 label = f"{name} ({'over clients' if name in self._from_clients else 'server'})"
                 marker = "." if len(rows) < 50 else None
                 axes.plot([row[x] for row in rows], [row[name] for row in rows], label=label, marker=marker)
-            axes.set(xlabel=x, ylabel=quantity)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=x == "round"))
+            axes.set(title=f"{quantity} by {x}", xlabel=x, ylabel=quantity)
+            number_ticks(axes.xaxis, whole=x == "round")
+            number_ticks(axes.yaxis)
             axes.grid(alpha=0.3)
             axes.legend()
         if path is not None:

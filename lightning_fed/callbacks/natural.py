@@ -23,7 +23,6 @@ class Natural:
         names: The value of each client.
         left_out: How many values were left out.
         examples_left_out: How many examples these had.
-        dataset: A table of all examples, of Hugging Face, once it is filled.
 
     Raises:
         ConfigurationError: If no client is left, or the values have no order.
@@ -32,8 +31,6 @@ class Natural:
     >>> partition.names, partition.indices(0)
     (['a', 'b'], array([1, 4]))
     """
-
-    dataset: Any = None
 
     def __init__(self, values: list[Any], min_examples: int = 1, call: str = "Partition(by=...)") -> None:
         found: dict[Any, list[int]] = {}
@@ -65,18 +62,3 @@ class Natural:
     def indices(self, client: int) -> np.ndarray[Any, Any]:
         """Return a client's examples: indices, int64, ascending."""
         return self._members[client]
-
-    @property
-    def sizes(self) -> list[int]:
-        """How many examples each client has."""
-        return [len(own) for own in self._members]
-
-    def fill(self, columns: dict[str, np.ndarray[Any, Any]]) -> None:
-        """Make ``dataset`` of columns that have an entry for each example."""
-        from datasets import Dataset
-
-        self.dataset = Dataset.from_dict(columns)
-
-    def load_partition(self, client: int) -> Any:
-        """Return a client's rows of ``dataset``, as partitioners do."""
-        return self.dataset.select(self._members[client])

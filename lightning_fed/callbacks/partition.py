@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_fed import checks
 from lightning_fed._compat.flwr_datasets import num_partitions, partition_by
 from lightning_fed.callbacks.base import PartitionOwner
-from lightning_fed.callbacks.columns import LABEL_NAMES, columns_of, values_by
+from lightning_fed.callbacks.columns import label_column, require_one_way, values_by
 from lightning_fed.callbacks.dealt import Dealt
-from lightning_fed.callbacks.distribution import drawn_labels, drawn_sizes
+from lightning_fed.callbacks.distribution import draw_labels, draw_sizes
 from lightning_fed.callbacks.natural import Natural
+from lightning_fed.callbacks.pictures import new_figure
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.values.data import ClientLoaders, in_memory, require_sliceable, slice_loader
@@ -27,6 +27,7 @@ from lightning_fed.values.part import Part, TransformedPart
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # With fewer examples a client, starting worker processes takes longer than reading.
@@ -89,7 +90,7 @@ class Partition(PartitionOwner):
         min_examples: int = 1,
         transform: Callable[[int], Callable[[Any], Any] | None] | None = None,
     ) -> None:
-        _refuse(partitioner, by, min_examples)
+        require_one_way(partitioner, by, min_examples)
         if transform is not None and (isinstance(transform, torch.nn.Module) or not callable(transform)):
             raise ConfigurationError(_NO_TRANSFORM.format(checks.as_typed(transform)))
         if checks.is_number(partitioner, whole=True):
@@ -223,28 +224,47 @@ class Partition(PartitionOwner):
         """Return the number of training examples of each client."""
         return [len(self.split(client)[0]) for client in range(self.num_clients)]
 
-    def plot(self, path: str | os.PathLike[str] | None = None, **kwargs: Any) -> Figure:
-        """Draw each client's label distribution; with ``by``, where there are no labels, how many examples each has.
+    def plot(self, path: str | os.PathLike[str] | None = None, **how: Any) -> Figure:
+        """Draw what each client has, in a picture of its own.
 
         Args:
             path: Where to save the picture, if anywhere.
-            **kwargs: As ``flwr_datasets.visualization.plot_label_distributions`` takes them.
+            **how: As ``draw`` takes them.
 
         Raises:
             ConfigurationError: If the data has not been dealt out, or has no labels.
         """
-        self.indices(0)
-        dealt: Any = self._dealt.partitioner if isinstance(self._dealt, Dealt) else self._dealt
-        if isinstance(dealt, Natural):
-            dealt.fill(columns_of(self._loader.dataset, self._labels, None))
-        columns = dealt.dataset.column_names
-        label = next((n for n in (partition_by(self.partitioner, ""), *LABEL_NAMES) if n in columns), None)
-        if label is None and self.by is None:
-            raise ConfigurationError("Partition.plot() found no labels: pass them, Partition(..., labels=...).")
-        figure = drawn_labels(dealt, label, kwargs) if label else drawn_sizes(dealt.sizes)
+        figure = new_figure(6.4, 4.2)
+        self.draw(figure.add_subplot(), **how)
         if path is not None:
-            figure.savefig(path, dpi=120, bbox_inches="tight")
+            figure.savefig(path, dpi=120)
         return figure
+
+    def draw(
+        self, axes: Axes, *, title: str = "Examples of each client", legend: bool = True, percent: bool = False
+    ) -> None:
+        """Draw how many examples of each label each client has; with ``by``, where there are no labels, how many.
+
+        A label has the same colour in all pictures of a data set, so partitions can be drawn side by side.
+
+        Args:
+            axes: Where to draw.
+            title: What stands above it.
+            legend: Whether to name the labels, if they are at most 40, at the right of the axes.
+            percent: Draw parts of each client's examples in place of their number.
+
+        Raises:
+            ConfigurationError: If the data has not been dealt out, or has no labels.
+        """
+        own = [self.indices(client) for client in range(self.num_clients)]
+        labels = label_column(self._loader.dataset, self._labels, partition_by(self.partitioner))
+        if labels is None and self.by is None:
+            raise ConfigurationError("Partition.plot() found no labels: pass them, Partition(..., labels=...).")
+        if labels is None:
+            draw_sizes(axes, [len(indices) for indices in own])
+        else:
+            draw_labels(axes, labels, own, legend=legend, percent=percent)
+        axes.set_title(title)
 
 
 _NO_TRANSFORM = (
@@ -255,38 +275,3 @@ _NO_TRANSFORM = (
 
 def _seed_of(seed: int, client: int, example: int) -> int:
     return seed_for(seed, f"transform/{example}", client=client)
-
-
-def _refuse(partitioner: Any, by: Any, min_examples: Any) -> None:
-    """Check what says who has which examples.
-
-    Raises:
-        ConfigurationError: If nothing does, two things do, or one is of the wrong kind.
-    """
-    if partitioner is not None and by is not None:
-        raise ConfigurationError(
-            f"Partition({checks.as_typed(partitioner)}, by={checks.as_typed(by)}): both say who has which examples:"
-            " keep one of them."
-        )
-    if not (checks.is_number(min_examples, whole=True) and min_examples >= 1):
-        raise ConfigurationError(f"Partition(min_examples={min_examples!r}) must be a whole number, at least 1.")
-    if by is None and min_examples != 1:
-        raise ConfigurationError(
-            f"Partition(min_examples={min_examples}) goes with by=: a partitioner has its own (min_partition_size=)."
-        )
-    if by is not None:
-        is_list = hasattr(by, "__len__") and hasattr(by, "__getitem__") and not isinstance(by, Mapping)
-        if inspect.isclass(by) or not (is_list or callable(by)):
-            raise ConfigurationError(
-                f"Partition(by={checks.as_typed(by)}): write the name of a column, or a list, array or tensor with a"
-                " value for each example."
-            )
-    elif checks.is_number(partitioner, whole=True):
-        if partitioner < 1:
-            raise ConfigurationError(f"num_clients={partitioner} must be at least 1.")
-    elif inspect.isclass(partitioner) or not hasattr(partitioner, "load_partition"):
-        raise ConfigurationError(
-            f"Partition({'' if partitioner is None else checks.as_typed(partitioner)}): write a number of clients, or a"
-            " partitioner of flwr_datasets.partitioner, such as Partition(IidPartitioner(num_partitions=10)), or by=,"
-            " the column that tells clients apart."
-        )

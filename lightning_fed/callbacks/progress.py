@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -89,7 +90,7 @@ class RichRoundBar(RoundProgress, LightningRichBar):
 
 
 class RoundPrinter(FederatedCallback, ProgressBar):
-    """Prints a plain line a round, for a log file; the default where the output is no terminal.
+    """Prints a plain line a round, for a log file; the default where Rich cannot draw.
 
     Args:
         max_metrics: How many metrics a line shows at most.
@@ -149,6 +150,7 @@ class RoundPrinter(FederatedCallback, ProgressBar):
 
 
 def is_terminal() -> bool:
-    """Return whether a bar can be drawn where the program writes to: in a terminal or a notebook."""
+    """Return whether Rich can draw a bar where the program writes to: in a terminal, or by ipywidgets in a notebook."""
     console = get_console()
-    return (console.is_terminal or console.is_jupyter) and not console.is_dumb_terminal
+    draws = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+    return draws and not console.is_dumb_terminal

@@ -15,6 +15,7 @@ from flwr_datasets.partitioner import (
     PathologicalPartitioner,
     ShardPartitioner,
 )
+from matplotlib import pyplot as plt
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from lightning_fed.callbacks import Partition
@@ -520,6 +521,51 @@ def test_plot_draws_a_bar_for_each_client_and_writes_a_png(tmp_path):
     assert len(axes.containers) == 2  # labels
     assert sum(bar.get_height() for container in axes.containers for bar in container) == 100
     assert axes.get_xlabel() == "client"
+
+
+@pytest.fixture
+def panels():
+    figure, panels = plt.subplots(1, 2, sharey=True)
+    yield panels
+    plt.close(figure)
+
+
+def test_partitions_are_drawn_side_by_side_with_a_colour_for_each_label(panels):
+    """The second has no example of label 0 with its first client, and none of label 1 with its second."""
+    labels = Unreadable(targets=SORTED)
+    for axes, partition in zip(panels, (Partition(2), Partition(by=SORTED)), strict=True):
+        assert dealt(partition, labels).draw(axes, title="who", legend=axes is panels[1], percent=True) is None
+    colors, heights = (
+        [[get(container[0]) for container in axes.containers] for axes in panels]
+        for get in (lambda bar: bar.get_facecolor(), lambda bar: bar.get_height())
+    )
+    assert colors[0] == colors[1]
+    assert colors[0][0] != colors[0][1]
+    assert sum(heights[0]) == sum(heights[1]) == 100
+    assert heights[1] == [100, 0]
+    assert [axes.get_title() for axes in panels] == ["who", "who"]
+    assert panels[0].get_legend() is None
+    assert [text.get_text() for text in panels[1].get_legend().get_texts()] == ["1", "0"]  # from the top down
+
+
+@pytest.mark.parametrize(("labels", "named"), [(10, True), (20, True), (40, True), (41, False)])
+def test_each_label_has_a_colour_of_its_own_and_few_have_a_name(labels, named):
+    axes = dealt(Partition(2), Unreadable(2 * labels, targets=torch.arange(2 * labels) % labels)).plot().axes[0]
+    assert len({container[0].get_facecolor() for container in axes.containers}) == labels
+    assert (axes.get_legend() is not None) == named
+
+
+def test_an_axis_does_not_end_at_the_highest_bar_where_its_last_label_is_missing():
+    targets = torch.tensor([0] * 8 + [1] * 2)
+    axes = dealt(Partition(by=targets), Unreadable(10, targets=targets)).plot().axes[0]
+    assert axes.get_ylim()[0] == 0
+    assert axes.get_ylim()[1] > 8
+
+
+def test_a_picture_is_not_kept_by_pyplot():
+    before = plt.get_fignums()
+    dealt(Partition(2), Unreadable(targets=SORTED)).plot()
+    assert plt.get_fignums() == before
 
 
 def test_plot_without_labels_says_how_to_give_them():

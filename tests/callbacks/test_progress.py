@@ -179,15 +179,17 @@ def lines(capsys) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("console", "drawn"),
+    ("console", "widgets", "drawn"),
     [
-        ({"force_terminal": False}, False),
-        ({"force_terminal": True}, True),
-        ({"force_jupyter": True}, True),
+        ({"force_terminal": False}, True, False),
+        ({"force_terminal": True}, False, True),
+        ({"force_jupyter": True}, True, True),
+        ({"force_jupyter": True}, False, False),  # Rich would draw nothing
     ],
 )
-def test_a_line_a_round_is_the_default_where_nothing_can_be_drawn(quiet, monkeypatch, console, drawn):
+def test_a_line_a_round_is_the_default_where_nothing_can_be_drawn(quiet, monkeypatch, console, widgets, drawn):
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress_module, "find_spec", lambda name: object() if widgets else None)
     monkeypatch.setattr(progress_module, "get_console", lambda: Console(**console))
     trainer = FederatedTrainer(max_rounds=1, num_clients=2, **{**quiet, "enable_progress_bar": True})
     assert type(trainer.progress_bar_callback) is (RichRoundBar if drawn else RoundPrinter)
