@@ -1,7 +1,7 @@
 """From nearly IID clients to clients with few classes: Dirichlet label skew with alpha from 1e5 down to 0.1.
 
 A thousand points of ten Gaussian blobs are dealt out among five clients, and a small classifier is trained federated on
-them. The picture shows, for each alpha, which points each client has and how many of each class::
+them. The picture shows, for each alpha, whose each point is and how many of each class each client has::
 
     python examples/label_skew.py
 """
@@ -44,14 +44,15 @@ def blobs(points, centers, seed):
     return TensorDataset(torch.tensor(x, dtype=torch.float32), torch.tensor(y))
 
 
-def draw(figure, partition, points, labels):
-    """For each client a scatter of its points and a bar for each class."""
-    for client, (scatter, bars) in enumerate(figure.subplots(CLIENTS, 2, sharex="col", sharey="col")):
-        own = partition.indices(client)
-        scatter.scatter(*points[own].T, c=labels[own], cmap="tab10", vmin=0, vmax=9, s=4)
-        scatter.set(xticks=[], yticks=[], xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), ylabel=f"client {client}")
-        bars.bar(range(CLASSES), np.bincount(labels[own], minlength=CLASSES), color=plt.get_cmap("tab10").colors)
-        bars.set(xticks=range(CLASSES), xlabel="class" if client == CLIENTS - 1 else None)
+def draw(column, partition, points, title):
+    """Above the points, coloured by the client that has them; below how many of each class each client has."""
+    above, below = column
+    for client in range(CLIENTS):
+        own = points[partition.indices(client)]
+        above.scatter(*own.T, color=plt.get_cmap("Set2")(client), s=9, label=str(client))
+    above.set(title=title, xticks=[], yticks=[], aspect="equal")
+    partition.draw(below, title="", legend=False)
+    below.label_outer()
 
 
 def main():
@@ -64,10 +65,10 @@ def main():
 
     centers = np.random.default_rng(3).uniform(-1, 1, (CLASSES, 2))
     train, test = blobs(1000, centers, 0), blobs(1000, centers, 1)
-    figure = plt.figure(figsize=(4.5 * len(args.alpha), 9), layout="constrained")
-    columns = np.atleast_1d(figure.subfigures(1, len(args.alpha)))
+    size = {"figsize": (4 * len(args.alpha), 7.5), "layout": "constrained"}
+    figure, panels = plt.subplots(2, len(args.alpha), sharex="row", sharey="row", squeeze=False, **size)
     table = ["alpha     smallest and largest client   test accuracy"]
-    for alpha, column in zip(args.alpha, columns, strict=True):
+    for alpha, column in zip(args.alpha, panels.T, strict=True):
         L.seed_everything(0, verbose=False)
         partition = Partition(DirichletPartitioner(CLIENTS, partition_by="label", alpha=alpha))
         quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -77,8 +78,9 @@ def main():
         accuracy = trainer.test(model, DataLoader(test, batch_size=1000), verbose=False)[0]["test_acc"]
         sizes = partition.sizes()
         table.append(f"{alpha:<8g}  {min(sizes):>4} and {max(sizes):>4} points          {accuracy:.3f}")
-        column.suptitle(f"alpha = {alpha:g}   test accuracy {accuracy:.2f}")
-        draw(column, partition, *(tensor.numpy() for tensor in train.tensors))
+        draw(column, partition, train.tensors[0].numpy(), f"alpha = {alpha:,g}: test accuracy {accuracy:.2f}")
+    for last, title in zip(panels[:, -1], ("client", "class"), strict=True):
+        last.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5), reverse=title == "class")
     print("", *table, sep="\n")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output_dir / "label_skew.png", dpi=100)

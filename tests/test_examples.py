@@ -31,7 +31,11 @@ EXAMPLES = {
     "personalization": (True, r"Ditto +0\.\d{4} +0\.\d{4} +\d\.\d{4}\n", ["personalization.png"]),
     "drift": (True, r"FedDyn +0\.\d{4} +0\.\d{4}\n", ["drift.png"]),
     "front_page": (False, r"federated, 10 clients +test accuracy 0\.\d{3}\n", ["front.png"]),
-    "regression": (False, r"one function .* \d+\.\d\d -> \d+\.\d\d\n", ["regression.png"]),
+    "regression": (
+        False,
+        r"one function +federated +\d+\.\d\d .* \d+\.\d\d, \d+\.\d\d, \d+\.\d\d\n",
+        ["regression.png"],
+    ),
     "bring_your_own_strategy": (False, r"Krum, attacked +test accuracy 0\.\d{3}\n", ["bring_your_own_strategy.png"]),
 }
 
