@@ -52,6 +52,7 @@ def test_the_sdist_has_everything(built: Path) -> None:
     for folder in ("lightning_fed", "tests", "examples", "docs", "benchmarks"):
         sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*.py")}
         sources |= {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*.md")}
+        sources |= {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*.ipynb")}
         assert sources - names == set()
     single = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "SECURITY.md", "LICENSE", ".ci/run")
     assert set(single) <= names
