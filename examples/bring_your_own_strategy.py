@@ -9,6 +9,13 @@ callback of our own that puts a Flower client mod around local training; either 
 import argparse
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports that take seconds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20, help="how many rounds (%(default)s)")
+    parser.add_argument("--fast", action="store_true", help="three rounds only")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
+    args = parser.parse_args()
+
 import lightning as L
 import matplotlib.pyplot as plt
 import numpy as np
@@ -38,12 +45,7 @@ class Attack(FederatedCallback):
         return [send_garbage] if stage == "train" else []
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="how many rounds (%(default)s)")
-    parser.add_argument("--fast", action="store_true", help="three rounds only")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
-    args = parser.parse_args()
+def main(args):
     rounds = 3 if args.fast else args.rounds
 
     methods = {
@@ -75,4 +77,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -7,9 +7,14 @@ FedDyn. (All clients have as many images and so make as many steps: FedNova, das
     python examples/drift.py --data-dir data
 """
 
+from command_line import fashion_options
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args = fashion_options(__doc__)
+
 import lightning as L
 import matplotlib.pyplot as plt
-from fashion import FashionMLP, command_line
+from fashion import FashionMLP, fashion_data
 from flwr_datasets.partitioner import PathologicalPartitioner
 
 from lightning_fed import FederatedTrainer
@@ -46,8 +51,8 @@ def train(method, args, data):
     return [row["val_acc"] for row in history.rows]
 
 
-def main():
-    args, data = command_line(__doc__)
+def main(args):
+    data = fashion_data(args)
     found = {name: train(method, args, data) for name, method in METHODS.items()}
     print(f"\nTest accuracy, two labels a client, {EPOCHS} local epochs, seed {args.seed}:")
     print("              last round   best round")
@@ -66,4 +71,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

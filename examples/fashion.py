@@ -1,7 +1,4 @@
-"""What the Fashion-MNIST examples share: module, datamodule, command line. Nothing in here is federated."""
-
-import argparse
-from pathlib import Path
+"""What the Fashion-MNIST examples share: module and datamodule. Nothing in here is federated."""
 
 import lightning as L
 import torch
@@ -74,16 +71,6 @@ class FashionData(L.LightningDataModule):
     test_dataloader = val_dataloader
 
 
-def command_line(description):
-    """Add the options of all Fashion-MNIST examples."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", default="data", help="has FashionMNIST/, or gets it (%(default)s)")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the pictures (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=10, help="how many rounds (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, partition, cohorts and batches (%(default)s)")
-    parser.add_argument("--fast", action="store_true", help="two rounds on 1,200 images: only to see that it runs")
-    args = parser.parse_args()
-    args.rounds = 2 if args.fast else args.rounds
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    data = FashionData(args.data_dir, 1200, 500) if args.fast else FashionData(args.data_dir)
-    return args, data
+def fashion_data(args):
+    """Return the images; some of them with ``--fast``."""
+    return FashionData(args.data_dir, 1200, 500) if args.fast else FashionData(args.data_dir)

@@ -5,17 +5,22 @@ Each client has 6,000 images: 4,800 to train on, 1,200 to evaluate the global mo
     python examples/fashion_mnist.py --data-dir data
 """
 
+from command_line import fashion_options
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args = fashion_options(__doc__)
+
 import lightning as L
 import matplotlib.pyplot as plt
-from fashion import FashionMLP, command_line
+from fashion import FashionMLP, fashion_data
 from quickstart import Curve
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import Partition
 
 
-def main():
-    args, data = command_line(__doc__)
+def main(args):
+    data = fashion_data(args)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
 
     L.seed_everything(args.seed)
@@ -50,4 +55,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -9,6 +9,14 @@ quickstart. Writes ``front.png``, which stands in ``docs/pictures``::
 import argparse
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports that take seconds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30, help="epochs, or rounds of one local epoch (%(default)s)")
+    parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet distribution (%(default)s)")
+    parser.add_argument("--fast", action="store_true", help="two rounds only")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
+    args = parser.parse_args()
+
 import lightning as L
 import matplotlib.pyplot as plt
 import numpy as np
@@ -46,13 +54,7 @@ def draw_curves(axes, curves):
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30, help="epochs, or rounds of one local epoch (%(default)s)")
-    parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet distribution (%(default)s)")
-    parser.add_argument("--fast", action="store_true", help="two rounds only")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
-    args = parser.parse_args()
+def main(args):
     rounds = 2 if args.fast else args.rounds
     L.seed_everything(0)
     train_loader, test_loader = digits()
@@ -82,4 +84,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -6,16 +6,21 @@ accuracy jumps from round to round. Draws who has what, and the curves::
     python examples/label_shards.py --data-dir data
 """
 
+from command_line import fashion_options
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args = fashion_options(__doc__)
+
 import lightning as L
-from fashion import FashionMLP, command_line
+from fashion import FashionMLP, fashion_data
 from flwr_datasets.partitioner import ShardPartitioner
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import History, PartialParticipation, Partition
 
 
-def main():
-    args, data = command_line(__doc__)
+def main(args):
+    data = fashion_data(args)
     L.seed_everything(args.seed)
     shards = ShardPartitioner(num_partitions=10, partition_by="label", shard_size=data.train_images // 60)
     partition = Partition(shards, val_fraction=0.2)
@@ -41,4 +46,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

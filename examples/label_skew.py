@@ -9,6 +9,14 @@ them. The picture shows, for each alpha, whose each point is and how many of eac
 import argparse
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports that take seconds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--alpha", type=float, nargs="+", default=[1e5, 10, 1, 0.1], help="%(default)s")
+    parser.add_argument("--rounds", type=int, default=20, help="how many rounds (%(default)s)")
+    parser.add_argument("--fast", action="store_true", help="two rounds only")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
+    args = parser.parse_args()
+
 import lightning as L
 import matplotlib.pyplot as plt
 import numpy as np
@@ -55,13 +63,7 @@ def draw(column, partition, points, title):
     below.label_outer()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--alpha", type=float, nargs="+", default=[1e5, 10, 1, 0.1], help="%(default)s")
-    parser.add_argument("--rounds", type=int, default=20, help="how many rounds (%(default)s)")
-    parser.add_argument("--fast", action="store_true", help="two rounds only")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
-    args = parser.parse_args()
+def main(args):
 
     centers = np.random.default_rng(3).uniform(-1, 1, (CLASSES, 2))
     train, test = blobs(1000, centers, 0), blobs(1000, centers, 1)
@@ -88,4 +90,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -7,15 +7,20 @@ images (``clients/val_acc``, ``clients/val_loss``), and what the server found on
     python examples/partial_participation.py --data-dir data
 """
 
+from command_line import fashion_options
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args = fashion_options(__doc__)
+
 import lightning as L
-from fashion import FashionMLP, command_line
+from fashion import FashionMLP, fashion_data
 
 from lightning_fed import FederatedTrainer
 from lightning_fed.callbacks import History, PartialParticipation, Partition
 
 
-def main():
-    args, data = command_line(__doc__)
+def main(args):
+    data = fashion_data(args)
     L.seed_everything(args.seed)
     model, history = FashionMLP(), History()
     trainer = FederatedTrainer(
@@ -42,4 +47,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -7,9 +7,14 @@ client on its own held-out images::
     python examples/personalization.py --data-dir data
 """
 
+from command_line import fashion_options
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args = fashion_options(__doc__)
+
 import lightning as L
 import matplotlib.pyplot as plt
-from fashion import FashionData, FashionMLP, command_line
+from fashion import FashionData, FashionMLP, fashion_data
 from flwr_datasets.partitioner import DirichletPartitioner
 from torch import nn
 from torch.utils.data import DataLoader
@@ -78,8 +83,8 @@ def draw(found, path):
     figure.savefig(path, dpi=150)
 
 
-def main():
-    args, data = command_line(__doc__)
+def main(args):
+    data = fashion_data(args)
     data = WholeBatches(data.data_dir, data.train_images, data.test_images)
     found = {name: train(method, args, data) for name, method in METHODS.items()}
     print(f"\nAccuracy on own held-out images after {args.rounds} rounds, seed {args.seed}:")
@@ -92,4 +97,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

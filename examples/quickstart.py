@@ -8,6 +8,13 @@ Needs no download (scikit-learn's handwritten digits) and runs in seconds::
 import argparse
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports that take seconds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30, help="epochs, or rounds of one local epoch (%(default)s)")
+    parser.add_argument("--fast", action="store_true", help="two rounds only")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
+    args = parser.parse_args()
+
 import lightning as L
 import matplotlib.pyplot as plt
 import torch
@@ -55,12 +62,7 @@ class Curve(L.Callback):
         self.accuracy.append(float(trainer.callback_metrics["val_acc"]))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30, help="epochs, or rounds of one local epoch (%(default)s)")
-    parser.add_argument("--fast", action="store_true", help="two rounds only")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
-    args = parser.parse_args()
+def main(args):
     rounds = 2 if args.fast else args.rounds
     L.seed_everything(0)
     train_loader, test_loader = digits()
@@ -86,4 +88,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -9,6 +9,13 @@ learns that. Beside it stands what each client learns alone. Each gives its own 
 import argparse
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports that take seconds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=60, help="rounds of five local epochs (%(default)s)")
+    parser.add_argument("--fast", action="store_true", help="five rounds only")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
+    args = parser.parse_args()
+
 import lightning as L
 import matplotlib.pyplot as plt
 import torch
@@ -86,13 +93,7 @@ def draw(axes, clients, data, alone, together):
     axes.legend(fontsize="small")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60, help="rounds of five local epochs (%(default)s)")
-    parser.add_argument("--fast", action="store_true", help="five rounds only")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
-    args = parser.parse_args()
-
+def main(args):
     rounds = 5 if args.fast else args.rounds
     lines = []
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
@@ -116,4 +117,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

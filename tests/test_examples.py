@@ -3,6 +3,7 @@
 import importlib
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,6 +67,25 @@ def test_example(name, tmp_path, monkeypatch, capsys):
         assert path.read_bytes()[:4] == b"\x89PNG"
         assert path.stat().st_size > 10_000, f"{picture} looks empty"
     assert {path.name for path in tmp_path.iterdir()} == {"out"}, "it left more than its pictures behind"
+
+
+HELPED = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1].rpartition("/")[0])
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    assert not {"torch", "lightning", "matplotlib"} & sys.modules.keys()
+"""
+
+
+@pytest.mark.parametrize("script", [*EXAMPLES, "deployment/train", "deployment/make_keys"])
+def test_help_does_not_wait_for_imports(script):
+    command = [sys.executable, "-c", HELPED, str(REPO / "examples" / f"{script}.py")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "usage: " in ended.stdout
 
 
 def shakespeare(monkeypatch):

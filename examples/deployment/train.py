@@ -12,6 +12,21 @@ and over a network as docs/deployment.md says, there also with ``flwr run .``, f
 import argparse
 from functools import partial
 
+if __name__ == "__main__":  # before the imports that take seconds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("role", choices=["server", "site", "alone"])
+    parser.add_argument("--superlink", help="host:port; without it the server starts one on this machine")
+    parser.add_argument("--insecure", action="store_true", help="no TLS")
+    parser.add_argument("--root-certificates", help="who signed the SuperLink's certificate")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--secret-file", help="the server's: the SuperLink's secret")
+    parser.add_argument("--resume", action="store_true", help="the server's: go on from the last checkpoint")
+    parser.add_argument("--client", type=int, help="a site's: which it is, from 0")
+    parser.add_argument("--data", help="a site's: the file with its images and labels; else it has some of the bundled")
+    parser.add_argument("--private-key", help="a site's: its key")
+    parser.add_argument("--state-dir", help="a site's: where it keeps what it keeps from round to round")
+    args = parser.parse_args()
+
 import lightning as L
 import torch
 from flwr.clientapp import ClientApp
@@ -80,21 +95,7 @@ def say(trainer):
     print(f"accuracy {float(trainer.callback_metrics['val_acc']):.4f} after {trainer.max_epochs} rounds")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("role", choices=["server", "site", "alone"])
-    parser.add_argument("--superlink", help="host:port; without it the server starts one on this machine")
-    parser.add_argument("--insecure", action="store_true", help="no TLS")
-    parser.add_argument("--root-certificates", help="who signed the SuperLink's certificate")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--secret-file", help="the server's: the SuperLink's secret")
-    parser.add_argument("--resume", action="store_true", help="the server's: go on from the last checkpoint")
-    parser.add_argument("--client", type=int, help="a site's: which it is, from 0")
-    parser.add_argument("--data", help="a site's: the file with its images and labels; else it has some of the bundled")
-    parser.add_argument("--private-key", help="a site's: its key")
-    parser.add_argument("--state-dir", help="a site's: where it keeps what it keeps from round to round")
-    args = parser.parse_args()
-
+def main(args):
     engine, secured = "in_process", {"root_certificates": args.root_certificates, "insecure": args.insecure}
     if args.role == "server":
         secret = {"secret_file": args.secret_file}
@@ -130,4 +131,4 @@ def answer(message, context):
 
 
 if __name__ == "__main__":
-    main()
+    main(args)
