@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flwr.clientapp.typing import Mod
 from flwr.serverapp.strategy import Strategy
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_fed.errors import ClientError, ConfigurationError
@@ -18,6 +18,7 @@ from lightning_fed.strategies import WeightedMean
 from lightning_fed.values.staying import Staying
 
 if TYPE_CHECKING:
+    from lightning_fed.trainer import FederatedTrainer
     from lightning_fed.values.data import ClientLoaders
 
 Stage = Literal["train", "evaluate"]
@@ -109,7 +110,7 @@ class FederatedCallback(Callback):
         """
         return []
 
-    def tensors_to_client(self, trainer: Trainer, round: int, client: int) -> Mapping[str, Tensor]:
+    def tensors_to_client(self, trainer: FederatedTrainer, round: int, client: int) -> Mapping[str, Tensor]:
         """Return the tensors that a client is sent beside the weights when it trains, by name.
 
         Called for each client of the cohort, ascending, before any of them trains, and once more before the first round
@@ -133,7 +134,7 @@ class FederatedCallback(Callback):
         """
 
     def tensors_from_client(
-        self, trainer: Trainer, round: int, report: ClientReport, tensors: Mapping[str, Tensor]
+        self, trainer: FederatedTrainer, round: int, report: ClientReport, tensors: Mapping[str, Tensor]
     ) -> None:
         """Take in what a client's ``LocalMethod`` has sent, after ``on_round_start`` and before ``on_round_end``.
 
@@ -153,19 +154,19 @@ class FederatedCallback(Callback):
         """
         return []
 
-    def on_federation_start(self, trainer: Trainer) -> None:
+    def on_federation_start(self, trainer: FederatedTrainer) -> None:
         """Act once the data is dealt out and the strategy built; the first round is about to start."""
 
-    def on_round_start(self, trainer: Trainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
+    def on_round_start(self, trainer: FederatedTrainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
         """Act before the cohort (client indices, ascending) trains or evaluates."""
 
-    def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
+    def on_client_end(self, trainer: FederatedTrainer, round: int, stage: Stage, report: ClientReport) -> None:
         """Act on a client's reply that is good."""
 
-    def on_client_error(self, trainer: Trainer, round: int, stage: Stage, error: ClientError) -> None:
+    def on_client_error(self, trainer: FederatedTrainer, round: int, stage: Stage, error: ClientError) -> None:
         """Act on a client's failure where the run goes on without it."""
 
-    def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
+    def on_round_end(self, trainer: FederatedTrainer, round: int, metrics: dict[str, float]) -> None:
         """Act once clients are done with the round; ``metrics``, and what is added to them, are about to be logged."""
 
 

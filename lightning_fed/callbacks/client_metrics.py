@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-
-from lightning.pytorch import Trainer
+from typing import TYPE_CHECKING
 
 from lightning_fed.callbacks.base import CLIENT_METRICS, ClientReport, FederatedCallback, Stage
+
+if TYPE_CHECKING:
+    from lightning_fed.trainer import FederatedTrainer
 
 
 class ClientMetrics(FederatedCallback):
@@ -28,17 +30,17 @@ class ClientMetrics(FederatedCallback):
         self.spread, self.per_client = spread, per_client
         self._values: dict[str, dict[int, float]] = {}
 
-    def on_federation_start(self, trainer: Trainer) -> None:
+    def on_federation_start(self, trainer: FederatedTrainer) -> None:
         """Forget a round that broke off."""
         self._values = {}
 
-    def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
+    def on_client_end(self, trainer: FederatedTrainer, round: int, stage: Stage, report: ClientReport) -> None:
         """Collect a client's values."""
         prefix = CLIENT_METRICS if stage == "evaluate" else ""
         for name, value in report.metrics.items():
             self._values.setdefault(prefix + name, {})[report.client] = value
 
-    def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
+    def on_round_end(self, trainer: FederatedTrainer, round: int, metrics: dict[str, float]) -> None:
         """Add to what is logged."""
         for name, values in self._values.items():
             if self.spread:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from flwr.serverapp.strategy import Strategy
@@ -15,6 +16,9 @@ from lightning_fed.callbacks.local_steps import refuse_unheard, shared_parameter
 from lightning_fed.client.local.method import LocalMethod
 from lightning_fed.errors import ClientError, require
 from lightning_fed.strategies import DynamicMean
+
+if TYPE_CHECKING:
+    from lightning_fed.trainer import FederatedTrainer
 
 
 class FedDyn(Averaging):
@@ -47,9 +51,9 @@ class FedDyn(Averaging):
         """Return the client's part."""
         return [DynamicTerm(self.alpha)]
 
-    def on_federation_start(self, trainer: Trainer) -> None:
+    def on_federation_start(self, trainer: FederatedTrainer) -> None:
         """Take note of how many clients there are."""
-        self._num_clients = trainer.num_clients  # type: ignore[attr-defined]
+        self._num_clients = trainer.num_clients
 
 
 class DynamicTerm(LocalMethod):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from flwr.serverapp.strategy import Strategy
@@ -19,6 +19,9 @@ from lightning_fed.client.local.method import LocalMethod
 from lightning_fed.errors import ClientError, ConfigurationError
 from lightning_fed.strategies import NormalizedMean
 from lightning_fed.strategies.normalized import Progress
+
+if TYPE_CHECKING:
+    from lightning_fed.trainer import FederatedTrainer
 
 
 class FedNova(Averaging):
@@ -47,16 +50,16 @@ class FedNova(Averaging):
         """Return the client's part."""
         return [StepCounter()]
 
-    def on_federation_start(self, trainer: Trainer) -> None:
+    def on_federation_start(self, trainer: FederatedTrainer) -> None:
         """Check that momentum begins anew."""
-        if trainer.local_options.client_state == "carry":  # type: ignore[attr-defined]
+        if trainer.local_options.client_state == "carry":
             raise ConfigurationError(
                 "FedNova: client_state='carry' lets a client's momentum go on from round to round, and its update would"
                 " have steps of the rounds before in it, which nothing counts. Leave client_state out: schedules go on,"
                 " and momentum begins anew."
             )
 
-    def tensors_to_client(self, trainer: Trainer, round: int, client: int) -> Mapping[str, Tensor]:
+    def tensors_to_client(self, trainer: FederatedTrainer, round: int, client: int) -> Mapping[str, Tensor]:
         """Return what has the form of the answer."""
         return {"normalizer": torch.zeros(()), "steps": torch.zeros(())}
 
@@ -66,11 +69,11 @@ class FedNova(Averaging):
             raise ClientError(f"sent {' and '.join(wrong)} for FedNova, which divides by it; it is greater than 0.")
 
     def tensors_from_client(
-        self, trainer: Trainer, round: int, report: ClientReport, tensors: Mapping[str, Tensor]
+        self, trainer: FederatedTrainer, round: int, report: ClientReport, tensors: Mapping[str, Tensor]
     ) -> None:
         """Tell the strategy how far the client went."""
         progress = Progress(float(tensors["normalizer"]), float(tensors["steps"]))
-        self._progress[trainer.node_of(report.client)] = progress  # type: ignore[attr-defined]
+        self._progress[trainer.node_of(report.client)] = progress
 
 
 class StepCounter(LocalMethod):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_fed.callbacks.personal import Personal
 from lightning_fed.errors import ConfigurationError, require
+
+if TYPE_CHECKING:
+    from lightning_fed.trainer import FederatedTrainer
 
 
 class FedRep(Personal):
@@ -40,9 +43,9 @@ class FedRep(Personal):
         require(self, head_epochs=(head_epochs, *at_least_one), body_epochs=(body_epochs, *at_least_one))
         self.head_epochs, self.body_epochs = head_epochs, body_epochs
 
-    def on_federation_start(self, trainer: Trainer) -> None:
+    def on_federation_start(self, trainer: FederatedTrainer) -> None:
         """Check that each round has as many local epochs."""
-        local, epochs = trainer.local_options, self.head_epochs + self.body_epochs  # type: ignore[attr-defined]
+        local, epochs = trainer.local_options, self.head_epochs + self.body_epochs
         if local.trainer.get("fast_dev_run"):
             return
         by_round = local.epochs if isinstance(local.epochs, tuple) else (local.epochs,)

@@ -19,6 +19,8 @@ from lightning_fed.values.text_table import as_table, cell
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from lightning_fed.trainer import FederatedTrainer
+
 T = TypeVar("T")
 Row = dict[str, float]
 
@@ -71,13 +73,13 @@ class History(FederatedCallback):
         self.rows = [row for row in self.rows if row["round"] <= done]
         self.clients = [row for row in self.clients if row["round"] <= done]
 
-    def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
+    def on_client_end(self, trainer: FederatedTrainer, round: int, stage: Stage, report: ClientReport) -> None:
         """Keep a client's own numbers, if asked to."""
         if self.per_client:
             row = {"round": round, "stage": stage, "client": report.client, "num_examples": report.num_examples}
             self.clients.append({**row, **self._metrics(report.metrics, _OF_CLIENTS)})
 
-    def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
+    def on_round_end(self, trainer: FederatedTrainer, round: int, metrics: dict[str, float]) -> None:
         """Start the round's row."""
         self.rows.append({"round": round})
         self._take_round(metrics)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,6 +19,9 @@ from lightning_fed._compat.torch import tree_flatten
 from lightning_fed.callbacks.base import FederatedCallback
 from lightning_fed.client.local.method import LocalMethod
 from lightning_fed.errors import ClientError, ConfigurationError, require
+
+if TYPE_CHECKING:
+    from lightning_fed.trainer import FederatedTrainer
 
 
 class Moon(FederatedCallback):
@@ -56,7 +59,7 @@ class Moon(FederatedCallback):
         """Return the client's part."""
         return [ContrastiveTerm(self.mu, self.temperature, self.representation)]
 
-    def on_federation_start(self, trainer: Trainer) -> None:
+    def on_federation_start(self, trainer: FederatedTrainer) -> None:
         """Check that the term can be added."""
         module = trainer.lightning_module
         if not optimizes_automatically(module):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from typing import Any, Literal
-
-from lightning.pytorch import Trainer
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_fed import checks
 from lightning_fed.callbacks.availability import Available, require_there, table_of, who_is_there
@@ -16,6 +14,9 @@ from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_for
 from lightning_fed.values import by_round
 from lightning_fed.values.by_round import ByRound
+
+if TYPE_CHECKING:
+    from lightning_fed.trainer import FederatedTrainer
 
 _RULES = {"train": "in (0, 1]", "evaluate": "in [0, 1]"}
 
@@ -92,7 +93,7 @@ class PartialParticipation(CohortOwner):
         """See ``CohortOwner``."""
         return self.available is not None or any(map(by_round.changes, (self.fraction_train, self.fraction_evaluate)))
 
-    def on_federation_start(self, trainer: Trainer) -> None:
+    def on_federation_start(self, trainer: FederatedTrainer) -> None:
         """Ask how many examples clients have, where these are the weights.
 
         Raises:

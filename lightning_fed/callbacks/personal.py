@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -12,6 +13,9 @@ from lightning_fed.callbacks.base import ClientReport, FederatedCallback, Stage
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.values.staying import Staying, frozen_in, named_by
 
+if TYPE_CHECKING:
+    from lightning_fed.trainer import FederatedTrainer
+
 
 class _Travels(FederatedCallback):
     """Logs ``bytes/down`` and ``bytes/up``: the tensors that a round's clients were sent to train, and sent back."""
@@ -19,17 +23,17 @@ class _Travels(FederatedCallback):
     def __init__(self) -> None:
         self._bytes = [0, 0]
 
-    def on_round_start(self, trainer: Trainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
+    def on_round_start(self, trainer: FederatedTrainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
         """Begin to count."""
         if stage == "train":
             self._bytes = [0, 0]
 
-    def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
+    def on_client_end(self, trainer: FederatedTrainer, round: int, stage: Stage, report: ClientReport) -> None:
         """Count."""
         if stage == "train":
             self._bytes = [self._bytes[0] + report.bytes_down, self._bytes[1] + report.bytes_up]
 
-    def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
+    def on_round_end(self, trainer: FederatedTrainer, round: int, metrics: dict[str, float]) -> None:
         """Log."""
         metrics["bytes/down"], metrics["bytes/up"] = map(float, self._bytes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
@@ -15,6 +15,9 @@ from lightning_fed._compat.lightning import LightningRichBar, show_metrics
 from lightning_fed.callbacks.base import ClientReport, FederatedCallback, Stage
 from lightning_fed.errors import ClientError
 
+if TYPE_CHECKING:
+    from lightning_fed.trainer import FederatedTrainer
+
 
 class RoundProgress(FederatedCallback):
     """What both bars share: a bar's length is the cohort, and a client's reply moves it."""
@@ -22,24 +25,24 @@ class RoundProgress(FederatedCallback):
     _done = _total = 0
     _what = ""
 
-    def on_round_start(self, trainer: Trainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
+    def on_round_start(self, trainer: FederatedTrainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
         """Start a bar for the cohort."""
         self._done, self._total = 0, len(cohort)
         of = f"/{trainer.max_epochs}" if trainer.max_epochs != -1 else ""
         self._what = f"Round {round}{of} {'training' if stage == 'train' else 'evaluating'}"
         self.show(self._what, 0, len(cohort))
 
-    def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
+    def on_client_end(self, trainer: FederatedTrainer, round: int, stage: Stage, report: ClientReport) -> None:
         """Count a client that is done."""
         self._done += 1
         self.show(self._what, self._done)
 
-    def on_client_error(self, trainer: Trainer, round: int, stage: Stage, error: ClientError) -> None:
+    def on_client_error(self, trainer: FederatedTrainer, round: int, stage: Stage, error: ClientError) -> None:
         """Count a client that failed, and is done, too."""
         self._done += 1
         self.show(self._what, self._done)
 
-    def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
+    def on_round_end(self, trainer: FederatedTrainer, round: int, metrics: dict[str, float]) -> None:
         """Fill the bar: those who had nothing to evaluate on are done, too."""
         if self._done < self._total:
             self.show(self._what, self._total)
@@ -116,13 +119,13 @@ class RoundPrinter(FederatedCallback, ProgressBar):
         """Let it print nothing."""
         self._enabled = False
 
-    def on_round_start(self, trainer: Trainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
+    def on_round_start(self, trainer: FederatedTrainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
         """Begin a round, or its evaluation."""
         if stage == "train":
             self._done, self._own, self._began = {}, {}, time.monotonic()
         self._done[stage] = [0, len(cohort)]
 
-    def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
+    def on_client_end(self, trainer: FederatedTrainer, round: int, stage: Stage, report: ClientReport) -> None:
         """Count a client."""
         self._done[stage][0] += 1
 

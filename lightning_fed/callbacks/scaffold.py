@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from flwr.serverapp.strategy import Strategy
@@ -17,6 +17,9 @@ from lightning_fed.callbacks.local_steps import is_skipped, refuse_unheard, shar
 from lightning_fed.callbacks.whole_gradient import WholeGradient
 from lightning_fed.client.local.method import LocalMethod, of_method
 from lightning_fed.errors import ClientError, ConfigurationError, require
+
+if TYPE_CHECKING:
+    from lightning_fed.trainer import FederatedTrainer
 
 Option = Literal["running", "I", "II"]
 
@@ -84,9 +87,9 @@ class Scaffold(FederatedCallback):
         if stage == "fit":
             self._control = {}
 
-    def on_federation_start(self, trainer: Trainer) -> None:
+    def on_federation_start(self, trainer: FederatedTrainer) -> None:
         """Make the controls, or check those that a checkpoint held."""
-        personal = trainer.personal  # type: ignore[attr-defined]
+        personal = trainer.personal
         zeros = {n: zero for n, zero in zeros_of(trainer.lightning_module, frozen=False).items() if n not in personal}
         if self._control and _forms(self._control) != _forms(zeros):
             wrong = sorted(set(_forms(self._control).items()) ^ set(_forms(zeros).items()))[0][0]
@@ -97,25 +100,25 @@ class Scaffold(FederatedCallback):
             )
         self._control = self._control or zeros
 
-    def on_round_start(self, trainer: Trainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
+    def on_round_start(self, trainer: FederatedTrainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
         """Begin to sum."""
         if stage == "train":
             self._change = {name: torch.zeros_like(c, dtype=_wide(c)) for name, c in self._control.items()}
 
-    def tensors_to_client(self, trainer: Trainer, round: int, client: int) -> Mapping[str, Tensor]:
+    def tensors_to_client(self, trainer: FederatedTrainer, round: int, client: int) -> Mapping[str, Tensor]:
         """Return the server's control ``c``."""
         return self._control
 
     def tensors_from_client(
-        self, trainer: Trainer, round: int, report: ClientReport, tensors: Mapping[str, Tensor]
+        self, trainer: FederatedTrainer, round: int, report: ClientReport, tensors: Mapping[str, Tensor]
     ) -> None:
         """Add ``c_i+ - c_i``."""
         for name, change in self._change.items():
             change += tensors[name]
 
-    def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
+    def on_round_end(self, trainer: FederatedTrainer, round: int, metrics: dict[str, float]) -> None:
         """Move the control."""
-        total = trainer.num_clients  # type: ignore[attr-defined]
+        total = trainer.num_clients
         self._control = {name: (c + self._change[name] / total).to(c.dtype) for name, c in self._control.items()}
         self._change = {}
 

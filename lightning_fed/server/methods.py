@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from flwr.app import ArrayRecord, Message
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_fed.callbacks.base import ClientReport, FederatedCallback
@@ -20,6 +19,9 @@ from lightning_fed.values.weights import Weights, as_global, check_update, size_
 from lightning_fed.views import overrides
 from lightning_fed.wire.extras import attach_methods
 from lightning_fed.wire.messages import pack
+
+if TYPE_CHECKING:
+    from lightning_fed.trainer import FederatedTrainer
 
 _HOOKS = ("tensors_to_client", "tensors_from_client")
 
@@ -32,7 +34,7 @@ class Methods:
         trainer: The server's trainer, handed to their hooks.
     """
 
-    def __init__(self, named: Mapping[str, FederatedCallback], trainer: Trainer) -> None:
+    def __init__(self, named: Mapping[str, FederatedCallback], trainer: FederatedTrainer) -> None:
         self._trainer = trainer
         self._methods = {
             name: method

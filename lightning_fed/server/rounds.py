@@ -24,12 +24,11 @@ import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
@@ -44,6 +43,9 @@ from lightning_fed.tracebacks import words
 from lightning_fed.values import metrics
 from lightning_fed.values.weights import Weights
 from lightning_fed.wire import messages
+
+if TYPE_CHECKING:
+    from lightning_fed.trainer import FederatedTrainer
 
 
 @dataclass
@@ -90,7 +92,7 @@ class Rounds:
         callbacks: Sequence[FederatedCallback],
         cohorts: CohortOwner,
         failures: FailureOwner,
-        trainer: Trainer,
+        trainer: FederatedTrainer,
         module: nn.Module,
         seed: int,
         timeout: float = 3600.0,

@@ -35,7 +35,7 @@ from lightning_fed.values.module_form import form_of
 from lightning_fed.wire import roll_call
 
 if TYPE_CHECKING:
-    from lightning_fed.server.trainer import ServerTrainer
+    from lightning_fed.trainer import FederatedTrainer
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Session:
         ConfigurationError: If strategy, callbacks and clients do not fit together.
     """
 
-    def __init__(self, given: FitInputs, owners: Owners, settings: Settings, trainer: ServerTrainer) -> None:
+    def __init__(self, given: FitInputs, owners: Owners, settings: Settings, trainer: FederatedTrainer) -> None:
         self._side, self._owners, self._settings, self._trainer = given.side, owners, settings, trainer
         self._module, self._engine = given.side.module, given.engine
         # A grid that is not ours can only carry messages.
@@ -136,7 +136,7 @@ class Session:
         return roll_call.question(form, self._settings.seed, side.options.rounds, setup)
 
     @staticmethod
-    def script_of(side: ClientSide, owners: Owners, trainer: ServerTrainer) -> Script:
+    def script_of(side: ClientSide, owners: Owners, trainer: FederatedTrainer) -> Script:
         """Return how the script sets the run up."""
         return Script.of(side.options, side.module, owners.callbacks, trainer.callbacks)
 
