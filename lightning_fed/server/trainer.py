@@ -39,7 +39,7 @@ class ServerTrainer(Trainer):
     _names_of_clients: frozenset[str] = frozenset()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._shown: dict[str, dict[str, bool]] = {}
+        self._shown: dict[str, dict[str, bool | None]] = {}
         super().__init__(*args, **kwargs)
 
     @property
@@ -146,15 +146,16 @@ class ServerTrainer(Trainer):
         finally:
             self.log_every_n_steps = every
 
-    def where_shown(self, name: str) -> dict[str, bool]:
+    def where_shown(self, name: str) -> dict[str, bool | None]:
         """Return whether a name goes to the progress bar and to loggers, as arguments of ``log``.
 
-        As in the first round that has it, for Lightning does not allow that one name is logged in two ways.
+        As in the first round that has it, for Lightning does not allow that one name is logged in two ways. ``None`` is
+        its default for loggers: to those that there are.
         """
         about = self.round_about
         # Where nobody chose for the bar, it shows all: a round is long.
         bar = name in about.on_bar or not about.on_bar
-        return self._shown.setdefault(name, {"prog_bar": bar, "logger": name not in about.unlogged})
+        return self._shown.setdefault(name, {"prog_bar": bar, "logger": False if name in about.unlogged else None})
 
     def forget_earlier(self, names: Iterable[str], evaluated: bool) -> None:
         """Forget what clients logged in earlier rounds under names that this round has not.

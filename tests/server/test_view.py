@@ -39,7 +39,7 @@ class Runner:
         self.asked.append(given)
         return []
 
-    def where_shown(self, name: str) -> dict[str, bool]:
+    def where_shown(self, name: str) -> dict[str, bool | None]:
         return {"prog_bar": name == "loss"}
 
 
