@@ -142,7 +142,7 @@ class RayGrid(RemoteGrid):
 
     def _enough_for(self, clients: int) -> Actors:
         """Ask for actors, as late as this: by now Lightning has set module and data up."""
-        wanted = min(clients, self._engine.num_workers or self._room())
+        wanted = min(clients, self._wanted())
         if self._actors is None:
             kind = self._ray.remote(Actor).options(**self._engine.client_resources)
             self._begins_with = len(self.changes)
@@ -156,17 +156,21 @@ class RayGrid(RemoteGrid):
         self._told.pop(actor, None)
         self._actors.replace(actor)
 
-    def _room(self) -> int:
-        """Return how many actors the cluster has room for."""
-        has, names = self._ray.cluster_resources(), {"num_cpus": "CPU", "num_gpus": "GPU"}
+    def _wanted(self) -> int:
+        """Return how many actors there may be: all that the cluster, or what Ray Tune gave a trial, has room for."""
+        names = {"num_cpus": "CPU", "num_gpus": "GPU"}
         needs = {names.get(name, name): need for name, need in self._engine.client_resources.items() if need}
-        room = min((int(has.get(name, 0) / need) for name, need in needs.items()), default=os.cpu_count() or 1)
+        given, own = self._engine.num_workers, _rest_of_trial(self._ray)
+        if given is not None and own is None:
+            return given  # a cluster may grow
+        if not needs:
+            return given or os.cpu_count() or 1
+        places = [self._ray.cluster_resources()] if own is None else own
+        room = sum(min(int(has.get(name, 0) / need) for name, need in needs.items()) for has in places)
         if room < 1:
-            present = {name: has.get(name, 0) for name in needs}
-            raise ConfigurationError(
-                f"A client asks Ray for {needs}, and the cluster has {present}: lower Ray(client_resources=...)."
-            )
-        return room
+            present = {name: sum(has.get(name, 0) for has in places) for name in needs}
+            raise ConfigurationError(f"A client asks Ray for {needs}, and {_NO_ROOM[own is not None].format(present)}")
+        return min(room, given or room)
 
     def _give(self, actor: Any, message: Message, call: int, shared: dict[int, tuple[int, Any]]) -> Any:
         new = self.changes[self._told.get(actor, self._begins_with) :]
@@ -197,6 +201,28 @@ class RayGrid(RemoteGrid):
         return self.take_back(message, done), actor
 
 
+_NO_ROOM = {
+    False: "the cluster has {}: lower Ray(client_resources=...).",
+    True: (
+        "beside itself its trial of Ray Tune has {}: give trials more, tune.with_resources(objective,"
+        ' tune.PlacementGroupFactory([{{"CPU": 1}}] * 3)) for two actors.'
+    ),
+}
+
+
+def _rest_of_trial(ray: Any) -> list[dict[str, float]] | None:
+    """Return what a trial of Ray Tune has beside what it runs in, by machine; ``None`` where there is no trial.
+
+    Ray starts actors of a trial in its placement group and nowhere else: where that has no room they never start.
+    """
+    group = ray.util.get_current_placement_group()
+    if group is None or not ray.get_runtime_context().should_capture_child_tasks_in_placement_group:
+        return None
+    first, *others = group.bundle_specs
+    taken = ray.get_runtime_context().get_assigned_resources()
+    return [{name: has - taken.get(name, 0) for name, has in first.items()}, *others]
+
+
 # Ray reads these when it is imported. Without the first it listens on all interfaces, and no argument helps.
 _LOOPBACK = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 _QUIET = (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"))
@@ -204,7 +230,7 @@ _QUIET = (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO
 
 def _ray(address: str | None) -> Any:
     for name, value in (*_QUIET, *([_LOOPBACK] if address is None else [])):
-        if name == _LOOPBACK[0] and name not in os.environ and "ray" in sys.modules:
+        if name == _LOOPBACK[0] and name not in os.environ and _is_imported_only():
             rank_zero_warn(
                 "Ray was imported before engine='ray' could keep it on the loopback interface: other machines can reach"
                 f" its ports. Set {'='.join(_LOOPBACK)} before `import ray`, or leave that import out."
@@ -215,6 +241,11 @@ def _ray(address: str | None) -> Any:
     except ImportError as error:
         raise ConfigurationError("engine='ray' needs Ray: pip install 'lightning_fed[ray]'.") from error
     return ray
+
+
+def _is_imported_only() -> bool:
+    """Return whether somebody has imported Ray and has not started it, as Ray Tune has where it runs us."""
+    return "ray" in sys.modules and not sys.modules["ray"].is_initialized()
 
 
 def _start_ray(ray: Any, address: str | None) -> None:

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
 from lightning_fed.client.local.trainer import LocalTrainer
+from lightning_fed.server import placement
 from lightning_fed.views import View, users_own
 
 
@@ -99,7 +100,10 @@ class SavesOnceARound(View):
 
 
 class ChecksOnceARound(View):
-    """An ``EarlyStopping``: where the clients alone validate, the round's end is the end of the validation."""
+    """What looks at a validation: where the clients alone validate, the round's end is the end of it.
+
+    ``EarlyStopping``, and what reports to a sweep, of which Optuna may end the trial there and then.
+    """
 
     def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
         users_own(self, "on_train_epoch_end")(trainer, pl_module)
@@ -108,8 +112,14 @@ class ChecksOnceARound(View):
 
 
 # The views of Lightning's own callbacks in the server's fit.
-VIEWS: dict[type[Callback], type[View]] = {
+_VIEWS: dict[type[Callback], type[View]] = {
     LearningRateMonitor: MonitorsClients,
     ModelCheckpoint: SavesOnceARound,
     EarlyStopping: ChecksOnceARound,
 }
+
+
+def views_of(callback: Callback) -> list[type[View]]:
+    """Return the views that a callback has in the server's fit."""
+    views = [view for kind, view in _VIEWS.items() if isinstance(callback, kind)]
+    return [*views, ChecksOnceARound] if placement.reports_to_a_sweep(callback) else views

@@ -20,19 +20,28 @@ _ON_HELD_OUT = ("on_validation_batch_start", "on_validation_batch_end")
 # Lightning's own that act on training, which happens on the clients, without writing one of these hooks.
 _LOCAL = ("GradientAccumulationScheduler", "BaseFinetuning", "ModelPruning", "SpikeDetection")
 _NOWHERE = ("StochasticWeightAveraging", "WeightAveraging", "LearningRateFinder", "BatchSizeFinder")
+# Packages whose hooks say nothing: Ray Tune writes every one, and acts at those that were asked for.
+_KNOWN_PACKAGES = ("lightning", "pytorch_lightning", "ray")
+# By name: they are imported where the user does.
+_OF_SWEEPS = {("optuna_integration", "PyTorchLightningPruningCallback"), ("ray", "TuneCallback")}
 # What these do at their hooks is the server's, once a round.
 _SERVERS = (FederatedCallback, ProgressBar, Checkpoint)
 
 
 def written(callback: Callback, hooks: Iterable[str]) -> list[str]:
-    """Return which hooks a callback overrides: those of Lightning's own making are not among them."""
+    """Return which hooks a callback overrides: those of Lightning's own making, and Ray's, are not among them."""
     there = {*dir(type(callback)), *vars(callback)}  # what mock makes answers to every hook, and means none of them
     found = [hook for hook in hooks if hook in there and overrides(callback, Callback, hook)]
-    return [hook for hook in found if not _is_lightnings(users_own(callback, hook))]
+    return [hook for hook in found if _package(users_own(callback, hook)) not in _KNOWN_PACKAGES]
 
 
-def _is_lightnings(method: Any) -> bool:
-    return str(getattr(method, "__module__", "")).partition(".")[0] in ("lightning", "pytorch_lightning")
+def reports_to_a_sweep(callback: Callback) -> bool:
+    """Return whether a callback is one with which Optuna or Ray Tune follow a trial."""
+    return any((_package(kind), kind.__name__) in _OF_SWEEPS for kind in type(callback).__mro__)
+
+
+def _package(of: Any) -> str:
+    return str(getattr(of, "__module__", "")).partition(".")[0]
 
 
 def _is_one_of(callback: Callback, names: Sequence[str]) -> bool:
@@ -92,11 +101,12 @@ def misplaced(callbacks: Sequence[Callback], client_callbacks: Sequence[Callback
 
 
 def monitors_of_a_part(callbacks: Sequence[Callback], prefix: str) -> list[str]:
-    """Return each callback that stops or saves by a metric of this prefix, as its user wrote it."""
+    """Return each callback that stops, saves or prunes by a metric of this prefix, as its user wrote it."""
     return [
-        f"{type(callback).__name__}(monitor={callback.monitor!r})"
+        f"{type(callback).__name__}(monitor={monitor!r})"
         for callback in callbacks
-        if isinstance(callback, (EarlyStopping, ModelCheckpoint)) and str(callback.monitor).startswith(prefix)
+        if isinstance(callback, (EarlyStopping, ModelCheckpoint)) or reports_to_a_sweep(callback)
+        if (monitor := str(getattr(callback, "monitor", None))).startswith(prefix)
     ]
 
 

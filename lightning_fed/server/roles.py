@@ -14,7 +14,7 @@ from lightning_fed.callbacks.base import FederatedCallback
 from lightning_fed.callbacks.learning_rates import LearningRates
 from lightning_fed.client.local.work import LocalOptions
 from lightning_fed.server import arguments, owners, placement
-from lightning_fed.server.callback_views import VIEWS, TrainsOnClients
+from lightning_fed.server.callback_views import TrainsOnClients, views_of
 from lightning_fed.views import viewed_as
 
 
@@ -71,9 +71,8 @@ class Roles:
         """Begin the server's fit; the list of its callbacks is whole."""
         self.adopt(callbacks)
         for callback in callbacks:
-            for kind, view in VIEWS.items():
-                if isinstance(callback, kind):
-                    self.views.enter_context(viewed_as(callback, view))
+            for view in views_of(callback):
+                self.views.enter_context(viewed_as(callback, view))
         for said in placement.once_a_round([c for c in callbacks if c not in self._of_module]):
             rank_zero_warn(said)
 

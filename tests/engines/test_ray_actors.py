@@ -46,6 +46,7 @@ class Toys:
     """
 
     exceptions = SimpleNamespace(RayError=Ended)
+    util = SimpleNamespace(get_current_placement_group=lambda: None)
 
     def __init__(self, room: int = 2, starts: tuple[Any, ...] = (), **clients: Any) -> None:
         self.room, self._starts, self.clients = room, iter(starts), clients
@@ -160,6 +161,39 @@ def test_the_third_in_a_row_that_ends_before_it_has_started_is_an_error() -> Non
         ConfigurationError, match=r"^3 Ray actors in a row .*: the last one ended \(Ended: of memory\)\.$"
     ):
         replies(ray, workers=1)
+
+
+def in_trial(bundles: list[dict[str, float]], has: dict[str, float]) -> Any:
+    """Ray, in a trial of Ray Tune with these bundles, which runs in so much of the first."""
+    ray: Any = Toys()
+    ray.util = SimpleNamespace(get_current_placement_group=lambda: SimpleNamespace(bundle_specs=bundles))
+    context = SimpleNamespace(should_capture_child_tasks_in_placement_group=True, get_assigned_resources=lambda: has)
+    ray.get_runtime_context = lambda: context
+    return ray
+
+
+@pytest.mark.parametrize(
+    ("bundles", "workers", "expected"),
+    [
+        ([{"CPU": 1}] * 3, 8, 2),
+        ([{"CPU": 1}] * 3, 1, 1),
+        ([{"CPU": 4}], 8, 3),
+        ([{"CPU": 1}, {"CPU": 2}], 8, 2),
+    ],
+)
+def test_in_a_trial_of_ray_tune_there_are_as_many_actors_as_it_has_room_for(bundles, workers, expected) -> None:
+    ray = in_trial(bundles, {"CPU": 1})
+    ray.room = 99
+    replies(ray, workers=workers)
+    assert len(ray.made) == expected
+
+
+def test_a_trial_of_ray_tune_without_room_for_an_actor_is_an_error_and_not_a_wait() -> None:
+    said = (
+        r"asks Ray for \{'CPU': 1\}, and beside itself its trial of Ray Tune has \{'CPU': 0\}: .*PlacementGroupFactory"
+    )
+    with pytest.raises(ConfigurationError, match=said):
+        replies(in_trial([{"CPU": 1}], {"CPU": 1}))
 
 
 def test_one_that_cannot_work_is_an_error_with_its_words() -> None:

@@ -27,9 +27,10 @@ Names = dict[str, Any]
 # What the guides' code runs after: a module and loaders, as a reader has them.
 SETUP = "docs/howto/index.md"
 # What takes long, with a shorter test of the same elsewhere: long runs, and an engine's processes that start.
-MARKED = {
+MARKED: dict[str, Any] = {
     "docs/howto/ray.md": pytest.mark.ray,
     "docs/howto/gpu.md": pytest.mark.landing,
+    "docs/howto/sweeps.md": [pytest.mark.slow, pytest.mark.ray],
     "docs/tutorials/central_to_federated.md": pytest.mark.landing,
 }
 # What is run by a test of its own, in which it takes server and sites.
@@ -70,6 +71,10 @@ def of_deployment(names: Names) -> None:
     names |= {"FederatedTrainer": WithoutNetwork, "server": ServerApp(), "client": ClientApp()}
 
 
+def of_sweeps(names: Names) -> None:
+    pytest.importorskip("optuna_integration", reason='pip install "lightning_fed[sweeps]"')
+
+
 class WithoutNetwork(FederatedTrainer):
     def join(self, address: str, model: Any, *data: Any, client: int, **how: Any) -> None:
         assert address == "host:8000"
@@ -81,6 +86,7 @@ MORE: dict[str, Callable[[Names], None]] = {
     "CONTRIBUTING.md": of_contributing,
     "docs/deployment.md": of_deployment,
     "docs/resume.md": of_readme,
+    "docs/howto/sweeps.md": of_sweeps,
 }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import FedAdam, History, Partition
+from lightning_fed.callbacks import FedAdam, History, PartialParticipation, Partition
 from lightning_fed.testing import ToyModule, toy_data
 from tests.helpers import QUIET, sweep
 
@@ -135,6 +135,51 @@ def test_early_stopping_checks_where_the_clients_alone_validate(every, stopped, 
     trainer.fit(ByRound(), loader())
     assert trainer.current_epoch == stopped
     assert type(stopping) is EarlyStopping
+
+
+class Reports(Callback):
+    """As Ray Tune's: it has every hook, and acts at one. ``Optuna``'s has that one alone."""
+
+    __module__ = "ray.tune.integration.pytorch_lightning"
+
+    def __init__(self) -> None:
+        self.rounds: list[tuple[int, float]] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            score = trainer.callback_metrics.get("val_loss", trainer.callback_metrics["clients/val_loss"])
+            self.rounds.append((pl_module.current_epoch, float(score)))
+
+
+def _at_no_hook(self: Any, *args: Any, **kwargs: Any) -> None: ...
+
+
+_at_no_hook.__module__ = Reports.__module__
+for _hook in ("on_train_batch_start", "on_train_batch_end", "on_after_backward", "on_before_optimizer_step"):
+    setattr(Reports, _hook, _at_no_hook)
+TuneCallback = type("TuneCallback", (Reports,), {"__module__": Reports.__module__})
+Pruning = type("PyTorchLightningPruningCallback", (Reports,), {"__module__": "optuna_integration.any", "monitor": "x"})
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("validates", [True, False])
+@pytest.mark.parametrize("kind", [type("Own", (TuneCallback,), {}), Pruning])
+def test_callbacks_of_optuna_and_ray_tune_look_at_a_round_when_it_has_been_validated(kind, validates, every):
+    callback = kind()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = federated(callback, check_val_every_n_epoch=every)
+        trainer.fit(ByRound(), loader(), loader(8) if validates else None)
+    assert callback.rounds == [(round - 1, round) for round in range(every, 7, every)]
+    assert type(callback) is kind
+    assert not [one for one in caught if "client_callbacks" in str(one.message)]
+
+
+def test_optuna_s_monitor_of_clients_that_change_is_named():
+    callback = Pruning()
+    callback.monitor = "clients/val_loss"
+    with pytest.warns(UserWarning, match=r"PyTorchLightningPruningCallback\(monitor='clients/val_loss'\): 1 of 2"):
+        federated(callback, PartialParticipation(fraction_evaluate=0.5), rounds=1).fit(ByRound(), loader())
 
 
 @pytest.mark.parametrize("every", [1, 3])
