@@ -24,7 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended"),
     pytest.mark.filterwarnings("ignore:.*will be overridden by `LightningCLI.configure_optimizers`"),
     pytest.mark.filterwarnings("ignore:(?s).*deprecated in v4.49.0"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 
 CONFIG = """

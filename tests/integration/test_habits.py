@@ -16,6 +16,13 @@ from lightning_fed.values.weights import Weights, read
 from tests.habits import DATA_HABITS, LOADERS, MODULE_HABITS, Data, DrawsAtModuleLevel, Habitual, go_together
 from tests.helpers import QUIET, LastFirst, sweep
 
+# What the library says of habits is true of each of them, and has tests of its own; those here are about the numbers.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* grew in a client's fit:UserWarning"),
+    pytest.mark.filterwarnings("ignore:vectorize_clients. .*clients train one after the other:UserWarning"),
+    pytest.mark.filterwarnings(r"ignore:.*state_dict\(\) leaves out what trains:UserWarning"),
+]
+
 SIZES = (24, 16, 9)
 
 

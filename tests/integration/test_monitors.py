@@ -22,8 +22,6 @@ from lightning_fed.callbacks import FedAdam, History, PartialParticipation, Part
 from lightning_fed.testing import ToyModule, toy_data
 from tests.helpers import QUIET, sweep
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-
 
 def loader(examples: int = 48, **options: Any) -> DataLoader[Any]:
     return DataLoader(toy_data(examples), batch_size=8, **options)

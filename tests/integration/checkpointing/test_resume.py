@@ -17,8 +17,6 @@ from tests.helpers import sweep
 from tests.integration.checkpointing import resume_script
 from tests.integration.checkpointing.resume_script import ROUNDS, STOP_ROUND, StopAt, run, stopped_run
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-
 FEDERATION = "lightning_fed.Federation"
 
 SAVING: dict[str, dict[str, Any]] = {

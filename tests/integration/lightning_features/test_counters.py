@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 
 from tests.integration.lightning_features.fits import Each, federated, toy, train, val
-
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 
 def test_counters_mean_rounds_at_the_server_and_local_epochs_on_clients():

@@ -15,9 +15,6 @@ from lightning_fed.callbacks import (
 from lightning_fed.testing import ToyModule, toy_data
 from tests.integration.lightning_features.fits import Each, Whole, federated, same, toy, train, val, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-
-
 TRANSFERRED: list[tuple[str, Any]] = []  # what a client appends to a list of the datamodule's own is restored
 
 

@@ -17,8 +17,6 @@ from lightning_fed.testing import toy_data
 from tests.helpers import QUIET
 from tests.integration.lightning_features.fits import Each, toy, train
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-
 
 @pytest.mark.parametrize(("dev_run", "rounds"), [(2, 2), (True, 1)])
 def test_fast_dev_run_runs_n_rounds_of_at_most_two_clients_with_n_batches_each(tmp_path, dev_run, rounds):

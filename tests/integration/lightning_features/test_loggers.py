@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +21,6 @@ from lightning_fed.callbacks import (
 from lightning_fed.testing import ToyModule
 from tests.integration.lightning_features.fits import Each, federated, toy, train, val
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-
 
 def rows_of(logger: CSVLogger) -> list[dict[str, str]]:
     with open(Path(logger.log_dir) / "metrics.csv") as file:
@@ -38,6 +37,13 @@ def test_csv_logger_has_one_set_of_rows_a_round(tmp_path):
     assert [(row["step"], row["epoch"]) for row in rows] == [(str(r), str(r)) for r in (0, 0, 1, 1, 2, 2)]
     for name in ("train_loss", "clients/val_acc", "val_loss"):
         assert [float(row[name]) for row in rows if name in row] == pytest.approx(history[name], rel=1e-5)
+
+
+def test_without_a_logger_nothing_is_said_of_loggers():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        federated(logger=False, held_out=True).fit(toy(), train(), val())
+    assert not [one for one in caught if "have no logger configured" in str(one.message)]
 
 
 def test_csv_logger_goes_on_counting_in_a_resumed_run(tmp_path):

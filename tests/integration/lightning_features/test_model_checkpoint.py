@@ -12,8 +12,6 @@ from lightning.pytorch.callbacks import (
 from lightning_fed.testing import ToyModule
 from tests.integration.lightning_features.fits import Each, Scripted, federated, same, toy, train, val, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-
 
 def test_model_checkpoint_keeps_the_best_two_rounds(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_acc", mode="max", save_top_k=2)

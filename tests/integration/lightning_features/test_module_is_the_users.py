@@ -8,7 +8,6 @@ import pickle
 from typing import Any
 
 import lightning as L
-import pytest
 import torch
 from torch import Tensor
 
@@ -20,8 +19,6 @@ from lightning_fed.callbacks import (
 from lightning_fed.testing import ToyModule
 from tests.helpers import QUIET
 from tests.integration.lightning_features.fits import Each, federated, same, toy, train, val, weights
-
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 
 def test_the_module_is_the_users_during_and_after_fit():

@@ -13,8 +13,6 @@ from lightning_fed.callbacks import (
 )
 from tests.integration.lightning_features.fits import federated, toy, train, val
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-
 
 @pytest.mark.parametrize(
     ("bar", "text"),

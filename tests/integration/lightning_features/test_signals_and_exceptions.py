@@ -26,8 +26,6 @@ from lightning_fed.testing import ToyModule, toy_data
 from tests.helpers import QUIET
 from tests.integration.lightning_features.fits import Each, federated, same, toy, train, val, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-
 
 def at(hook: str, do: Callable[[], None], round: int = 2, client: int = 1) -> Callback:
     """A client callback that does something once, at a hook of one client in one round."""

@@ -13,8 +13,6 @@ from lightning_fed.callbacks import (
 )
 from tests.integration.lightning_features.fits import Scripted, federated, toy, train, val
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-
 
 @pytest.mark.parametrize("monitor", ["val_loss", "clients/val_loss", "scripted_train"])
 def test_early_stopping_counts_rounds(monitor):

@@ -20,8 +20,6 @@ from lightning_fed.testing import ToyModule, toy_data
 from tests.helpers import QUIET
 from tests.integration.lightning_features.fits import Each, federated, same, toy, train, val, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-
 
 def test_client_callbacks_are_copied_for_each_local_fit():
     class Counting(Callback):

@@ -17,8 +17,6 @@ from lightning_fed.callbacks import (
 from lightning_fed.testing import toy_data
 from tests.integration.lightning_features.fits import Each, Scripted, Whole, federated, toy, train, val
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-
 
 def test_check_val_every_n_epoch_validates_every_n_rounds_at_the_server_and_on_clients():
     history = History()

@@ -19,8 +19,6 @@ from lightning_fed.testing import ToyModule, toy_data
 from tests.helpers import QUIET
 from tests.integration.lightning_features.fits import Each, federated, toy, train, val, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-
 
 class WithAdam(ToyModule):
     """Adam, and its learning rate as its metric."""
