@@ -8,6 +8,7 @@ import types
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
+from contextlib import ContextDecorator
 from enum import Enum
 from itertools import islice
 from typing import Any
@@ -157,7 +158,8 @@ class Walk:
             if is_library(thing.__module__) or issubclass(thing, Enum):
                 return []
             return [Container(thing, parent, step, nodes.CLASS), Passage(thing, parent, step, of_class(thing))]
-        if sort == "endless":
+        # That of a `@contextmanager` which decorates a function is never begun: each call makes its own.
+        if sort == "endless" and not (parent and isinstance(parent.thing, ContextDecorator)):
             self.endless.append(Node(thing, parent, step))
         if sort == "unseen":
             self.unseen.append(Node(thing, parent, step))

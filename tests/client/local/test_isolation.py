@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import logging.handlers
@@ -133,6 +134,28 @@ def test_an_iterator_is_named_once_a_run() -> None:
                 next(module.numbers)
     (text,) = [str(one.message) for one in caught]
     assert text.startswith("module.numbers: what a client takes from an iterator cannot be restored")
+
+
+@contextlib.contextmanager
+def around_calls():
+    yield
+
+
+class Decorated(Collecting):
+    """As models of transformers are: a context manager decorates a method, within another decorator."""
+
+    @torch.no_grad()
+    @around_calls()
+    def draw(self) -> None:
+        pass
+
+
+def test_a_context_manager_that_decorates_is_no_iterator_of_which_something_is_taken() -> None:
+    isolation, module = Isolation(), Decorated()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with isolation.around(module, None):
+            pass
 
 
 def test_what_was_noted_can_be_forgotten() -> None:
