@@ -1,4 +1,4 @@
-"""The options of the examples with Fashion-MNIST and Shakespeare, in no need of slow imports: ``--help`` answers at once."""
+"""The options of the examples with Fashion-MNIST and Shakespeare, without imports that take seconds."""
 
 import argparse
 import math

@@ -1,8 +1,8 @@
 """LoRA in a small GPT-2 over clients: only adapters train, and only adapters travel.
 
 A GPT-2 of characters, made from its config without a download, is trained on the first 70 speakers of Shakespeare. Then
-adapters of rank 4 (Hu et al. 2022, https://arxiv.org/abs/2106.09685) fit it to the 71 others, who are in other plays:
-in one place; federated; federated with A frozen as it was drawn (FFA-LoRA, Sun et al. 2024,
+adapters of rank 4 (Hu et al. 2022, https://arxiv.org/abs/2106.09685) fit it to the 71 who come later, mostly in other
+plays: in one place; federated; federated with A frozen as it was drawn (FFA-LoRA, Sun et al. 2024,
 https://arxiv.org/abs/2403.12313); and at each speaker alone. All make as many passes over the data. Needs
 ``pip install "lightning_fed[lora]"``::
 
@@ -90,7 +90,7 @@ def adapt(way, base, args, seed, data):
     own = [DataLoader(Subset(data.val, np.flatnonzero(said == one)), batch_size=100) for one in np.unique(said)]
     results = trainer.test_clients(dataloaders=own)
     if way == "local only":
-        return {**curve.loss, args.passes: results.merged["val_loss"]}, 0, results
+        return {args.passes: results.merged["val_loss"]}, 0, results
     size = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
     assert sum(history["bytes/down"]) == sum(history["bytes/up"]) == size * len(history.clients)  # and nothing else
     return curve.loss, size, results
@@ -115,12 +115,13 @@ def main(args):
         ends = [list(curve.values())[-1] for curve in curves]
         print(f"  {way:<11}", *(f"{end:.4f}" for end in ends), f"{sizes[0]:>9,}" if sizes[0] else "")
         draw_loss(losses, way, curves)
-    for one in found:
+    for seed, one in zip(args.seed, found, strict=True):
         alone, shared = one["local only"][2], one["federated"][2]
         gain = np.subtract(alone["val_loss"], shared["val_loss"])
         print(f"  federated is better than local only for {(gain > 0).sum()} of {len(gain)} speakers")
-        speakers.scatter([row["num_examples"] for row in alone.rows], gain, s=12)
+        speakers.scatter([row["num_examples"] for row in alone.rows], gain, s=12, label=f"seed {seed}")
     losses.legend()
+    speakers.legend()
     speakers.axhline(0, color="black", linewidth=0.8)
     speakers.set(xlabel="validation passages of a speaker", ylabel="loss local only - loss federated", xscale="log")
     path = args.output_dir / "lora.png"
