@@ -76,11 +76,19 @@ class RunState:
         Raises:
             ConfigurationError: If there is no such client, or the client keeps it itself.
         """
-        if not checks.is_whole(client) or not 0 <= client < self.num_clients:
-            raise ConfigurationError(f"There is no client {client!r}: there are clients 0 to {self.num_clients - 1}.")
+        self.require_client(client)
         if not isinstance(self._clients, LocalGrid):
             raise ConfigurationError(f"What client {client} keeps is with it, and not on this machine.")
         return self._clients.state_of(client, before_round=self._snapshot is not None)
+
+    def require_client(self, client: int) -> None:
+        """Check that there is such a client.
+
+        Raises:
+            ConfigurationError: If there is none.
+        """
+        if not checks.is_whole(client) or not 0 <= client < self.num_clients:
+            raise ConfigurationError(f"There is no client {client!r}: there are clients 0 to {self.num_clients - 1}.")
 
     def require_here(self, call: str, way_out: str) -> None:
         """Check that clients, and what they keep, are on this machine.

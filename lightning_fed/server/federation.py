@@ -20,6 +20,8 @@ from lightning_fed._compat.known_lightning import is_known, why_slower
 from lightning_fed._compat.lightning import set_train_source, trainer_of
 from lightning_fed.client.side import ClientSide, own_in
 from lightning_fed.errors import ConfigurationError
+from lightning_fed.seeding import random_states_kept
+from lightning_fed.server.alone import alone
 from lightning_fed.server.checkpoint import Found, RunState
 from lightning_fed.server.deal import Deal
 from lightning_fed.server.exchange import About
@@ -28,6 +30,7 @@ from lightning_fed.server.owners import Owners
 from lightning_fed.server.session import Session
 from lightning_fed.server.view import RoundLoader
 from lightning_fed.values import weights
+from lightning_fed.values.data import ClientLoaders
 from lightning_fed.views import View, uncompile, user_class, viewed_as
 from lightning_fed.wire.checkpoint_file import FEDERATION
 from lightning_fed.wire.messages import memory_in
@@ -188,6 +191,15 @@ class Federation(Callback):
         uncompile(copied)
         weights.load(copied, {**self.global_weights(copied), **own})
         return copied
+
+    def client_data(self, client: int, round: int) -> ClientLoaders:
+        """See ``FederatedTrainer.client_data``."""
+        call = f"client_data({client!r})"
+        fitted, state = self.last_fit(call)
+        state.require_here(call, "A site's data never leaves it.")
+        state.require_client(client)
+        with alone(), random_states_kept():
+            return fitted.deal(client, round)
 
     def save_personal_modules(self, folder: str | os.PathLike[str]) -> None:
         """See ``FederatedTrainer.save_personal_modules``."""

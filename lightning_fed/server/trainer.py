@@ -18,6 +18,7 @@ from lightning_fed.server.exchange import About
 from lightning_fed.server.federation import Federation
 from lightning_fed.server.owners import Owners
 from lightning_fed.server.roles import Roles
+from lightning_fed.values.data import ClientLoaders
 from lightning_fed.values.metrics import logged_names
 from lightning_fed.wire.checkpoint_file import is_there
 
@@ -75,6 +76,17 @@ class ServerTrainer(Trainer):
             ConfigurationError: If there has been no fit, there is no such client, or it is somewhere else.
         """
         return self.federation.personal_module(client)
+
+    def client_data(self, client: int) -> ClientLoaders:
+        """Return what a client trains on (``train``) and evaluates on (``val``): loaders, or its ``datamodule``.
+
+        During a fit or after it. The loaders are made anew: those of ``Partition``, over the client's own examples, or
+        what ``ClientData`` gives. What is not there is ``None``.
+
+        Raises:
+            ConfigurationError: If there has been no fit, there is no such client, or clients are elsewhere.
+        """
+        return self.federation.client_data(client, max(1, self.global_step))
 
     def save_personal_modules(self, folder: str | os.PathLike[str]) -> None:
         """Save what each client has of its own, and once what all share, for ``lightning_fed.load_personal_module``.
