@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fed.callbacks.base import FederatedCallback
-from lightning_fed.callbacks.local_steps import is_skipped, parameters_of, refuse_unheard, unheard
+from lightning_fed.callbacks.local_steps import is_skipped, parameters_of, refuse_unheard, trainable_in, unheard
 from lightning_fed.checks import switch_faults
 from lightning_fed.client.local.method import LocalMethod
 from lightning_fed.errors import ClientError, ConfigurationError, require
@@ -122,7 +122,7 @@ class Mixture(LocalMethod):
 
     def initial_memory(self, pl_module: LightningModule) -> dict[str, Tensor]:
         """Return the ``alpha`` of a client that has none yet; its ``v`` is what it received."""
-        wide = any(torch.finfo(p.dtype).bits == 64 for p in pl_module.parameters())
+        wide = any(torch.finfo(p.dtype).bits == 64 for p in trainable_in(pl_module).values())
         return {"alpha": torch.tensor(self.alpha, dtype=torch.float64 if wide else torch.float32)}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -258,7 +258,7 @@ _UNEQUAL = (
 def travelling(trainer: Trainer, module: LightningModule) -> dict[str, nn.Parameter]:
     """Return a client's parameters by the module's names, without those that nobody trains and that do not travel."""
     frozen = getattr(trainer, "frozen", ())
-    return {name: p for name, p in module.named_parameters() if name not in frozen}
+    return {name: p for name, p in trainable_in(module).items() if name not in frozen}
 
 
 def _inner(one: Tensor, other: Tensor) -> float:

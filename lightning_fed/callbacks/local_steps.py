@@ -39,7 +39,7 @@ def zeros_of(module: LightningModule, frozen: bool = True) -> dict[str, Tensor]:
     """
     return {
         name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        for name, p in module.named_parameters()
+        for name, p in trainable_in(module).items()
         if p.requires_grad or frozen
     }
 
@@ -50,7 +50,12 @@ def shared_parameters(trainer: Trainer, module: LightningModule) -> dict[nn.Para
     Some may not train now: that can change within a fit, and a parameter's gradient tells at each step.
     """
     stay = {*getattr(trainer, "personal", ()), *getattr(trainer, "frozen", ())}
-    return {p: name for name, p in module.named_parameters() if name not in stay}
+    return {p: name for name, p in trainable_in(module).items() if name not in stay}
+
+
+def trainable_in(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that may have gradients, by name; quantized weights are integers, and have none."""
+    return {name: p for name, p in module.named_parameters() if p.is_floating_point() or p.is_complex()}
 
 
 def refuse_unheard(method: str, is_heard: bool, begin: Mapping[nn.Parameter, Tensor]) -> None:

@@ -103,7 +103,7 @@ class ClientSide:
     def complete(self, task: LocalTask) -> LocalTask:
         """Give a client the tensors that did not travel."""
         if self.own:
-            task.weights = {**self.own, **personal_in(task.memory), **task.weights}
+            task.weights = {**self.own, **personal_in(task.memory, self.options), **task.weights}
         return task
 
     def train(self, work: LocalWork) -> LocalResult:
@@ -173,18 +173,17 @@ class ClientSide:
         return {**result.memory, **personal, **own}
 
 
-def personal_in(memory: Weights) -> Weights:
-    """Return the client's own weights in what it keeps, with which it trains what travels."""
-    return of_method(memory, _PERSONAL)
-
-
-def own_in(memory: Weights, options: LocalOptions) -> Weights:
-    """Return the client's own weights in what it keeps, with which it evaluates.
+def personal_in(memory: Weights, options: LocalOptions) -> Weights:
+    """Return the client's own weights in what it keeps, with which it trains what travels.
 
     What it has kept in another way of training, from before a resume, is not its own in this one.
     """
-    personal = {name: own for name, own in personal_in(memory).items() if name in options.staying.personal}
-    return {**personal, **of_method(memory, f"{_second_method(options)}, {_OWN}")}
+    return {name: own for name, own in of_method(memory, _PERSONAL).items() if name in options.staying.personal}
+
+
+def own_in(memory: Weights, options: LocalOptions) -> Weights:
+    """Return the client's own weights in what it keeps, with which it evaluates."""
+    return {**personal_in(memory, options), **of_method(memory, f"{_second_method(options)}, {_OWN}")}
 
 
 def _second_method(options: LocalOptions) -> str:

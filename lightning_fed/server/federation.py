@@ -86,6 +86,7 @@ class Federation(Callback):
         self._session: Session | None = None
         self._state: Saves = Saved({})
         self._fitted: Fitted | None = None  # of the last fit
+        self._loaded: str | None = None  # the checkpoint of another round that a test has loaded since
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without grid and clients; what a checkpoint needs of them is in it."""
@@ -111,7 +112,7 @@ class Federation(Callback):
     def begin(self, grid: Grid, deal: Deal, side: ClientSide, engine: str) -> None:
         """Take up a grid, and the name of what gave it; Lightning's fit follows."""
         self._given, self._session, self._state = FitInputs(grid, deal, side, engine), None, Saved({})
-        self.has_begun = False
+        self.has_begun, self._loaded = False, None
 
     def end(self) -> None:
         """Let the grid go; what a checkpoint saved after the fit, or a test of clients, needs is kept."""
@@ -132,11 +133,20 @@ class Federation(Callback):
             state = callbacks.get(self.state_key, {})
             found = Found(str(trainer.ckpt_path), int(checkpoint["global_step"]), set(callbacks), state)
             self._given.resumed = Resumed(found, Session.script_of(self._given.side, self.owners, trainer))
+        elif self._given is None:
+            is_other = checkpoint["global_step"] != trainer.global_step
+            self._loaded = str(trainer.ckpt_path) if is_other else None
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Deal the data out, build the strategy, load what a checkpoint holds; the module is set up."""
         if self._given is None:
             return
+        if self._given.resumed is None and trainer.global_step:
+            rank_zero_warn(
+                f"This trainer has done {trainer.global_step} rounds and fits again without ckpt_path=: rounds are"
+                " counted on, while what the strategy and clients keep begins anew. To go on, pass ckpt_path=; for"
+                " another run, build another trainer."
+            )
         self._given.side.options.log_dir = trainer.log_dir
         # To Lightning alone: who asks the datamodule for its train loader in a hook gets the user's own.
         set_train_source(trainer, RoundLoader())
@@ -230,6 +240,13 @@ class Federation(Callback):
         if not isinstance(self._state, RunState) or self._fitted is None:
             ended = "its last fit ended before the first round" if self._fitted else "there has been no fit"
             raise ConfigurationError(f"{call}: {ended} with this trainer.")
+        options = self._fitted.options
+        if self._loaded is not None and (options.staying.personal or options.second_fit is not None):
+            rank_zero_warn(
+                f"{call}: the module has the weights of {self._loaded}, and clients have of their own what they kept at"
+                " the end of the fit: the two are of different rounds. Call it before test, validate or predict loads a"
+                " checkpoint of another round."
+            )
         return self._fitted, self._state
 
     def global_weights(self, module: LightningModule) -> weights.Weights:

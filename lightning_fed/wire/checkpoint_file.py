@@ -19,6 +19,7 @@ from lightning_fed.errors import ConfigurationError
 # The key of the federation's state among a checkpoint's callbacks.
 FEDERATION = "lightning_fed.Federation"
 _SHOWN = 3
+_IS_FOLDER = 0x10  # MS-DOS attribute, by which torch's reader goes
 
 
 def explain_errors(trainer: Trainer) -> None:
@@ -68,8 +69,7 @@ def look_at(path: Any) -> str | None:
         with files.open(path, "rb") as file:
             begin = file.read(16)
             whole = zipfile.is_zipfile(file)
-            archive = zipfile.ZipFile(file) if whole else None
-            names, damaged = (archive.namelist(), _damaged(archive)) if archive else ([], None)
+            names, damaged = _parts(file) if whole else ([], None)
     except Exception:
         return None
     if size == 0:
@@ -92,21 +92,40 @@ def _changed(path: Any) -> str | None:
     return look_at(here) if here.is_file() and zipfile.is_zipfile(here) else None
 
 
-def _damaged(archive: zipfile.ZipFile) -> str | None:
-    """Return the first part of an archive that has not its checksum.
+def _parts(file: Any) -> tuple[list[str], str | None]:
+    """Return the names of an archive's parts, and the first that is not what was written.
 
-    ``None`` where none has: ``torch.serialization.set_crc32_options(False)`` writes such files.
+    Where no part has its checksum, none is named: ``torch.serialization.set_crc32_options(False)`` writes such files.
+
+    Raises:
+        OSError: If the file cannot be read.
     """
-    damaged, whole = [], 0
-    for name in archive.namelist():
-        try:
-            with archive.open(name) as part:
-                while part.read(1 << 20):
-                    pass
-            whole += 1
-        except zipfile.BadZipFile:
-            damaged.append(name)
-    return damaged[0] if damaged and whole else None
+    try:
+        archive = zipfile.ZipFile(file)
+    except OSError:
+        raise
+    except Exception:
+        return [], "the index"
+    parts = archive.infolist()
+    damaged = [part.filename for part in parts if not _is_whole(archive, part)]
+    return [part.filename for part in parts], damaged[0] if 0 < len(damaged) < len(parts) else None
+
+
+def _is_whole(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> bool:
+    """Return whether a part is what its checksum says, to torch's reader as well as to Python's."""
+    if part.external_attr & _IS_FOLDER:
+        return False
+    read = 0
+    try:
+        with archive.open(part) as content:
+            while chunk := content.read(1 << 20):
+                read += len(chunk)
+    except OSError:
+        raise
+    except Exception:  # a changed header may be anything: a name that is no text, a compression that is none
+        return False
+    is_stored = part.compress_type == zipfile.ZIP_STORED
+    return read == part.file_size and (not is_stored or read == part.compress_size)
 
 
 def _way_out(trainer: Trainer, path: Any) -> str:

@@ -202,6 +202,23 @@ def with_a_bit_changed(data: bytes) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
+def with_a_header_changed(place: str) -> Any:
+    """A file whose first tensor has one other bit in what the archive says of it; torch reads rubbish."""
+
+    def change(data: bytes) -> bytes:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            part = next(one for one in archive.infolist() if one.filename.endswith("/data/0"))
+        index = data.rindex(part.filename.encode()) - 46
+        at, bit = {
+            "length of the name": (part.header_offset + 26, 6),
+            "compression": (index + 10, 3),
+            "is a folder": (index + 38, 4),
+        }[place]
+        return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
+
+    return change
+
+
 @pytest.mark.parametrize("which", ["personal_modules.pt", "clients-*/client-0.pt"])
 @pytest.mark.parametrize(
     ("damage", "said"),
@@ -210,6 +227,10 @@ def with_a_bit_changed(data: bytes) -> bytes:
         (lambda data: b"", r"is empty \(0 bytes\)"),
         (lambda data: b"hello", "is no file of torch's"),
         (lambda data: with_a_bit_changed(data), "is damaged"),
+        *(
+            (with_a_header_changed(place), "is damaged")
+            for place in ("length of the name", "compression", "is a folder")
+        ),
     ],
 )
 def test_a_damaged_file_is_named(which: str, damage: Any, said: str, tmp_path: Path) -> None:
