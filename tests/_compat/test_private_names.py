@@ -37,7 +37,9 @@ SOURCES = {
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name != "_"
+    # IPython's ways to show an object (``_repr_png_``) are documented, and written by whoever is shown.
+    is_shown = name.startswith("_repr_") and name.endswith("_")
+    return name.startswith("_") and not name.startswith("__") and name != "_" and not is_shown
 
 
 def defined(source: str) -> frozenset[str]:
