@@ -20,7 +20,6 @@ serverapp = "tests.deployment.stock:server"
 clientapp = "tests.deployment.stock:client"
 [tool.flwr.app.config]
 max_rounds = 5
-clients = 3
 check_val_every_n_epoch = 1
 default_root_dir = "."
 """

@@ -1,11 +1,13 @@
 """What docs/deployment.md shows is run, in its order, on this machine."""
 
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.deployment.forks import Forks
 from tests.deployment.processes import ROOT, answers, free_port, wait_for
@@ -43,6 +45,16 @@ def test_the_apps_that_are_shown_are_those_of_the_script():
     assert all(part.strip() in script for part in shown.split("\n\n\n"))
 
 
+def assert_as_in_one_process(checkpoint: Path) -> None:
+    """A checkpoint of the script's run after one round has the weights that the script gives alone, bit for bit."""
+    script = runpy.run_path(str(ROOT / "examples" / "deployment" / "train.py"))
+    model, trainer = script["federation"](max_rounds=1, default_root_dir=str(checkpoint.parents[2] / "alone"))
+    trainer.fit(model, val_dataloaders=script["validation"]())
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert state.keys() == model.state_dict().keys()
+    assert [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, state[name])] == []
+
+
 @pytest.mark.landing
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SECTIONS)
@@ -71,7 +83,7 @@ def test_commands(name, tmp_path):
         assert re.search(rf"accuracy 0\.\d+ after {1 if name == STOCK else 5} rounds", said), said
         if name == STOCK:
             assert f"checkpoints in {tmp_path}/results/checkpoints." in said
-            assert (tmp_path / "results" / "checkpoints" / "last.ckpt").exists()
+            assert_as_in_one_process(tmp_path / "results" / "checkpoints" / "last.ckpt")
         assert all(script.process.poll() is None for script in running)
     finally:
         scripts.end()
