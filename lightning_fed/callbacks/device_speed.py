@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +14,9 @@ from lightning_fed import checks
 from lightning_fed.callbacks.base import ClientReport, FederatedCallback, Stage
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.seeding import seed_for, seeded
+
+if TYPE_CHECKING:
+    from lightning_fed.trainer import FederatedTrainer
 
 ByClient = float | Sequence[float] | Distribution | Callable[[int, int], float]
 
@@ -79,7 +82,7 @@ class DeviceSpeed(FederatedCallback):
         """The virtual seconds of the rounds that are over."""
         return max(self._ends.values(), default=0.0)
 
-    def seconds(self, trainer: Trainer, round: int, client: int, num_examples: float, num_bytes: int) -> float:
+    def seconds(self, trainer: FederatedTrainer, round: int, client: int, num_examples: float, num_bytes: int) -> float:
         """Return how long a client takes for its part of a round.
 
         Args:
@@ -89,18 +92,21 @@ class DeviceSpeed(FederatedCallback):
             num_examples: The examples of one of its epochs.
             num_bytes: What it is sent and sends.
         """
-        local, given = trainer.local_options, (round if self.every_round else 0)  # type: ignore[attr-defined]
-        epochs = local.epochs_of(round)
-        examples = num_examples * epochs if epochs is not None else local.steps * self.batch_size
-        run = (trainer.num_clients, trainer.seed)  # type: ignore[attr-defined]
+        local, given = trainer.local_options, (round if self.every_round else 0)
+        if (epochs := local.epochs_of(round)) is not None:
+            examples = num_examples * epochs
+        else:
+            assert local.steps is not None and self.batch_size is not None  # on_federation_start has looked
+            examples = local.steps * self.batch_size
+        run = (trainer.num_clients, trainer.seed)
         computes = _PASSES * examples * self._seconds.of(round, client, given, *run)
         if self.bandwidth is None:
             return float(computes)
         return float(computes + num_bytes / self._bandwidth.of(round, client, given, *run))
 
-    def on_federation_start(self, trainer: Trainer) -> None:
+    def on_federation_start(self, trainer: FederatedTrainer) -> None:
         """Check that the examples of a round are known."""
-        if trainer.local_options.steps is not None and self.batch_size is None:  # type: ignore[attr-defined]
+        if trainer.local_options.steps is not None and self.batch_size is None:
             raise ConfigurationError(
                 "DeviceSpeed: with local_steps a client's time depends on the examples of a step: write"
                 " DeviceSpeed(..., batch_size=...)."
@@ -111,19 +117,19 @@ class DeviceSpeed(FederatedCallback):
         self._ends = {round: end for round, end in self._ends.items() if round <= trainer.global_step}
         self._stop_in_time(trainer)
 
-    def on_round_start(self, trainer: Trainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
+    def on_round_start(self, trainer: FederatedTrainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
         """Begin to time a round."""
         if stage == "train":
             self._duration = 0.0
 
-    def on_client_end(self, trainer: Trainer, round: int, stage: Stage, report: ClientReport) -> None:
+    def on_client_end(self, trainer: FederatedTrainer, round: int, stage: Stage, report: ClientReport) -> None:
         """Wait for a client."""
         if stage == "train":
             travels = report.bytes_down + report.bytes_up
             took = self.seconds(trainer, round, report.client, report.num_examples, travels)
             self._duration = max(self._duration, took)
 
-    def on_round_end(self, trainer: Trainer, round: int, metrics: dict[str, float]) -> None:
+    def on_round_end(self, trainer: FederatedTrainer, round: int, metrics: dict[str, float]) -> None:
         """Log the time at which the round is over."""
         self._ends = {round - 1: self.now, round: self.now + self._duration}
         metrics[VIRTUAL_TIME] = self.now

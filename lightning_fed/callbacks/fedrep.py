@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_fed.callbacks.local_steps import trainable_in
 from lightning_fed.callbacks.personal import Personal
 from lightning_fed.errors import ConfigurationError, require
 
@@ -95,9 +96,8 @@ class HeadFirst(Callback):
         if self._has_chosen:
             return
         is_heads = trainer.current_epoch - self._first < self.head_epochs
-        for name, p in pl_module.named_parameters():
-            is_chosen = (name in trainer.personal) == is_heads  # type: ignore[attr-defined]
-            if not is_chosen and (p.is_floating_point() or p.is_complex()):
+        for name, p in trainable_in(pl_module).items():
+            if (name in trainer.personal) != is_heads:  # type: ignore[attr-defined]
                 self._let_rest(p, freeze=pl_module.automatic_optimization)
         self._has_chosen = True
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fed.errors import ClientError
+from lightning_fed.values.weights import is_averaged
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -55,7 +56,7 @@ def shared_parameters(trainer: Trainer, module: LightningModule) -> dict[nn.Para
 
 def trainable_in(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that may have gradients, by name; quantized weights are integers, and have none."""
-    return {name: p for name, p in module.named_parameters() if p.is_floating_point() or p.is_complex()}
+    return {name: p for name, p in module.named_parameters() if is_averaged(p)}
 
 
 def refuse_unheard(method: str, is_heard: bool, begin: Mapping[nn.Parameter, Tensor]) -> None:
