@@ -47,7 +47,7 @@ Given = Callable[[int], Any] | Sequence[Any] | None
 def each_on_its_own(trainer: ServerTrainer, clients: Iterable[int] | int | None, given: Given) -> ClientResults:
     """Do as ``FederatedTrainer.test_clients``; arguments and errors as there."""
     federation = trainer.federation
-    fitted, state = federation.last_fit(_CALL)
+    fitted, state = federation.last_models(_CALL)
     if federation.is_running:
         raise ConfigurationError(f"{_CALL}: a fit is running, in which clients train the module. Call it after fit.")
     state.require_here(_CALL, _ELSEWHERE)

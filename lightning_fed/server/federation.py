@@ -186,7 +186,7 @@ class Federation(Callback):
 
     def personal_module(self, client: int) -> LightningModule:
         """See ``FederatedTrainer.personal_module``."""
-        fitted, state = self.last_fit(f"personal_module({client!r})")
+        fitted, state = self.last_models(f"personal_module({client!r})")
         own = own_in(memory_in(state.kept_by(client)), fitted.options)
         with viewed_as(fitted.module, View):  # which copies as the user's own class, without what is compiled
             try:
@@ -214,7 +214,7 @@ class Federation(Callback):
     def save_personal_modules(self, folder: str | os.PathLike[str]) -> None:
         """See ``FederatedTrainer.save_personal_modules``."""
         call = f"save_personal_modules({str(folder)!r})"
-        fitted, state = self.last_fit(call)
+        fitted, state = self.last_models(call)
         state.require_here(call, _WITH_THE_SITES)
         if not isinstance(folder, str | os.PathLike) or not str(folder):
             raise ConfigurationError(f"{call}: name a folder of your own.")
@@ -240,14 +240,19 @@ class Federation(Callback):
         if not isinstance(self._state, RunState) or self._fitted is None:
             ended = "its last fit ended before the first round" if self._fitted else "there has been no fit"
             raise ConfigurationError(f"{call}: {ended} with this trainer.")
-        options = self._fitted.options
+        return self._fitted, self._state
+
+    def last_models(self, call: str) -> tuple[Fitted, RunState]:
+        """Do as ``last_fit`` for who combines the module's weights with clients' own, and say if rounds mix."""
+        fitted, state = self.last_fit(call)
+        options = fitted.options
         if self._loaded is not None and (options.staying.personal or options.second_fit is not None):
             rank_zero_warn(
                 f"{call}: the module has the weights of {self._loaded}, and clients have of their own what they kept at"
                 " the end of the fit: the two are of different rounds. Call it before test, validate or predict loads a"
                 " checkpoint of another round."
             )
-        return self._fitted, self._state
+        return fitted, state
 
     def global_weights(self, module: LightningModule) -> weights.Weights:
         """Return those that a module of the fit has; in the middle of a round those that it began with."""

@@ -87,6 +87,7 @@ def test_a_checkpoint_of_another_round_that_a_test_has_loaded_is_said(ask: str, 
     trainer.test(dataloaders=data, ckpt_path=str(earlier), verbose=False)
     with pytest.warns(UserWarning, match=rf"{ask}\(.*the module has the weights of .*epoch=0.*of different rounds"):
         call(*arguments)
+    says_nothing(trainer.client_data, 1)  # which is of no round
     trainer.test(dataloaders=data, ckpt_path=str(tmp_path / "last.ckpt"), verbose=False)
     says_nothing(call, *arguments)
 
