@@ -96,7 +96,8 @@ class DeviceSpeed(FederatedCallback):
         if (epochs := local.epochs_of(round)) is not None:
             examples = num_examples * epochs
         else:
-            assert local.steps is not None and self.batch_size is not None  # on_federation_start has looked
+            assert local.steps is not None
+            assert self.batch_size is not None  # on_federation_start has looked
             examples = local.steps * self.batch_size
         run = (trainer.num_clients, trainer.seed)
         computes = _PASSES * examples * self._seconds.of(round, client, given, *run)
