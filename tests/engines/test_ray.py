@@ -67,7 +67,7 @@ def test_an_actor_that_dies_takes_one_client_with_it_and_is_replaced():
 
 
 def test_replies_come_in_the_order_of_the_messages_and_late_ones_are_left_out():
-    app = client_that(lambda client: time.sleep({0: 1, 1: 60}.get(client, 0)))
+    app = client_that(lambda client: time.sleep({0: 1, 1: 120}.get(client, 0)))
 
     def main(grid: Any) -> Any:
         def who(clients: list[int], timeout: float) -> list[int]:
@@ -75,23 +75,27 @@ def test_replies_come_in_the_order_of_the_messages_and_late_ones_are_left_out():
                 r.metadata.src_node_id for r in grid.send_and_receive(train_messages(grid, clients), timeout=timeout)
             ]
 
-        return who([3, 1, 4], 60), who([3, 2, 4], 5), who([3, 1], 60)
+        return who([3, 1, 4], 60), who([3, 2, 4], 15), who([3, 1], 60)
 
     assert Ray(num_workers=2).run(main, app, lambda: 4) == ([3, 1, 4], [3, 4], [3, 1])
 
 
-def test_a_client_that_hangs_does_not_take_those_behind_it_along():
-    app = client_that(lambda client: time.sleep(60 if client == 1 else 0))
+def test_a_client_that_hangs_does_not_take_those_behind_it_along(tmp_path):
+    def act(client: int) -> None:
+        (tmp_path / str(client)).touch()
+        while client in (0, 2) and not all((tmp_path / other).exists() for other in "02"):
+            time.sleep(0.05)
+        time.sleep(120 if client == 1 else 0)
 
     def main(grid: Any) -> Any:
-        list(grid.send_and_receive(train_messages(grid, [1, 3])))  # both actors have started
+        list(grid.send_and_receive(train_messages(grid, [1, 3])))  # clients 0 and 2 wait for one another: two actors
         start = time.monotonic()
-        who = [r.metadata.src_node_id for r in grid.send_and_receive(train_messages(grid), timeout=3)]
+        who = [r.metadata.src_node_id for r in grid.send_and_receive(train_messages(grid), timeout=12)]
         return who, time.monotonic() - start
 
-    who, seconds = Ray(num_workers=2).run(main, app, lambda: 20)
+    who, seconds = Ray(num_workers=2).run(main, client_that(act), lambda: 20)
     assert who == [1, *range(3, 21)]
-    assert 2.9 < seconds < 15
+    assert 11.9 < seconds < 40
 
 
 @pytest.mark.parametrize("error", [KeywordOnly, Otherwise])
