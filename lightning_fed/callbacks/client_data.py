@@ -19,9 +19,9 @@ class ClientData(PartitionOwner):
     """Gives each client its own datamodule or train loader, in ``Partition``'s place.
 
     ``fit(model)`` then needs no train loader. A client's datamodule is set up in the client's own fit, and its
-    ``val_dataloader`` serves the client-side evaluation. A client weighs as much as its train loader yields examples in
-    an epoch, by sampler, ``drop_last`` and ``limit_train_batches``; where lengths do not tell, as many as come in a
-    round's first local epoch.
+    ``val_dataloader`` serves the client-side evaluation, for which it is set up as for a fit, too. A client weighs as
+    much as its train loader yields examples in an epoch, by sampler, ``drop_last`` and ``limit_train_batches``; where
+    lengths do not tell, as many as come in a round's first local epoch.
 
     Args:
         clients: ``fn(client_id)`` for clients ``0..n-1`` (with ``num_clients``), or a list with one entry a client;

@@ -131,7 +131,10 @@ class OwnDataView(View):
 
     def setup(self, stage: str) -> None:
         with self.trainer.task.making_data(self):
-            users_own(self, "setup")(stage)
+            users_own(self, "setup")(_as_in_a_fit(stage))
+
+    def teardown(self, stage: str) -> None:
+        users_own(self, "teardown")(_as_in_a_fit(stage))
 
     def train_dataloader(self) -> Any:
         with self.trainer.task.making_data(self):
@@ -144,3 +147,8 @@ class OwnDataView(View):
     def test_dataloader(self) -> Any:
         with self.trainer.task.making_data(self):
             return users_own(self, "test_dataloader")()
+
+
+def _as_in_a_fit(stage: str) -> str:
+    """Return the stage that a client's evaluation is to its datamodule: the validation of a fit, and none apart."""
+    return "fit" if stage == "validate" else stage

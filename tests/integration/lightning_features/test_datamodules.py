@@ -9,9 +9,8 @@ import pytest
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_fed.callbacks import (
-    History,
-)
+from lightning_fed.callbacks import ClientData, History
+from lightning_fed.engines import Processes
 from lightning_fed.testing import ToyModule, toy_data
 from tests.integration.lightning_features.fits import Each, Whole, federated, same, toy, train, val, weights
 
@@ -75,6 +74,49 @@ def test_a_datamodule_is_set_up_once_and_its_batch_hooks_act_on_clients_and_at_t
 
     trainer.test(toy(Whole), datamodule=data, verbose=False)
     assert data.calls[4:] == ["prepare_data", "setup test", "teardown test"]
+
+
+class Staged(L.LightningDataModule):
+    """As Lightning's documentation writes them: what a fit reads, its validation data too, is made for ``"fit"``."""
+
+    def __init__(self, client: int) -> None:
+        super().__init__()
+        self.client, self.made = client, False
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.made, self.train, self.val = True, toy_data(16 + 8 * self.client), toy_data(8, seed=1 + self.client)
+        if stage == "test":
+            self.test = toy_data(4 + self.client, seed=7)
+
+    def teardown(self, stage: str) -> None:
+        if stage != "test":
+            TORN_DOWN.append((stage, self.made))
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train, 8, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val, 8)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.test, 8)
+
+
+TORN_DOWN: list[tuple[str, bool]] = []
+
+
+@pytest.mark.parametrize("engine", ["in_process", Processes(2, start_method="fork")], ids=["in_process", "processes"])
+def test_a_client_s_datamodule_that_makes_its_validation_data_for_the_fit_evaluates(engine):
+    TORN_DOWN.clear()
+    history = History(per_client=True)
+    trainer = federated(ClientData(Staged, num_clients=2), history, rounds=2, engine=engine)
+    trainer.fit(toy(Whole))
+    evaluated = [row["num_examples"] for row in history.clients if row["stage"] == "evaluate"]
+    assert evaluated == [8] * 4
+    assert len(history["clients/val_loss"]) == 2
+    assert set(TORN_DOWN) == ({("fit", True)} if engine == "in_process" else set())
+    assert [row["num_examples"] for row in trainer.test_clients().rows] == [4, 5]
 
 
 def test_a_datamodule_given_first_is_one_too():
