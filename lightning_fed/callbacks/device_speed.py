@@ -29,9 +29,11 @@ class DeviceSpeed(FederatedCallback):
     """Gives clients devices, and the run a virtual clock: ``time/virtual``, the seconds that its rounds would take.
 
     A client takes ``3 * examples * seconds_per_example + bytes / bandwidth`` seconds for its part of a round (FedScale,
-    Lai et al. 2022), with the examples of all its local epochs and the bytes that it is sent and sends. A round lasts
-    as long as its slowest client whose reply counts; evaluation takes no time. Nothing of the training changes: what it
-    computes, and how long that takes here, is as without it.
+    Lai et al. 2022), with the examples of all its local epochs and the bytes that it is sent and sends. A second model
+    (``Ditto``, ``APFL``) takes as long again, the pass of ``Scaffold(option="I")`` an epoch more; what a method adds to
+    a step takes no time, and a fit that a client callback ends early counts as a whole one. A round lasts as long as
+    its slowest client whose reply counts; evaluation takes no time. Nothing of the training changes: what it computes,
+    and how long that takes here, is as without it.
 
     Both quantities are a number for all clients, a list with one for each, a distribution of ``torch.distributions``,
     of which each client draws one, from the seed alone, or a function of a round (from 1) and a client.
@@ -99,6 +101,10 @@ class DeviceSpeed(FederatedCallback):
             assert local.steps is not None
             assert self.batch_size is not None  # on_federation_start has looked
             examples = local.steps * self.batch_size
+        if local.second_fit is not None:
+            examples *= 2
+        if local.pass_before is not None:
+            examples += num_examples
         run = (trainer.num_clients, trainer.seed)
         computes = _PASSES * examples * self._seconds.of(round, client, given, *run)
         if self.bandwidth is None:

@@ -13,7 +13,7 @@ from torch.distributions import HalfNormal, LogNormal, Normal
 from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import ClientData, DeviceSpeed, FaultTolerance, History
+from lightning_fed.callbacks import APFL, ClientData, DeviceSpeed, Ditto, FaultTolerance, History, Scaffold
 from lightning_fed.errors import ConfigurationError, RoundError
 from lightning_fed.testing import ToyModule, toy_data
 from tests.callbacks.rounds import (
@@ -42,12 +42,14 @@ def times(speed: DeviceSpeed, rounds: int = ROUNDS, **how: Any) -> list[float]:
     return history["time/virtual"]
 
 
-def expected(seconds: Sequence[float], bandwidth: Sequence[float] | None = None, examples: Any = None) -> list[float]:
+def expected(
+    seconds: Sequence[float], bandwidth: Sequence[float] | None = None, examples: Any = None, passes: int = EPOCHS
+) -> list[float]:
     """A round lasts as long as its slowest client, which passes three times over each example of its epochs."""
     size = sum(tensor.nbytes for tensor in encoded().state_dict().values())
     now, ends = 0.0, []
     for cohort in COHORTS:
-        trained = {i: examples or SIZES[i] * EPOCHS for i in cohort}
+        trained = {i: examples or SIZES[i] * passes for i in cohort}
         now += max(3 * trained[i] * seconds[i] + (2 * size / bandwidth[i] if bandwidth else 0) for i in cohort)
         ends.append(now)
     return ends
@@ -80,6 +82,21 @@ def test_local_steps_count_by_the_examples_of_a_step():
 def test_local_epochs_may_change_from_round_to_round():
     ends = times(DeviceSpeed(1.0), local_epochs=[1, 3])
     assert ends == [3 * 22, 3 * 22 + 3 * 22 * 3, 3 * 22 + 2 * 3 * 22 * 3]
+
+
+def test_what_methods_train_beside_the_round_s_weights_takes_its_time():
+    seconds = [2.0, 0.5, 0.125, 1.0]
+    epoch, whole = expected(seconds, passes=1), expected(seconds)
+
+    def slow(method: Any, **how: Any) -> list[float]:
+        return times(DeviceSpeed(seconds, **({"batch_size": 4} if how else {})), callbacks=[method], **how)
+
+    # A second fit of as many epochs; a pass over the data before the fit.
+    assert slow(Ditto()) == slow(APFL()) == [2 * end for end in whole]
+    assert slow(Scaffold(option="I")) == [end + once for end, once in zip(whole, epoch, strict=True)]
+    assert slow(Scaffold()) == whole
+    steps = expected(seconds, examples=20)
+    assert slow(Ditto(), local_steps=5) == [2 * end for end in steps]
 
 
 def test_a_distribution_gives_each_client_its_device_from_the_seed_alone():
