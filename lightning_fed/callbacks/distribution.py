@@ -30,6 +30,8 @@ def draw_labels(
         legend: Whether to name the labels beside the axes.
         percent: Draw parts of each client's examples, of which 100 are all.
     """
+    if labels.dtype == object:  # some are missing, or they are of several kinds: as they are they have no order
+        labels = labels.astype(str)
     names, labels = np.unique(labels, return_inverse=True)
     heights: Any = np.array([np.bincount(labels[indices], minlength=len(names)) for indices in own])
     if percent:

@@ -571,3 +571,11 @@ def test_a_picture_is_not_kept_by_pyplot():
 def test_plot_without_labels_says_how_to_give_them():
     with pytest.raises(ConfigurationError, match=r"found no labels: pass them, Partition\(\.\.\., labels="):
         dealt(Partition(3), Unreadable()).plot()
+
+
+@pytest.mark.parametrize("other", ["a", 1])
+def test_examples_without_a_label_are_drawn_as_such(other):
+    labels = [None, other] * 5
+    axes = dealt(Partition(2, labels=labels), Unreadable(10)).plot().axes[0]
+    heights = {c.get_label(): sum(bar.get_height() for bar in c) for c in axes.containers}
+    assert heights == {"None": 5, str(other): 5}
