@@ -156,20 +156,20 @@ class History(FederatedCallback):
     def plot(
         self,
         path: str | os.PathLike[str] | None = None,
-        names: Sequence[str] | None = None,
+        names: Sequence[str] | str | None = None,
         x: str = "round",
     ) -> Figure:
         """Draw the curves, one panel a quantity: the clients' average and the server's own, side by side.
 
         Args:
             path: Where to save the picture, if anywhere.
-            names: The metrics to draw; by default all whose name speaks of a loss or an accuracy, else all.
+            names: The metrics to draw, or one; by default all whose name speaks of a loss or an accuracy, else all.
             x: What they are drawn over: the rounds, or a metric, such as ``"time/virtual"`` (``DeviceSpeed``).
 
         Raises:
             KeyError: If no round has one of ``names``, or ``x``.
         """
-        chosen = list(names) if names is not None else [name for name in curves(self.names) if name != x]
+        chosen = asked_for(names, [name for name in curves(self.names) if name != x])
         for name in {*chosen, x} - {"round"}:
             self[name]
         panels: dict[str, list[str]] = {}
@@ -202,6 +202,13 @@ def curves(names: list[str]) -> list[str]:
     """Return those that a picture shows: all whose name speaks of a loss or an accuracy, else all."""
     usual = [name for name in names if _quantity(name) in ("loss", "accuracy") and not name.endswith("_step")]
     return usual or names
+
+
+def asked_for(names: Sequence[str] | str | None, usual: list[str]) -> list[str]:
+    """Return what a picture shall show: the names that were given, or the usual ones."""
+    if names is None:
+        return usual
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _quantity(name: str) -> str:

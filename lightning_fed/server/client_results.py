@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lightning_fed.callbacks.distribution import drawn_over_clients
-from lightning_fed.callbacks.history import curves
+from lightning_fed.callbacks.history import asked_for, curves
 from lightning_fed.values.text_table import as_table, cell
 
 if TYPE_CHECKING:
@@ -124,17 +124,17 @@ class ClientResults:
         low, deciles, high = self.spread(name)
         return [name, str(known), merged, *map(cell, (low, deciles[0], deciles[4], deciles[8], high))]
 
-    def plot(self, path: str | os.PathLike[str] | None = None, names: Sequence[str] | None = None) -> Figure:
+    def plot(self, path: str | os.PathLike[str] | None = None, names: Sequence[str] | str | None = None) -> Figure:
         """Draw each metric over the clients, from the lowest to the highest, with its deciles; one panel a name.
 
         Args:
             path: Where to save the picture, if anywhere.
-            names: The metrics to draw; by default all whose name speaks of a loss or an accuracy, else all.
+            names: The metrics to draw, or one; by default all whose name speaks of a loss or an accuracy, else all.
 
         Raises:
             KeyError: If no client has one of ``names``.
         """
-        chosen = list(names) if names is not None else curves(self.names)
+        chosen = asked_for(names, curves(self.names))
         figure = drawn_over_clients({name: (self[name], self.merged.get(name)) for name in chosen})
         if path is not None:
             figure.savefig(path, dpi=120)

@@ -294,8 +294,9 @@ def test_plot_has_a_panel_a_quantity_and_a_curve_a_metric(filled, tmp_path):
     }
 
 
-def test_plot_draws_the_names_that_are_asked_for(filled):
-    figure = filled.plot(names=["val_acc"])
+@pytest.mark.parametrize("names", [["val_acc"], "val_acc"])
+def test_plot_draws_the_names_that_are_asked_for(filled, names):
+    figure = filled.plot(names=names)
     assert [line.get_label() for axes in figure.axes for line in axes.get_lines()] == ["val_acc (server)"]
 
 

@@ -402,5 +402,6 @@ def test_a_table_and_a_picture_are_written(tmp_path: Path) -> None:
     figure = found.plot(tmp_path / "clients.png")
     assert (tmp_path / "clients.png").stat().st_size > 1000
     (axes,) = figure.axes
+    assert [one.get_ylabel() for one in found.plot(names="acc").axes] == [axes.get_ylabel()] == ["acc"]
     assert list(axes.lines[0].get_ydata()) == [i / 7 for i in range(1, 7)]
     assert list(axes.lines[1].get_ydata()) == pytest.approx(found.spread("acc").deciles)
