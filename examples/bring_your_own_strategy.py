@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     parser.add_argument("--fast", action="store_true", help="three rounds only")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
     args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
 
 import lightning as L
 import matplotlib.pyplot as plt
@@ -63,7 +64,6 @@ def main(args):
         trainer.fit(Digits(), train_loader, test_loader)
 
     print()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, curve in curves.items():
         print(f"{name:<20} test accuracy {curve.accuracy[-1]:.3f}")

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     parser.add_argument("--fast", action="store_true", help="two rounds only")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
     args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
 
 import lightning as L
 import matplotlib.pyplot as plt
@@ -75,7 +76,6 @@ def main(args):
         draw_labels(bars, counts)
         draw_curves(lines, curves)
         bars.legend_.set_frame_on(False)
-        args.output_dir.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.output_dir / "front.png", dpi=110, transparent=True)
     print()
     for name, accuracy in curves.items():

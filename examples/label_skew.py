@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     parser.add_argument("--fast", action="store_true", help="two rounds only")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
     args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
 
 import lightning as L
 import matplotlib.pyplot as plt
@@ -84,7 +85,6 @@ def main(args):
     for last, title in zip(panels[:, -1], ("client", "class"), strict=True):
         last.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5), reverse=title == "class")
     print("", *table, sep="\n")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output_dir / "label_skew.png", dpi=100)
     print(f"wrote {args.output_dir / 'label_skew.png'}")
 

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     parser.add_argument("--fast", action="store_true", help="two rounds only")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
     args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
 
 import lightning as L
 import matplotlib.pyplot as plt
@@ -82,7 +83,6 @@ def main(args):
         print(f"{label:<22} test accuracy {curve.accuracy[-1]:.3f}")
     plt.gca().set(title="Handwritten digits", xlabel="epoch or round", ylabel="test accuracy")
     plt.legend()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     plt.savefig(args.output_dir / "quickstart.png", dpi=120)
     print(f"wrote {args.output_dir / 'quickstart.png'}")
 

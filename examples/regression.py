@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     parser.add_argument("--fast", action="store_true", help="five rounds only")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the picture (%(default)s)")
     args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
 
 import lightning as L
 import matplotlib.pyplot as plt
@@ -111,7 +112,6 @@ def main(args):
         row[1].set_ylim(bottom=0)
         row[1].grid(alpha=0.3)
     print("\nMean squared errors", *lines, sep="\n")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output_dir / "regression.png", dpi=120)
     print(f"wrote {args.output_dir / 'regression.png'}")
 

@@ -8,6 +8,7 @@
 """
 
 import re
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -79,9 +80,18 @@ class ShakespeareData(L.LightningDataModule):
         self.speakers = speakers
 
     def prepare_data(self):
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            urllib.request.urlretrieve(URL, self.path)
+        if self.path.exists():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")  # a download that is broken off must not look like the text
+        try:
+            urllib.request.urlretrieve(URL, part)
+        except urllib.error.URLError as error:
+            raise FileNotFoundError(
+                f"{self.path} is not there, and {URL} cannot be read ({error}). Put it there, or name the folder"
+                " that has shakespeare/input.txt (--data-dir)."
+            ) from None
+        part.rename(self.path)
 
     def setup(self, stage):
         text = self.path.read_text()

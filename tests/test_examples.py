@@ -80,10 +80,10 @@ def test_example(name, tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"out"}, "it left more than its pictures behind"
 
 
-HELPED = """
+WITHOUT_IMPORTS = """
 import runpy, sys
 sys.path.insert(0, sys.argv[1].rpartition("/")[0])
-sys.argv = [sys.argv[1], "--help"]
+sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
@@ -93,10 +93,20 @@ finally:
 
 @pytest.mark.parametrize("script", [*EXAMPLES, "deployment/train", "deployment/make_keys"])
 def test_help_does_not_wait_for_imports(script):
-    command = [sys.executable, "-c", HELPED, str(REPO / "examples" / f"{script}.py")]
+    command = [sys.executable, "-c", WITHOUT_IMPORTS, str(REPO / "examples" / f"{script}.py"), "--help"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "usage: " in ended.stdout
+
+
+@pytest.mark.parametrize("script", EXAMPLES)
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_trained(script, tmp_path):
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / "file" / "outputs")
+    command = [sys.executable, "-c", WITHOUT_IMPORTS, str(REPO / "examples" / f"{script}.py"), "--output-dir", folder]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert f"NotADirectoryError: [Errno 20] Not a directory: '{folder}'" in ended.stderr
+    assert "AssertionError" not in ended.stderr
 
 
 def example(monkeypatch, name):
@@ -120,6 +130,21 @@ def test_passages_of_shakespeare_are_a_speaker_s_own_and_their_targets_one_chara
         ([3, 4, 5], [4, 5, 6]),
         ([2, 3, 4], [3, 4, 5]),
     ]
+
+
+def test_shakespeare_that_cannot_be_downloaded_says_where_it_belongs_and_leaves_no_part(monkeypatch, tmp_path):
+    reader = example(monkeypatch, "shakespeare")
+
+    def cut_off(url, path):
+        Path(path).write_text("First Citizen:\nBefore we")
+        raise reader.urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(reader.urllib.request, "urlretrieve", cut_off)
+    data = reader.ShakespeareData(tmp_path)
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match=r"input\.txt is not there, and .* cannot be read \(.*no route"):
+            data.prepare_data()
+    assert not data.path.exists()
 
 
 class Letters(ToyModule):
