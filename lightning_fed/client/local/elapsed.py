@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -172,6 +172,8 @@ def stand_after(trainer: Any, module: LightningModule, rounds: int, loader: Any)
     limit, plan = trainer.limit_train_batches, trainer.plan
     epoch = (rounds if plan.epochs is None else plan.epochs_in(rounds)) - 1
     length = sized_len(loader) if isinstance(loader, DataLoader) and module.automatic_optimization else None
+    if plan.steps is not None:
+        trainer.steps_before = plan.steps * rounds
     if length:
         trainer.fit_loop.max_batches = min(length, limit) if isinstance(limit, int) else int(length * limit)
         end = elapsed(trainer, plan, rounds)
@@ -223,9 +225,11 @@ class TrainerInARun(Trainer):
     Attributes:
         steps_before: The optimizer steps of all rounds before; ``None`` where nothing tells.
         was_asked: Whether the user's code asked for ``global_step`` where nothing tells how many there were before.
+        find_steps: Finds ``steps_before`` when the user's code first asks; ``None`` where they are known.
     """
 
     was_asked = False
+    find_steps: Callable[[], None] | None = None
 
     def __init__(self, plan: Plan, rounds: int, log_dir: str | None, **kwargs: Any) -> None:
         self.plan, self._log_dir = plan, log_dir
@@ -253,6 +257,9 @@ class TrainerInARun(Trainer):
     @property
     def global_step(self) -> int:
         """The client's optimizer steps, which count on from round to round as ``current_epoch`` does."""
+        if self.find_steps is not None:
+            find, self.find_steps = self.find_steps, None
+            find()
         if self.steps_before is None:
             self.was_asked = True
         return (self.steps_before or 0) + self.fit_loop.epoch_loop.global_step

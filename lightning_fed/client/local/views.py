@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_fed._compat.lightning import WHILE_HOOKS_RUN
 from lightning_fed._compat.torchmetrics import computed
+from lightning_fed.client.local.elapsed import stand_after
 from lightning_fed.seeding import seed_for, seeded
 from lightning_fed.values import weights
 from lightning_fed.views import View, users_own
@@ -132,6 +133,13 @@ class OwnDataView(View):
     def setup(self, stage: str) -> None:
         with self.trainer.task.making_data(self):
             users_own(self, "setup")(_as_in_a_fit(stage))
+        if stage == "validate" and self.trainer.plan.steps is None:
+            # Its train loader alone tells how many steps the rounds had, and may take long to make.
+            self.trainer.find_steps = self._stand_after_the_round
+
+    def _stand_after_the_round(self) -> None:
+        trainer = self.trainer
+        stand_after(trainer, trainer.lightning_module, trainer.task.round, self.train_dataloader())
 
     def teardown(self, stage: str) -> None:
         users_own(self, "teardown")(_as_in_a_fit(stage))

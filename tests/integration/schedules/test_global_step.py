@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
@@ -46,17 +46,30 @@ def test_global_step_and_max_steps_are_those_of_the_run() -> None:
         ({"accumulate_grad_batches": 2}, [(0, 3), (1, 6), (2, 9)]),
     ],
 )
-def test_an_evaluation_tells_the_time_at_its_rounds_end(options: Any, expected: Any) -> None:
+@pytest.mark.parametrize("brings", ["loaders", "a datamodule"])
+def test_an_evaluation_tells_the_time_at_its_rounds_end(options: Any, expected: Any, brings: str) -> None:
     seen: list[Any] = []
 
     class Looks(Callback):
         def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
             seen.append((trainer.current_epoch, trainer.global_step))
 
-    clients = ClientData([(loader(), loader(1))])
+    clients = ClientData([(loader(), loader(1)) if brings == "loaders" else Own()])
     trainer = FederatedTrainer(max_rounds=3, callbacks=[clients], client_callbacks=[Looks()], **QUIET, **options)
     trainer.fit(built(ToyModule))
+    if brings == "a datamodule" and "local_steps" in options:  # how many epochs these are its loader alone tells
+        seen, expected = ([steps for _, steps in found] for found in (seen, expected))
     assert seen == expected
+
+
+class Own(LightningDataModule):
+    """The same loaders."""
+
+    def train_dataloader(self) -> Any:
+        return loader()
+
+    def val_dataloader(self) -> Any:
+        return loader(1)
 
 
 @pytest.mark.parametrize("vectorize", [False, 2])
