@@ -28,7 +28,7 @@ from lightning_fed._compat.flower import server_identity
 from lightning_fed.engines import transport
 from lightning_fed.engines.base import Engine
 from lightning_fed.engines.pool import Pool, StartMethod, Worker, prepare, start_method
-from lightning_fed.engines.remote import AHEAD, Deadline, RemoteGrid
+from lightning_fed.engines.remote import AHEAD, RemoteGrid, TimeLimit
 from lightning_fed.engines.worker import Shared, Start
 from lightning_fed.errors import ClientError, ConfigurationError
 from lightning_fed.tracebacks import words
@@ -124,7 +124,7 @@ class Delivery:
 
     def __init__(self, grid: ProcessGrid, sent: list[Message], call: int, timeout: float | None) -> None:
         self.grid, self.sent, self.call = grid, sent, call
-        self.deadline = Deadline(timeout)
+        self.deadline = TimeLimit(timeout)
         together = (
             min(grid.app.max_messages(sent[0].metadata.message_type), -(-len(sent) // len(grid.pool.workers)))
             if sent

@@ -26,7 +26,7 @@ from lightning_fed._compat.flower import server_identity
 from lightning_fed.engines import transport
 from lightning_fed.engines.base import Engine
 from lightning_fed.engines.ray_actors import Actor, Actors, as_array, how_it_ended
-from lightning_fed.engines.remote import AHEAD, Deadline, RemoteGrid, packed
+from lightning_fed.engines.remote import AHEAD, RemoteGrid, TimeLimit, packed
 from lightning_fed.engines.worker import Start
 from lightning_fed.errors import ClientError, ConfigurationError
 from lightning_fed.tracebacks import words
@@ -105,7 +105,7 @@ class RayGrid(RemoteGrid):
         self._begins_with = 0
 
     def _exchange(self, sent: list[Message], call: int, timeout: float | None) -> Iterator[Message]:
-        actors, deadline = self._enough_for(len(sent)), Deadline(timeout)
+        actors, deadline = self._enough_for(len(sent)), TimeLimit(timeout)
         waiting, idle = deque(range(len(sent))), list(actors.live)
         at: dict[Any, tuple[int, Any]] = {}
         there: dict[int, Message] = {}

@@ -23,7 +23,7 @@ T = TypeVar("T")
 AHEAD = 4
 
 
-class Deadline:
+class TimeLimit:
     """The time that the replies of one exchange have.
 
     In the first half of it a client that is slow holds back those far behind it, which bounds memory; in the second

@@ -14,7 +14,7 @@ from lightning_fed._compat.flower import make_message
 from lightning_fed._compat.flower_link import readdress
 from lightning_fed._compat.flower_server import ReplyUnderWay
 from lightning_fed.engines.members import Place
-from lightning_fed.engines.remote import AHEAD, Deadline
+from lightning_fed.engines.remote import AHEAD, TimeLimit
 from lightning_fed.engines.sigterm import Sigterm
 from lightning_fed.errors import ClientError
 from lightning_fed.wire import messages, packing, roll_call
@@ -88,7 +88,7 @@ class SiteDelivery:
     """
 
     def __init__(self, grid: SuperLinkGrid, works: Sequence[Work], timeout: float | None) -> None:
-        self.grid, self.works, self.deadline = grid, works, Deadline(timeout)
+        self.grid, self.works, self.deadline = grid, works, TimeLimit(timeout)
         self.packer = packing.Packer()
         self.most = grid.max_reply_bytes or max([_most(work.message) for work in works], default=0)
 
