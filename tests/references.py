@@ -461,6 +461,84 @@ def apfl(
     return x, mixtures, alphas
 
 
+def asynchronous(
+    x: Weights,
+    train: Callable[[Weights, int], Weights],
+    update: Callable[[Weights, list[tuple[Weights, Weights, int]]], Weights],
+    duration: Callable[[int, int], float],
+    draw: Callable[[int], Callable[[int], int]],
+    *,
+    clients: int,
+    concurrency: int,
+    buffer_size: int,
+    updates: int,
+    max_staleness: float = float("inf"),
+) -> tuple[Weights, list[tuple[int, int, int]], list[float]]:
+    """A server that acts on events, one after the other; clients train when they begin.
+
+    At one instant replies arrive in the order in which their clients began, and updates are made, before others begin.
+
+    Args:
+        x: The weights.
+        train: ``train(x, client)`` gives what a client makes of them.
+        update: ``update(x, [(y, x_began, staleness)])`` gives the new weights.
+        duration: ``duration(version + 1, client)``.
+        draw: ``draw(version)(n)`` gives a number below ``n``: who of the idle clients, ascending, begins.
+        clients, concurrency, buffer_size, updates, max_staleness: Their numbers.
+
+    Returns:
+        The weights, ``(client, version, staleness)`` of all replies that are in an update, the times of updates.
+    """
+    on_their_way: list[tuple[float, int, int, int, Weights, Weights]] = []
+    idle, buffer, said, times = set(range(clients)), [], [], []
+    now, begun, version, draws = 0.0, 0, 0, draw(0)
+    while version < updates:
+        arriving = min(on_their_way, default=None, key=lambda work: work[:2])
+        if arriving is None or arriving[0] > now:
+            while len(on_their_way) < concurrency and idle:
+                client = sorted(idle)[draws(len(idle))]
+                idle.remove(client)
+                ends = now + duration(version + 1, client)
+                on_their_way.append((ends, begun, client, version, x, train(x, client)))
+                begun += 1
+            now = min(work[0] for work in on_their_way)
+            continue
+        on_their_way.remove(arriving)
+        _, _, client, began, before, y = arriving
+        if version - began > max_staleness:
+            idle.add(client)
+            continue
+        buffer.append((y, before, version - began))
+        said.append((client, began, version - began))
+        if len(buffer) == buffer_size:
+            x, version = update(x, buffer), version + 1
+            idle |= {client for client, *_ in said[-buffer_size:]}
+            buffer, draws = [], draw(version)
+            times.append(now)
+    return x, said, times
+
+
+def fedbuff(discount: Callable[[int], float], lr: float = 1.0) -> Callable[..., Weights]:
+    """Nguyen et al. 2022, Algorithm 1: ``x + lr / K sum_i s(tau_i) (y_i - x_i)``."""
+
+    def update(x: Weights, buffer: list[tuple[Weights, Weights, int]]) -> Weights:
+        mean = {k: sum(discount(tau) * (y[k] - began[k]) for y, began, tau in buffer) / len(buffer) for k in x}
+        return {k: x[k] + lr * mean[k] for k in x}
+
+    return update
+
+
+def fedasync(discount: Callable[[int], float], alpha: float) -> Callable[..., Weights]:
+    """Xie et al. 2019, Algorithm 1: ``(1 - alpha s(tau)) x + alpha s(tau) y``."""
+
+    def update(x: Weights, buffer: list[tuple[Weights, Weights, int]]) -> Weights:
+        [(y, _, tau)] = buffer
+        part = alpha * discount(tau)
+        return {k: (1 - part) * x[k] + part * y[k] for k in x}
+
+    return update
+
+
 def _with(module: nn.Module, weights: Weights, data: Tensor) -> Tensor:
     return torch.func.functional_call(module, weights, (data,))
 

@@ -20,6 +20,7 @@ from lightning_fed.values.staying import Staying
 if TYPE_CHECKING:
     from lightning_fed.trainer import FederatedTrainer
     from lightning_fed.values.data import ClientLoaders
+    from lightning_fed.values.weights import Weights
 
 Stage = Literal["train", "evaluate"]
 Decision = Literal["partition", "cohort", "aggregation", "failures"]
@@ -154,6 +155,16 @@ class FederatedCallback(Callback):
         """
         return []
 
+    def in_time(self, trainer: FederatedTrainer, round: int, cohort: Sequence[int]) -> Sequence[int]:
+        """Return those of a cohort whose replies will be there in time; the others do not train in the round.
+
+        Args:
+            trainer: The server's trainer.
+            round: The round, from 1.
+            cohort: Client indices, ascending: those whom the callbacks before have left.
+        """
+        return cohort
+
     def on_federation_start(self, trainer: FederatedTrainer) -> None:
         """Act once the data is dealt out and the strategy built; the first round is about to start."""
 
@@ -236,6 +247,28 @@ class CohortOwner(FederatedCallback):
         if size == num_clients:
             return list(range(num_clients))
         return sorted(random.Random(seed_for(seed, f"cohort/{stage}", round=round)).sample(range(num_clients), size))
+
+    def weights_to_client(self, round: int, weights: Weights) -> Mapping[int, Weights]:
+        """Return what clients of the round begin with, by client, where it is not the round's weights.
+
+        Called once a round, after ``sample``, before clients train; tensors are not to be written to.
+
+        Args:
+            round: The round, from 1.
+            weights: Its weights: all tensors that travel.
+        """
+        return {}
+
+    def contribution(self, round: int, client: int, trained: Weights, weights: Weights) -> Weights:
+        """Return the weights with which a client counts in the aggregation: as it sent them, unless overridden.
+
+        Args:
+            round: The round, from 1.
+            client: The client's index.
+            trained: What it has sent: all floating and complex tensors.
+            weights: The round's weights.
+        """
+        return trained
 
 
 class FailureOwner(FederatedCallback):

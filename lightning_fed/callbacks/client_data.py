@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from lightning_fed import checks
 from lightning_fed.callbacks.base import PartitionOwner
+from lightning_fed.client.local.examples import examples_in
 from lightning_fed.errors import ClientError, ConfigurationError
 from lightning_fed.values.data import ClientLoaders
 
@@ -80,6 +81,15 @@ class ClientData(PartitionOwner):
             return ClientLoaders(datamodule=given)
         train, val = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
         return ClientLoaders(train=train, val=val)
+
+    def sizes(self) -> list[int] | None:
+        """Return the examples of each client's loader, or ``None`` where lengths do not tell, or nobody asked yet."""
+        if self._function is not None:
+            return None
+        given = [self._clients(client) for client in range(self.num_clients)]
+        counts = [examples_in(one[0] if isinstance(one, tuple) else one) for one in given]
+        known = [count for count in counts if count is not None]
+        return known if len(known) == len(counts) else None
 
     def can_evaluate(self) -> bool:
         """Return whether a client has data to evaluate on only the client knows."""

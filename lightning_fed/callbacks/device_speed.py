@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch.distributions import Distribution
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed import checks
 from lightning_fed.callbacks.base import ClientReport, FederatedCallback, Stage
+from lightning_fed.callbacks.by_client import ByClient, ByClientNumber
 from lightning_fed.errors import ConfigurationError
-from lightning_fed.seeding import seed_for, seeded
+from lightning_fed.values.weights import read, size_of
 
 if TYPE_CHECKING:
     from lightning_fed.trainer import FederatedTrainer
 
-ByClient = float | Sequence[float] | Distribution | Callable[[int, int], float]
+Examples = Sequence[int] | Callable[[int], int]
 
 VIRTUAL_TIME = "time/virtual"
 # A training step costs three times its forward pass: FedScale's form (Lai et al. 2022, fedscale/utils/compressor).
 _PASSES = 3.0
+
+
+@dataclass
+class _Plan:
+    """What is known of clients' work before they do it.
+
+    Attributes:
+        trainer: The server's trainer.
+        examples: The examples of an epoch of each client.
+        num_bytes: What a client is sent and sends.
+        is_told: Whether the user knows that a client did otherwise.
+    """
+
+    trainer: FederatedTrainer
+    examples: Examples
+    num_bytes: int
+    is_told: bool = False
+
+    def examples_of(self, client: int) -> int:
+        """Return those of a client."""
+        return _examples_of(self.examples, client)
 
 
 class DeviceSpeed(FederatedCallback):
@@ -35,12 +56,16 @@ class DeviceSpeed(FederatedCallback):
     its slowest client whose reply counts; evaluation takes no time. Nothing of the training changes: what it computes,
     and how long that takes here, is as without it.
 
+    ``Deadline``, ``OverSelection``, ``FedBuff`` and ``FedAsync`` go by this clock.
+
     Both quantities are a number for all clients, a list with one for each, a distribution of ``torch.distributions``,
     of which each client draws one, from the seed alone, or a function of a round (from 1) and a client.
 
     Args:
         seconds_per_example: What a forward pass takes for one example, in seconds, at least 0.
         bandwidth: Bytes a second, greater than 0; ``None`` if messages take no time.
+        examples: The examples of an epoch of each client: a list, or a function of a client. By default those that it
+            reports; callbacks that plan by the clock take those that a ``Partition`` deals out to it.
         every_round: Draw from distributions anew in every round, and not once for the run.
         batch_size: The examples of a step, which a run with ``local_steps`` cannot know otherwise.
         max_virtual_time: Stop after the round in which the clock gets there, in seconds.
@@ -59,14 +84,17 @@ class DeviceSpeed(FederatedCallback):
         seconds_per_example: ByClient,
         bandwidth: ByClient | None = None,
         *,
+        examples: Examples | None = None,
         every_round: bool = False,
         batch_size: int | None = None,
         max_virtual_time: float | None = None,
     ) -> None:
-        self._seconds = _Drawn("seconds_per_example", seconds_per_example, "at least 0")
-        self._bandwidth = _Drawn("bandwidth", bandwidth, "greater than 0")
+        self._seconds = ByClientNumber("seconds_per_example", seconds_per_example, "at least 0")
+        self._bandwidth = ByClientNumber("bandwidth", bandwidth, "greater than 0")
         faults = self._seconds.faults() + ([] if bandwidth is None else self._bandwidth.faults())
         faults += checks.switch_faults({"every_round": every_round})
+        if isinstance(examples, str) or not (examples is None or callable(examples) or isinstance(examples, Sequence)):
+            faults.append(f"examples={examples!r} must be a list of numbers, or a function of a client.")
         if batch_size is not None and not (checks.is_number(batch_size, whole=True) and batch_size > 0):
             faults.append(f"batch_size={batch_size!r} must be a whole number above 0.")
         if max_virtual_time is not None:
@@ -75,9 +103,16 @@ class DeviceSpeed(FederatedCallback):
             raise ConfigurationError(f"DeviceSpeed: {' '.join(faults)}")
         self.seconds_per_example, self.bandwidth = seconds_per_example, bandwidth
         self.every_round, self.batch_size, self.max_virtual_time = every_round, batch_size, max_virtual_time
+        self.examples = examples
         # The clock after the last two rounds: a checkpoint may be of a round that did not get to its end.
         self._ends: dict[int, float] = {}
         self._duration = 0.0
+        self._plan: _Plan | None = None
+        self._planned_end: dict[int, float] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the trainer."""
+        return {**self.__dict__, "_plan": None}
 
     @property
     def now(self) -> float:
@@ -105,19 +140,84 @@ class DeviceSpeed(FederatedCallback):
             examples *= 2
         if local.pass_before is not None:
             examples += num_examples
-        run = (trainer.num_clients, trainer.seed)
-        computes = _PASSES * examples * self._seconds.of(round, client, given, *run)
+        per_example = self._seconds.of(round, client, given, trainer.num_clients, trainer.seed)
+        return _PASSES * examples * per_example + self._travels(trainer, round, client, num_bytes)
+
+    def _travels(self, trainer: FederatedTrainer, round: int, client: int, num_bytes: int) -> float:
         if self.bandwidth is None:
-            return float(computes)
-        return float(computes + num_bytes / self._bandwidth.of(round, client, given, *run))
+            return 0.0
+        given = round if self.every_round else 0
+        return num_bytes / self._bandwidth.of(round, client, given, trainer.num_clients, trainer.seed)
+
+    def plan(self, trainer: FederatedTrainer) -> None:
+        """Look at what clients will do, so that ``planned`` can tell how long it takes.
+
+        Raises:
+            ConfigurationError: If nobody knows how many examples clients have before they train.
+        """
+        owners: Any = getattr(trainer, "owners")  # noqa: B009 - the server's trainer, which is above this layer
+        examples = owners.partition.sizes() if self.examples is None else self.examples
+        if examples is None:
+            raise ConfigurationError(
+                f"DeviceSpeed: {type(owners.partition).__name__} does not tell how many examples clients have before"
+                " they train, and that is how long they take. Write DeviceSpeed(..., examples=[120, 80, ...])."
+            )
+        shared = trainer.local_options.staying.shared(read(trainer.lightning_module, copy=False))
+        num_bytes = 2 * size_of(shared)
+        for method in owners.training().values():
+            down: Mapping[str, Any] = method.tensors_to_client(trainer, trainer.current_round, 0)
+            num_bytes += size_of(down, method.tensors_expected(down))
+        self._plan = _Plan(trainer, examples, num_bytes)
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether ``plan`` has been called in this fit."""
+        return self._plan is not None
+
+    def planned(self, round: int, client: int) -> float:
+        """Return how long a client will take for its part of a round, in seconds; ``plan`` has been called."""
+        assert self._plan is not None
+        return self.seconds(self._plan.trainer, round, client, self._plan.examples_of(client), self._plan.num_bytes)
+
+    def planned_to_travel(self, round: int, client: int) -> float:
+        """Return how much of that its messages take, in seconds."""
+        assert self._plan is not None
+        return self._travels(self._plan.trainer, round, client, self._plan.num_bytes)
+
+    def ends(self, round: int, end: float) -> None:
+        """Let a round be over at a virtual time, whatever its clients took."""
+        self._planned_end = {round: end}
+
+    def _require_as_planned(self, report: ClientReport, travels: int) -> None:
+        """Say once if a client did something else than it was planned with."""
+        assert self._plan is not None
+        examples = self._plan.examples_of(report.client)
+        if report.num_examples == examples and (self.bandwidth is None or travels == self._plan.num_bytes):
+            return
+        rank_zero_warn(
+            f"DeviceSpeed: client {report.client} trained on {report.num_examples:g} examples and {travels} bytes"
+            f" travelled; what is planned by the clock goes by {examples} and {self._plan.num_bytes}. Write"
+            " DeviceSpeed(..., examples=...) for as many as its loader yields in an epoch (drop_last, a sampler,"
+            " limit_train_batches). Of other clients nothing is said."
+        )
+        self._plan.is_told = True
 
     def on_federation_start(self, trainer: FederatedTrainer) -> None:
-        """Check that the examples of a round are known."""
+        """Check that the examples of a round can be known."""
         if trainer.local_options.steps is not None and self.batch_size is None:
             raise ConfigurationError(
                 "DeviceSpeed: with local_steps a client's time depends on the examples of a step: write"
                 " DeviceSpeed(..., batch_size=...)."
             )
+        if isinstance(self.examples, Sequence) and len(self.examples) != trainer.num_clients:
+            raise ConfigurationError(
+                f"DeviceSpeed: examples= has {len(self.examples)} numbers, and there are {trainer.num_clients} clients:"
+                " write one for each."
+            )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget what an earlier fit has planned."""
+        self._plan, self._planned_end = None, {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the clock to where the run is: 0 for a new one; a run that is beyond ``max_virtual_time`` is over."""
@@ -131,14 +231,18 @@ class DeviceSpeed(FederatedCallback):
 
     def on_client_end(self, trainer: FederatedTrainer, round: int, stage: Stage, report: ClientReport) -> None:
         """Wait for a client."""
-        if stage == "train":
-            travels = report.bytes_down + report.bytes_up
-            took = self.seconds(trainer, round, report.client, report.num_examples, travels)
-            self._duration = max(self._duration, took)
+        if stage != "train":
+            return
+        travels = report.bytes_down + report.bytes_up
+        if self._plan is not None and not self._plan.is_told:
+            self._require_as_planned(report, travels)
+        examples = report.num_examples if self.examples is None else _examples_of(self.examples, report.client)
+        self._duration = max(self._duration, self.seconds(trainer, round, report.client, examples, travels))
 
     def on_round_end(self, trainer: FederatedTrainer, round: int, metrics: dict[str, float]) -> None:
         """Log the time at which the round is over."""
-        self._ends = {round - 1: self.now, round: self.now + self._duration}
+        end = self._planned_end.get(round, self.now + self._duration)
+        self._ends = {round - 1: self.now, round: max(self.now, end)}
         metrics[VIRTUAL_TIME] = self.now
         self._stop_in_time(trainer)
 
@@ -155,68 +259,42 @@ class DeviceSpeed(FederatedCallback):
         self._ends = dict(state_dict["ends"])
 
 
-class _Drawn:
-    """A number of each client, wherever it comes from."""
+def _examples_of(given: Examples, client: int) -> int:
+    """Return the examples of an epoch of a client.
 
-    def __init__(self, name: str, given: Any, rule: Literal["at least 0", "greater than 0"]) -> None:
-        self._name, self._given, self._rule = name, given, rule
-        self._numbers: tuple[tuple[int, int, int], list[float]] | None = None
+    Raises:
+        ConfigurationError: If it is no number of examples.
+    """
+    number = given(client) if callable(given) else given[client]
+    if not checks.is_number(number, whole=True) or number < 0:
+        raise ConfigurationError(
+            f"DeviceSpeed: examples is {checks.as_typed(number)} for client {client}: it must be a whole number, at"
+            " least 0."
+        )
+    return int(number)
 
-    def faults(self) -> list[str]:
-        """Return a sentence if what was given cannot be used; what is drawn, or a function gives, only a run tells."""
-        given = self._given
-        if callable(given) or (isinstance(given, Distribution) and given.batch_shape == given.event_shape == ()):
-            return []
-        numbers = given if isinstance(given, Sequence) and not isinstance(given, str) and given else [given]
-        if all(map(self._is_good, numbers)):
-            return []
-        return [
-            f"{self._name}={given!r} must be {self._rule}: a number, a list with one for each client, a"
-            " distribution of torch.distributions of a single number, or a function of a round and a client."
-        ]
 
-    def of(self, round: int, client: int, drawn_in: int, clients: int, seed: int) -> float:
-        """Return the number of a client.
+def clock_of(trainer: FederatedTrainer, who: str) -> DeviceSpeed:
+    """Return the clock of a run, for a callback that goes by it.
 
-        Args:
-            round: The round, for a function.
-            client: The client.
-            drawn_in: The round for whose sake distributions are drawn from; 0 for the run.
-            clients: How many clients there are.
-            seed: The run's seed.
+    Args:
+        trainer: The server's trainer.
+        who: The callback's name, for the error.
 
-        Raises:
-            ConfigurationError: If it is out of its range, or a list has not one for each client.
-        """
-        given = self._given
-        if callable(given):
-            number = given(round, client)
-        elif isinstance(given, Distribution):
-            number = self._draw(drawn_in, clients, seed)[client]
-        elif not isinstance(given, Sequence):
-            return float(given)
-        elif len(given) != clients:
-            raise ConfigurationError(
-                f"DeviceSpeed: {self._name}= has {len(given)} numbers, and there are {clients} clients: write one for"
-                " each."
-            )
-        else:
-            return float(given[client])
-        if not self._is_good(number):
-            raise ConfigurationError(
-                f"DeviceSpeed: {self._name} is {checks.as_typed(number)} for client {client} in round {round}: it must"
-                f" be {self._rule}."
-            )
-        return float(number)
-
-    def _is_good(self, number: object) -> bool:
-        least = 0.0 if self._rule == "at least 0" else math.ulp(0.0)
-        return checks.is_number(number) and least <= number < math.inf
-
-    def _draw(self, round: int, clients: int, seed: int) -> list[float]:
-        key = (round, clients, seed)
-        if self._numbers is None or self._numbers[0] != key:
-            with seeded(seed_for(seed, f"device/{self._name}", round=round)):
-                drawn: torch.Tensor = self._given.sample((clients,))
-            self._numbers = (key, drawn.tolist())
-        return self._numbers[1]
+    Raises:
+        ConfigurationError: If there is none, or clients are not simulated.
+    """
+    clocks = [callback for callback in trainer.callbacks if isinstance(callback, DeviceSpeed)]
+    if not clocks:
+        raise ConfigurationError(
+            f"{who} goes by a virtual clock, and there is none: write DeviceSpeed(seconds_per_example) beside it among"
+            " the callbacks, which says how long clients take."
+        )
+    federation: Any = getattr(trainer, "federation")  # noqa: B009 - of the server, which is above this layer
+    if not federation.session.has_clients:
+        raise ConfigurationError(
+            f"{who} goes by a virtual clock, and clients of a network take their own time. There"
+            " FederatedTrainer(timeout=30) waits so many seconds for replies, and FaultTolerance(min_results=...) goes"
+            " on without those who are late."
+        )
+    return clocks[0]

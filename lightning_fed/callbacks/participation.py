@@ -141,7 +141,7 @@ class PartialParticipation(CohortOwner):
         Raises:
             RoundError: If fewer clients are available than have to take part.
         """
-        size = self.size(stage, num_clients, round)
+        size = self.asked(stage, self.size(stage, num_clients, round))
         if not size:
             return []
         clients = who_is_there("PartialParticipation", self.available, round, num_clients)
@@ -157,6 +157,10 @@ class PartialParticipation(CohortOwner):
         # The first to come of exponential times is one with a probability proportional to its rate, and so on.
         times = {client: draws.expovariate(1.0) / weights[client] for client in clients}
         return sorted(sorted(clients, key=times.__getitem__)[:size])
+
+    def asked(self, stage: Stage, size: int) -> int:
+        """Return how many are asked in a stage where ``size`` are to take part."""
+        return size
 
     def _least(self, stage: Stage) -> tuple[int, str]:
         """Return how many have to take part in a stage, and the argument that says so."""

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_fed.callbacks.base import ClientReport, FailureOwner, Stage
+from lightning_fed.callbacks.base import ClientReport, CohortOwner, FailureOwner, Stage
 from lightning_fed.engines.base import ClientGrid
 from lightning_fed.errors import ClientError, FederationError, RoundError
 from lightning_fed.server.methods import Methods, MethodTensors
@@ -21,8 +21,9 @@ from lightning_fed.strategies.own_metrics import all_inside, is_users
 from lightning_fed.tracebacks import release_frames, words
 from lightning_fed.values import metrics
 from lightning_fed.values.weights import Weights, check_update, size_of
+from lightning_fed.views import overrides
 from lightning_fed.wire import messages
-from lightning_fed.wire.extras import IntegerTensors
+from lightning_fed.wire.extras import IntegerTensors, replace_weights
 from lightning_fed.wire.reply import Expected, read_reply
 
 
@@ -33,6 +34,7 @@ class Terms:
     Attributes:
         strategy: Makes the messages.
         roster: Who is behind Flower's addresses.
+        cohorts: Decides who takes part, and from which weights.
         failures: Decides what becomes of failed clients.
         tell: ``tell(hook, *arguments)`` calls a hook of all callbacks.
         seed: The run's seed.
@@ -44,6 +46,7 @@ class Terms:
 
     strategy: Strategy
     roster: Roster
+    cohorts: CohortOwner
     failures: FailureOwner
     tell: Callable[..., None]
     seed: int
@@ -117,6 +120,9 @@ class Exchange:
             ) from error
         self._apart.attach(sent)
         sent.sort(key=lambda message: roster.client_of(message.metadata.dst_node_id))
+        if self.stage == "train":
+            begin = self.terms.cohorts.weights_to_client(self.round, self.weights)
+            replace_weights(sent, {roster.node_of(client): own for client, own in begin.items()})
         if self._methods is not None:
             self._methods.attach(sent, roster.client_of)
         self.cohort = [roster.client_of(message.metadata.dst_node_id) for message in sent]
@@ -146,7 +152,7 @@ class Exchange:
                 continue
             self.good += 1
             if coefficient:
-                yield reply
+                yield self._counted_as(client, reply)
             # Let it go before the iterator trains the next client.
             del reply
         for client in sorted(waiting.values()):
@@ -237,6 +243,16 @@ class Exchange:
             self._counted.append(client)
             self.terms.tell("on_client_end", self.round, self.stage, report)
         return read.num_examples
+
+    def _counted_as(self, client: int, reply: Message) -> Message:
+        """Return a reply with the weights with which it counts."""
+        if self.stage == "train" and overrides(self.terms.cohorts, CohortOwner, "contribution"):
+            for key, record in reply.content.array_records.items():
+                own = messages.unpack(record)
+                counts = self.terms.cohorts.contribution(self.round, client, own, self.weights)
+                if counts is not own:
+                    reply.content[key] = messages.pack(counts)
+        return reply
 
     def _leave_out(self, reply: Message) -> None:
         rank_zero_warn(

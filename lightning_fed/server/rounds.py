@@ -5,6 +5,7 @@
     on_federation_start()                                       # once: data dealt out, strategy built
     for round in 1 .. max_rounds:                               # Lightning's epochs
         cohort   = participation.sample("train", round)         # from (seed, round)
+        cohort   = in_time(cohort)                              # all, unless there is a virtual deadline
         on_round_start(round, "train", cohort)
         messages = strategy.configure_train(round, weights)     # 1  the strategy makes the train messages
         replies  = grid.send_and_receive(messages)              # 2  clients train, one by one as they are read
@@ -106,7 +107,9 @@ class Rounds:
         self.seed, self.timeout, self.max_clients = seed, timeout, max_clients
         self.roster = roster
         methods = methods or Methods({}, trainer)
-        self._terms = Terms(strategy, roster, failures, self._tell, seed, num_rounds, timeout, max_examples, methods)
+        self._terms = Terms(
+            strategy, roster, cohorts, failures, self._tell, seed, num_rounds, timeout, max_examples, methods
+        )
         self._said: set[str] = set()
 
     def run(self, round: int, weights: Weights, evaluate: bool) -> RoundResult:
@@ -135,7 +138,10 @@ class Rounds:
         return RoundResult(trained.weights, logged, about)
 
     def _stage(self, stage: Stage, round: int, weights: Weights) -> RoundResult | None:
-        cohort = self.cohorts.sample(stage, round, self.roster.num_clients, self.seed)[: self.max_clients]
+        cohort: Sequence[int] = self.cohorts.sample(stage, round, self.roster.num_clients, self.seed)
+        cohort = cohort[: self.max_clients]
+        for callback in self.callbacks if stage == "train" else ():
+            cohort = callback.in_time(self.trainer, round, cohort)
         if not cohort:
             return None
         exchange = Exchange(self._terms, stage, round, cohort, weights)

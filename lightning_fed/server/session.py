@@ -65,6 +65,7 @@ class Session:
     Attributes:
         state: What the run keeps from round to round.
         num_clients: How many clients there are.
+        has_clients: Whether they are simulated, on this machine or with all that they have from it.
         staying: Which tensors do not travel.
 
     Raises:
@@ -76,8 +77,8 @@ class Session:
         self._module, self._engine = given.side.module, given.engine
         # A grid that is not ours can only carry messages.
         ours = given.grid if isinstance(given.grid, ClientGrid) else None
-        self._has_clients = isinstance(ours, LocalGrid)
-        self._has_probed = not self._has_clients
+        self.has_clients = isinstance(ours, LocalGrid)
+        self._has_probed = not self.has_clients
         if isinstance(ours, LocalGrid):
             given.deal.open()
             if settings.client_storage is not None:
@@ -85,7 +86,7 @@ class Session:
         self.staying = owners.staying(self._module)
         given.side.take_staying(self.staying)
         strategy = owners.build_strategy(self._module)
-        require_client_part(strategy, self._side.mods["train"], knows_clients=self._has_clients)
+        require_client_part(strategy, self._side.mods["train"], knows_clients=self.has_clients)
         roster = self._roster_of(given.grid)
         self.num_clients = roster.num_clients
         self._methods = Methods(owners.training(), trainer)
@@ -149,7 +150,7 @@ class Session:
         found, self._found = self._found, None  # which is as large as the strategy's and the clients' state
         if found is not None and found.state != {}:
             self.state.restore(found, arguments_of(self._trainer.callbacks))
-        if self._has_clients:
+        if self.has_clients:
             with self._weights_kept() as before:
                 self._side.look_ahead(before, self._settings.seed)
         trainer = self._trainer
@@ -157,7 +158,7 @@ class Session:
         evaluates = self._evaluates(trainer.check_val_every_n_epoch or 1)
         travels = what_travels(self.staying, weights.read(self._module, copy=False))
         rank_zero_info(
-            summary(self._owners, self.num_clients, trainer.max_epochs, where, evaluates, self._has_clients, travels)
+            summary(self._owners, self.num_clients, trainer.max_epochs, where, evaluates, self.has_clients, travels)
         )
         for callback in self._owners.callbacks:
             callback.on_federation_start(trainer)

@@ -21,7 +21,7 @@ from lightning_fed.tracebacks import plain
 from lightning_fed.values.metrics import KINDS, MEAN, MERGED, METRIC, MetricState
 from lightning_fed.values.running_mean import RunningMean
 from lightning_fed.values.weights import Weights, is_averaged
-from lightning_fed.wire.messages import pack, unpack
+from lightning_fed.wire.messages import ARRAYS, pack, unpack
 from lightning_fed.wire.packing import read_json
 
 Kind = TypeVar("Kind", ArrayRecord, ConfigRecord)
@@ -72,6 +72,23 @@ class IntegerTensors:
     def merged(self, averaged: Weights) -> Weights:
         """Return what the strategy made of the others, and the mean of these."""
         return {**averaged, **self._mean.value()}
+
+
+def replace_weights(messages: Sequence[Message], weights: Mapping[int, Weights]) -> None:
+    """Let some messages have other weights than the round's, which ``IntegerTensors.attach`` has completed.
+
+    Args:
+        messages: Those of a stage.
+        weights: The others, by the node that a message goes to; the same tensors are sent as one record.
+    """
+    records: dict[int, dict[str, ArrayRecord]] = {}
+    for message in messages:
+        if (own := weights.get(message.metadata.dst_node_id)) is None:
+            continue
+        if id(own) not in records:
+            averaged, integers = split_integers(own)
+            records[id(own)] = {ARRAYS: pack(averaged), **({_INTEGERS: pack(integers)} if integers else {})}
+        message.content = filled(RecordDict(), {**message.content, **records[id(own)]})
 
 
 def attach_methods(message: Message, tensors: ArrayRecord) -> None:

@@ -28,13 +28,16 @@ SIMPLE = {
     "ClientData": lambda: callbacks.ClientData(client_loader, num_clients=2),
     "ClientMetrics": lambda: callbacks.ClientMetrics(),
     "CohortOwner": lambda: callbacks.CohortOwner(),
+    "Deadline": lambda: callbacks.Deadline(60.0),
     "DeviceSpeed": lambda: callbacks.DeviceSpeed(0.01),
     "FailureOwner": lambda: callbacks.FailureOwner(),
     "FaultTolerance": lambda: callbacks.FaultTolerance(),
     "FedAdagrad": lambda: callbacks.FedAdagrad(),
     "FedAdam": lambda: callbacks.FedAdam(),
+    "FedAsync": lambda: callbacks.FedAsync(2),
     "FedAvg": lambda: callbacks.FedAvg(),
     "FedAvgM": lambda: callbacks.FedAvgM(),
+    "FedBuff": lambda: callbacks.FedBuff(2, 2),
     "FedDyn": lambda: callbacks.FedDyn(),
     "FedNova": lambda: callbacks.FedNova(),
     "FedProx": lambda: callbacks.FedProx(mu=0.1),
@@ -43,6 +46,7 @@ SIMPLE = {
     "FlowerStrategy": lambda: callbacks.FlowerStrategy(FlowerFedAvgM(min_available_nodes=1, min_train_nodes=1)),
     "History": lambda: callbacks.History(),
     "Moon": lambda: callbacks.Moon(representation="net.0"),
+    "OverSelection": lambda: callbacks.OverSelection(0.5),
     "PartialParticipation": lambda: callbacks.PartialParticipation(0.5),
     "Participation": lambda: callbacks.Participation(everybody),
     "Partition": lambda: callbacks.Partition(2),
@@ -58,6 +62,8 @@ SIMPLE = {
     "Scaffold": lambda: callbacks.Scaffold(),
     "TQDMRoundBar": lambda: callbacks.TQDMRoundBar(),
 }
+
+BY_CLOCK = {"Deadline", "FedAsync", "FedBuff", "OverSelection"}
 
 
 def everybody(round, clients, generator):
@@ -95,6 +101,8 @@ def run(name: str, quiet, rounds: int = 2) -> FederatedCallback:
     """The callback after a run with it."""
     callback = made(name)
     owners = [] if "partition" in callback.decides else [callbacks.Partition(2, val_fraction=0.25)]
+    if name in BY_CLOCK:
+        owners.append(callbacks.DeviceSpeed(0.01))
     bar = {"enable_progress_bar": isinstance(callback, ProgressBar)}
     how = {**quiet, **bar, "local_epochs": 2 if name == "FedRep" else 1}
     trainer = FederatedTrainer(max_rounds=rounds, callbacks=[*owners, callback], **how)

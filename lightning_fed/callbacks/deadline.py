@@ -1,0 +1,130 @@
+"""Rounds with a deadline, by the virtual clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_fed import checks
+from lightning_fed.callbacks.by_clock import GoesByClock
+from lightning_fed.client.local.method import LocalMethod
+from lightning_fed.errors import ClientError, ConfigurationError, RoundError
+
+if TYPE_CHECKING:
+    from lightning_fed.trainer import FederatedTrainer
+
+
+class Deadline(GoesByClock):
+    """Leaves out the replies that take longer than a deadline, by the virtual clock of ``DeviceSpeed``.
+
+    A client that would be late does not train: what it keeps is as before. A round in which somebody is late lasts as
+    long as the deadline. ``late/clients`` is logged, ``late`` tells who it was in the last round. In a real network
+    ``FederatedTrainer(timeout=...)`` with ``FaultTolerance`` is the deadline.
+
+    Args:
+        seconds: Virtual seconds from the start of a round, > 0.
+        min_clients: At least so many have to be in time.
+        partial_work: A client that is too slow trains as many steps as it has time for, at least one, and is in time;
+            only who cannot even be sent the weights and send them back is late. Its averaging coefficient stays that of
+            all its examples; ``FedNova`` divides updates by the steps that were made. Its schedules go on as if it had
+            made all.
+
+    Raises:
+        ConfigurationError: If an argument is out of its range.
+
+    >>> from lightning_fed import FederatedTrainer
+    >>> from lightning_fed.callbacks import DeviceSpeed
+    >>> callbacks = [DeviceSpeed([0.1, 0.2, 0.9]), Deadline(60)]
+    >>> trainer = FederatedTrainer(max_rounds=10, num_clients=3, callbacks=callbacks)
+    """
+
+    def __init__(self, seconds: float, min_clients: int = 1, partial_work: bool = False) -> None:
+        super().__init__()
+        faults = checks.positive_faults("seconds", seconds, "a number of seconds above 0")
+        faults += checks.switch_faults({"partial_work": partial_work})
+        if not (checks.is_number(min_clients, whole=True) and min_clients >= 1):
+            faults.append(f"min_clients={min_clients!r} must be a whole number of at least 1.")
+        if faults:
+            raise ConfigurationError(f"Deadline: {' '.join(faults)}")
+        self.seconds, self.min_clients, self.partial_work = seconds, min_clients, partial_work
+        self._parts: dict[int, float] = {}
+
+    def in_time(self, trainer: FederatedTrainer, round: int, cohort: Sequence[int]) -> Sequence[int]:
+        """Return those who meet the deadline.
+
+        Raises:
+            RoundError: If they are too few.
+        """
+        clock = self.clock(trainer)
+        took = {client: clock.planned(round, client) for client in cohort}
+        self._parts = {client: self._part(took[client], clock.planned_to_travel(round, client)) for client in cohort}
+        least = 0.0 if self.partial_work else 1.0
+        self.late = {client: took[client] for client, part in self._parts.items() if part <= 0 or part < least}
+        left = [client for client in cohort if client not in self.late]
+        if len(left) < self.min_clients:
+            raise RoundError(self._too_few(round, len(left), took), round=round, stage="train")
+        if any(seconds > self.seconds for seconds in took.values()):
+            clock.ends(round, clock.now + self.seconds)
+        return left
+
+    def _part(self, takes: float, travels: float) -> float:
+        """Return which part of its steps a client has time for, at most 1."""
+        return 1.0 if takes <= self.seconds else (self.seconds - travels) / (takes - travels or math.inf)
+
+    def _too_few(self, round: int, left: int, took: Mapping[int, float]) -> str:
+        fastest = min(took, key=took.__getitem__)
+        or_else = "" if self.partial_work else ", or let them do what they can, partial_work=True"
+        return (
+            f"Round {round}: {left} of {len(took)} clients meet Deadline({self.seconds:g}), and {self.min_clients} have"
+            f" to. The fastest, client {fastest}, takes {took[fastest]:.3g} s, half of them"
+            f" {median(took.values()):.3g} s or more. Give them more time{or_else}."
+        )
+
+    def local_callbacks(self) -> Sequence[Callback]:
+        """Return what ends a client's fit early."""
+        return [PartialWork()] if self.partial_work else []
+
+    def tensors_to_client(self, trainer: FederatedTrainer, round: int, client: int) -> Mapping[str, Tensor]:
+        """Return the part of its steps that a client has time for, a float64 scalar."""
+        return {"part": torch.tensor(self._parts.get(client, 1.0), dtype=torch.float64)} if self.partial_work else {}
+
+    def tensors_expected(self, sent: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return nothing: nothing comes back."""
+        return {}
+
+
+class PartialWork(LocalMethod):
+    """The client's part of ``Deadline(partial_work=True)``: ends a fit after a part of its optimizer steps."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count what there is time for: batches, or with ``local_steps`` optimizer steps.
+
+        Raises:
+            ClientError: If nothing tells how many batches there are.
+        """
+        plan = getattr(trainer, "plan")  # noqa: B009 - of a client's trainer
+        self._counts_steps, self._done, self._begin = plan.steps is not None, 0, trainer.global_step
+        all_of_it = plan.steps if self._counts_steps else plan.epochs * trainer.num_training_batches
+        part = float(self.received["part"])
+        if part < 1 and math.isinf(all_of_it):
+            raise ClientError(
+                "trains on a loader without length, of whose batches Deadline(partial_work=True) cannot tell a part."
+                " Give the loader a length, or write FederatedTrainer(local_steps=...)."
+            )
+        self._most = math.inf if part >= 1 else max(1, math.floor(part * all_of_it + 1e-9))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End the fit when the time is over; batches whose gradients are accumulated stay together."""
+        self._done = trainer.global_step - self._begin if self._counts_steps else self._done + 1
+        every = 1 if self._counts_steps else trainer.accumulate_grad_batches
+        is_stepped = (batch_idx + 1) % every == 0 or batch_idx + 1 == trainer.num_training_batches
+        if is_stepped and self._done + every > self._most:
+            trainer.should_stop = True

@@ -1,0 +1,133 @@
+"""Clients that train all the time: who arrives next, and on which version of the weights, by durations alone."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from bisect import insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lightning_fed.seeding import seed_for
+
+
+@dataclass(frozen=True)
+class Flight:
+    """One client's work, from when it is sent the weights to when its reply arrives.
+
+    Attributes:
+        end: When it arrives, in virtual seconds.
+        number: It is the so manieth of the run, from 0.
+        client: The client's index.
+        version: The server updates that the weights had had with which it began.
+        start: When it began, in virtual seconds.
+    """
+
+    end: float
+    number: int
+    client: int
+    version: int
+    start: float
+
+
+@dataclass(frozen=True)
+class Flights:
+    """The clients that are at work when a server update is done.
+
+    Attributes:
+        now: The virtual time, in seconds.
+        started: How many have begun in the run.
+        flying: Those at work.
+    """
+
+    now: float = 0.0
+    started: int = 0
+    flying: tuple[Flight, ...] = ()
+
+    @property
+    def versions(self) -> frozenset[int]:
+        """The versions that are at work."""
+        return frozenset(flight.version for flight in self.flying)
+
+
+@dataclass
+class Schedule:
+    """The rule by which clients follow one another.
+
+    At one instant arrivals come first, then the server's update if the buffer is full, then clients begin in the places
+    that are free. A client whose reply waits in the buffer does not begin before the update.
+
+    Attributes:
+        concurrency: How many clients are at work at once.
+        buffer_size: How many replies an update takes.
+        max_staleness: Replies whose weights are older, in updates, are dropped; ``None`` for none.
+        num_clients: How many clients there are.
+        seed: The run's seed.
+        duration: ``duration(round, client)`` tells how long a client takes that begins when ``round - 1`` updates are
+            done, in seconds.
+    """
+
+    concurrency: int
+    buffer_size: int
+    max_staleness: int | None
+    num_clients: int
+    seed: int
+    duration: Callable[[int, int], float]
+
+    def next_update(self, before: Flights, version: int) -> Update:
+        """Return what happens from one server update to the next.
+
+        Args:
+            before: Who was at work when the last update was done.
+            version: How many updates are done.
+        """
+        heap = [(flight.end, flight.number, flight) for flight in before.flying]
+        heapq.heapify(heap)
+        busy = sorted(flight.client for flight in before.flying)
+        draws = random.Random(seed_for(self.seed, "flights", round=version + 1))
+        now, started = before.now, before.started
+        update = Update(before)
+        while len(update.arrived) < self.buffer_size:
+            if heap and heap[0][0] <= now:
+                flight = heapq.heappop(heap)[2]
+                is_late = self.max_staleness is not None and version - flight.version > self.max_staleness
+                (update.dropped if is_late else update.arrived).append(flight)
+                if is_late:
+                    busy.remove(flight.client)
+                continue
+            for _ in range(min(self.concurrency - len(heap), self.num_clients - len(busy))):
+                client = _nth_free(draws.randrange(self.num_clients - len(busy)), busy)
+                insort(busy, client)
+                end = now + self.duration(version + 1, client)
+                heapq.heappush(heap, (end, started, Flight(end, started, client, version, now)))
+                started += 1
+            now = heap[0][0]
+        update.after = Flights(now, started, tuple(flight for *_, flight in sorted(heap)))
+        return update
+
+
+@dataclass
+class Update:
+    """One server update.
+
+    Attributes:
+        after: Who is at work when it is done.
+        arrived: Those whose replies it is made of, as they arrived.
+        dropped: Those whose weights were too old.
+    """
+
+    after: Flights
+    arrived: list[Flight] = field(default_factory=list)
+    dropped: list[Flight] = field(default_factory=list)
+
+
+def _nth_free(n: int, busy: Sequence[int]) -> int:
+    """Return the n-th number, from 0, that is not in an ascending list."""
+    low, high = 0, len(busy)
+    while low < high:  # the first place at which n or more numbers before it are free
+        middle = (low + high) // 2
+        if busy[middle] - middle > n:
+            high = middle
+        else:
+            low = middle + 1
+    return n + low
