@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_fed import checks
 from lightning_fed.callbacks.base import Averaging, CohortOwner, FederatedCallback, Stage
-from lightning_fed.callbacks.device_speed import DeviceSpeed, clock_of
+from lightning_fed.callbacks.by_clock import clock_of
+from lightning_fed.callbacks.device_speed import DeviceSpeed
 from lightning_fed.callbacks.fedavg import FedAvg
 from lightning_fed.callbacks.flights import Flight, Flights, Schedule, Update
 from lightning_fed.callbacks.participation import PartialParticipation
@@ -220,7 +220,7 @@ class Asynchronous(CohortOwner):
     def state_dict(self) -> dict[str, Any]:
         """Return who is at work, and the versions of the weights with which they began."""
         rounds = {
-            round: [after.now, after.started, [list(astuple(flight)) for flight in after.flying]]
+            round: [after.now, after.started, [list(flight) for flight in after.flying]]
             for round, after in self._after.items()
         }
         return {"rounds": rounds, "versions": {version: dict(kept) for version, kept in self._versions.items()}}

@@ -214,9 +214,14 @@ class PartitionOwner(FederatedCallback):
         """Return whether clients may have data of their own to evaluate on."""
         return False
 
-    def sizes(self) -> list[int] | None:
-        """Return the number of training examples of each client, or ``None`` where only training tells."""
+    def size_of(self, client: int) -> int | None:
+        """Return the number of training examples of a client, or ``None`` where only training tells."""
         return None
+
+    def sizes(self) -> list[int] | None:
+        """Return those of all clients, or ``None`` where only training tells."""
+        known = [size for client in range(self.num_clients) if (size := self.size_of(client)) is not None]
+        return known if len(known) == self.num_clients else None
 
 
 class CohortOwner(FederatedCallback):

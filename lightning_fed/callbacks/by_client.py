@@ -21,6 +21,7 @@ class ByClientNumber:
 
     def __init__(self, name: str, given: Any, rule: Literal["at least 0", "greater than 0"]) -> None:
         self._name, self._given, self._rule = name, given, rule
+        self._least = 0.0 if rule == "at least 0" else math.ulp(0.0)
         self._numbers: tuple[tuple[int, int, int], list[float]] | None = None
 
     def faults(self) -> list[str]:
@@ -50,10 +51,12 @@ class ByClientNumber:
             ConfigurationError: If it is out of its range, or a list has not one for each client.
         """
         given = self._given
-        if callable(given):
-            number = given(round, client)
-        elif isinstance(given, Distribution):
+        if isinstance(given, Distribution):
             number = self._draw(drawn_in, clients, seed)[client]
+            if self._least <= number < math.inf:
+                return number
+        elif callable(given):
+            number = given(round, client)
         elif not isinstance(given, Sequence):
             return float(given)
         elif len(given) != clients:
@@ -71,8 +74,7 @@ class ByClientNumber:
         return float(number)
 
     def _is_good(self, number: object) -> bool:
-        least = 0.0 if self._rule == "at least 0" else math.ulp(0.0)
-        return checks.is_number(number) and least <= number < math.inf
+        return checks.is_number(number) and self._least <= number < math.inf
 
     def _draw(self, round: int, clients: int, seed: int) -> list[float]:
         key = (round, clients, seed)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_fed.callbacks.base import FederatedCallback
-from lightning_fed.callbacks.device_speed import DeviceSpeed, clock_of
+from lightning_fed.callbacks.device_speed import DeviceSpeed
+from lightning_fed.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from lightning_fed.trainer import FederatedTrainer
@@ -37,3 +38,29 @@ class GoesByClock(FederatedCallback):
     def on_round_end(self, trainer: FederatedTrainer, round: int, metrics: dict[str, float]) -> None:
         """Log how many were late."""
         metrics[LATE] = float(len(self.late))
+
+
+def clock_of(trainer: FederatedTrainer, who: str) -> DeviceSpeed:
+    """Return the clock of a run, for a callback that goes by it.
+
+    Args:
+        trainer: The server's trainer.
+        who: The callback's name, for the error.
+
+    Raises:
+        ConfigurationError: If there is none, or clients are not simulated.
+    """
+    clocks = [callback for callback in trainer.callbacks if isinstance(callback, DeviceSpeed)]
+    if not clocks:
+        raise ConfigurationError(
+            f"{who} goes by a virtual clock, and there is none: write DeviceSpeed(seconds_per_example) beside it among"
+            " the callbacks, which says how long clients take."
+        )
+    federation: Any = getattr(trainer, "federation")  # noqa: B009 - of the server, which is above this layer
+    if not federation.session.has_clients:
+        raise ConfigurationError(
+            f"{who} goes by a virtual clock, and clients of a network take their own time. There"
+            " FederatedTrainer(timeout=30) waits so many seconds for replies, and FaultTolerance(min_results=...) goes"
+            " on without those who are late."
+        )
+    return clocks[0]

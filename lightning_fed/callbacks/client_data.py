@@ -82,14 +82,12 @@ class ClientData(PartitionOwner):
         train, val = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
         return ClientLoaders(train=train, val=val)
 
-    def sizes(self) -> list[int] | None:
-        """Return the examples of each client's loader, or ``None`` where lengths do not tell, or nobody asked yet."""
+    def size_of(self, client: int) -> int | None:
+        """Return those of a client's loader, or ``None`` where its length does not tell, or a function makes it."""
         if self._function is not None:
             return None
-        given = [self._clients(client) for client in range(self.num_clients)]
-        counts = [examples_in(one[0] if isinstance(one, tuple) else one) for one in given]
-        known = [count for count in counts if count is not None]
-        return known if len(known) == len(counts) else None
+        given = self._clients(client)
+        return examples_in(given[0] if isinstance(given, tuple) else given)
 
     def can_evaluate(self) -> bool:
         """Return whether a client has data to evaluate on only the client knows."""

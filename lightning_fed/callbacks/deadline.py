@@ -55,6 +55,15 @@ class Deadline(GoesByClock):
         self.seconds, self.min_clients, self.partial_work = seconds, min_clients, partial_work
         self._parts: dict[int, float] = {}
 
+    def on_federation_start(self, trainer: FederatedTrainer) -> None:
+        """Check that there is a clock, and that a part of a client's work can be told."""
+        super().on_federation_start(trainer)
+        if self.partial_work and trainer.local_options.second_fit is not None:
+            raise ConfigurationError(
+                "Deadline(partial_work=True) ends a client's fit early, and a method in the run has clients train a"
+                " second model of their own, whose fit it does not end. Leave partial_work out."
+            )
+
     def in_time(self, trainer: FederatedTrainer, round: int, cohort: Sequence[int]) -> Sequence[int]:
         """Return those who meet the deadline.
 

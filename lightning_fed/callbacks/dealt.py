@@ -38,6 +38,7 @@ class Dealt:
         if partitioner.is_dataset_assigned():
             raise ConfigurationError("Partition was given a partitioner that has a dataset already; give it a new one.")
         from datasets import Dataset
+        from flwr_datasets.partitioner import IidPartitioner
 
         columns = columns_of(dataset, labels, partition_by(partitioner))
         _require_labels(partitioner, columns)
@@ -45,6 +46,8 @@ class Dealt:
         self.partitioner = copy.deepcopy(partitioner)
         self.partitioner.dataset = Dataset.from_dict({_INDEX: order, **{name: c[order] for name, c in columns.items()}})
         self._cache: dict[int, np.ndarray[Any, Any]] = {}
+        self._iid = order if type(partitioner) is IidPartitioner else None
+        self._shares = divmod(len(order), self.num_partitions) if self._iid is not None else (0, 0)
         try:
             self.indices(0)
             if self.num_partitions > len(dataset):
@@ -60,9 +63,27 @@ class Dealt:
     def indices(self, client: int) -> np.ndarray[Any, Any]:
         """Return a client's examples: indices, int64, ascending."""
         if client not in self._cache:
-            part = self.partitioner.load_partition(client)
-            self._cache[client] = np.sort(np.asarray(part[_INDEX][:], dtype=np.int64))
+            self._cache[client] = np.sort(self._dealt(client))
         return self._cache[client]
+
+    def size_of(self, client: int) -> int:
+        """Return how many examples a client has."""
+        if self._iid is None or client in self._cache:
+            return len(self.indices(client))
+        part = self._slice(client)
+        return part.stop - part.start
+
+    def _dealt(self, client: int) -> np.ndarray[Any, Any]:
+        if self._iid is None:
+            return np.asarray(self.partitioner.load_partition(client)[_INDEX][:], dtype=np.int64)
+        return self._iid[self._slice(client)]
+
+    def _slice(self, client: int) -> slice:
+        """Return the part that an IidPartitioner takes; to cut a table by it takes a millisecond a client."""
+        assert self._iid is not None
+        each, more = self._shares
+        begin = each * client + min(client, more)
+        return slice(begin, begin + each + (client < more))
 
 
 def _explain(partitioner: Partitioner, error: Exception, examples: int, columns: list[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_fed import checks
 from lightning_fed.callbacks.base import ClientReport, FederatedCallback, Stage
 from lightning_fed.callbacks.by_client import ByClient, ByClientNumber
+from lightning_fed.client.local.work import LocalOptions
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.values.weights import read, size_of
 
@@ -30,20 +31,40 @@ class _Plan:
     """What is known of clients' work before they do it.
 
     Attributes:
-        trainer: The server's trainer.
-        examples: The examples of an epoch of each client.
+        examples: The examples of an epoch of a client.
         num_bytes: What a client is sent and sends.
+        run: The run.
+        varies: Whether a client may take longer in another round.
+        seconds: What each client takes that has been asked for, where it is the same in every round.
         is_told: Whether the user knows that a client did otherwise.
     """
 
-    trainer: FederatedTrainer
-    examples: Examples
+    examples: Callable[[int], int]
     num_bytes: int
+    run: _Run
+    varies: bool
+    seconds: dict[int, float] = field(default_factory=dict)
     is_told: bool = False
 
-    def examples_of(self, client: int) -> int:
-        """Return those of a client."""
-        return _examples_of(self.examples, client)
+
+@dataclass
+class _Run:
+    """What the time of a client's work depends on, beside the client.
+
+    Attributes:
+        local: What all local fits have in common.
+        num_clients: How many clients there are.
+        seed: The run's seed.
+    """
+
+    local: LocalOptions
+    num_clients: int
+    seed: int
+
+    @classmethod
+    def of(cls, trainer: FederatedTrainer) -> _Run:
+        """Return that of a server's trainer."""
+        return cls(trainer.local_options, trainer.num_clients, trainer.seed)
 
 
 class DeviceSpeed(FederatedCallback):
@@ -129,25 +150,30 @@ class DeviceSpeed(FederatedCallback):
             num_examples: The examples of one of its epochs.
             num_bytes: What it is sent and sends.
         """
-        local, given = trainer.local_options, (round if self.every_round else 0)
-        if (epochs := local.epochs_of(round)) is not None:
+        return self._seconds_in(_Run.of(trainer), round, client, num_examples, num_bytes)
+
+    def _seconds_in(self, run: _Run, round: int, client: int, num_examples: float, num_bytes: int) -> float:
+        if (epochs := run.local.epochs_of(round)) is not None:
             examples = num_examples * epochs
         else:
-            assert local.steps is not None
+            assert run.local.steps is not None
             assert self.batch_size is not None  # on_federation_start has looked
-            examples = local.steps * self.batch_size
-        if local.second_fit is not None:
+            examples = run.local.steps * self.batch_size
+        if run.local.second_fit is not None:
             examples *= 2
-        if local.pass_before is not None:
+        if run.local.pass_before is not None:
             examples += num_examples
-        per_example = self._seconds.of(round, client, given, trainer.num_clients, trainer.seed)
-        return _PASSES * examples * per_example + self._travels(trainer, round, client, num_bytes)
+        per_example = self._seconds.of(round, client, self._drawn_in(round), run.num_clients, run.seed)
+        return _PASSES * examples * per_example + self._travels(run, round, client, num_bytes)
 
-    def _travels(self, trainer: FederatedTrainer, round: int, client: int, num_bytes: int) -> float:
+    def _travels(self, run: _Run, round: int, client: int, num_bytes: int) -> float:
         if self.bandwidth is None:
             return 0.0
-        given = round if self.every_round else 0
-        return num_bytes / self._bandwidth.of(round, client, given, trainer.num_clients, trainer.seed)
+        return num_bytes / self._bandwidth.of(round, client, self._drawn_in(round), run.num_clients, run.seed)
+
+    def _drawn_in(self, round: int) -> int:
+        """Return the round for whose sake devices are drawn; 0 for the run."""
+        return round if self.every_round else 0
 
     def plan(self, trainer: FederatedTrainer) -> None:
         """Look at what clients will do, so that ``planned`` can tell how long it takes.
@@ -156,8 +182,8 @@ class DeviceSpeed(FederatedCallback):
             ConfigurationError: If nobody knows how many examples clients have before they train.
         """
         owners: Any = getattr(trainer, "owners")  # noqa: B009 - the server's trainer, which is above this layer
-        examples = owners.partition.sizes() if self.examples is None else self.examples
-        if examples is None:
+        examples = self._examples_of if self.examples is not None else owners.partition.size_of
+        if self.examples is None and examples(0) is None:
             raise ConfigurationError(
                 f"DeviceSpeed: {type(owners.partition).__name__} does not tell how many examples clients have before"
                 " they train, and that is how long they take. Write DeviceSpeed(..., examples=[120, 80, ...])."
@@ -167,7 +193,9 @@ class DeviceSpeed(FederatedCallback):
         for method in owners.training().values():
             down: Mapping[str, Any] = method.tensors_to_client(trainer, trainer.current_round, 0)
             num_bytes += size_of(down, method.tensors_expected(down))
-        self._plan = _Plan(trainer, examples, num_bytes)
+        asks = callable(self.seconds_per_example) or callable(self.bandwidth)
+        varies = self.every_round or asks or isinstance(trainer.local_options.epochs, tuple)
+        self._plan = _Plan(examples, num_bytes, _Run.of(trainer), varies)
 
     @property
     def is_planned(self) -> bool:
@@ -177,21 +205,36 @@ class DeviceSpeed(FederatedCallback):
     def planned(self, round: int, client: int) -> float:
         """Return how long a client will take for its part of a round, in seconds; ``plan`` has been called."""
         assert self._plan is not None
-        return self.seconds(self._plan.trainer, round, client, self._plan.examples_of(client), self._plan.num_bytes)
+        plan = self._plan
+        if (seconds := plan.seconds.get(client)) is None:
+            seconds = self._seconds_in(plan.run, round, client, plan.examples(client), plan.num_bytes)
+            if not plan.varies:
+                plan.seconds[client] = seconds
+        return seconds
 
     def planned_to_travel(self, round: int, client: int) -> float:
         """Return how much of that its messages take, in seconds."""
         assert self._plan is not None
-        return self._travels(self._plan.trainer, round, client, self._plan.num_bytes)
+        return self._travels(self._plan.run, round, client, self._plan.num_bytes)
 
     def ends(self, round: int, end: float) -> None:
         """Let a round be over at a virtual time, whatever its clients took."""
         self._planned_end = {round: end}
 
+    def _examples_of(self, client: int) -> int:
+        given: Any = self.examples
+        number = given(client) if callable(given) else given[client]
+        if not checks.is_number(number, whole=True) or number < 0:
+            raise ConfigurationError(
+                f"DeviceSpeed: examples is {checks.as_typed(number)} for client {client}: it must be a whole number, at"
+                " least 0."
+            )
+        return int(number)
+
     def _require_as_planned(self, report: ClientReport, travels: int) -> None:
         """Say once if a client did something else than it was planned with."""
         assert self._plan is not None
-        examples = self._plan.examples_of(report.client)
+        examples = self._plan.examples(report.client)
         if report.num_examples == examples and (self.bandwidth is None or travels == self._plan.num_bytes):
             return
         rank_zero_warn(
@@ -236,7 +279,7 @@ class DeviceSpeed(FederatedCallback):
         travels = report.bytes_down + report.bytes_up
         if self._plan is not None and not self._plan.is_told:
             self._require_as_planned(report, travels)
-        examples = report.num_examples if self.examples is None else _examples_of(self.examples, report.client)
+        examples = report.num_examples if self.examples is None else self._examples_of(report.client)
         self._duration = max(self._duration, self.seconds(trainer, round, report.client, examples, travels))
 
     def on_round_end(self, trainer: FederatedTrainer, round: int, metrics: dict[str, float]) -> None:
@@ -257,44 +300,3 @@ class DeviceSpeed(FederatedCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the clock back."""
         self._ends = dict(state_dict["ends"])
-
-
-def _examples_of(given: Examples, client: int) -> int:
-    """Return the examples of an epoch of a client.
-
-    Raises:
-        ConfigurationError: If it is no number of examples.
-    """
-    number = given(client) if callable(given) else given[client]
-    if not checks.is_number(number, whole=True) or number < 0:
-        raise ConfigurationError(
-            f"DeviceSpeed: examples is {checks.as_typed(number)} for client {client}: it must be a whole number, at"
-            " least 0."
-        )
-    return int(number)
-
-
-def clock_of(trainer: FederatedTrainer, who: str) -> DeviceSpeed:
-    """Return the clock of a run, for a callback that goes by it.
-
-    Args:
-        trainer: The server's trainer.
-        who: The callback's name, for the error.
-
-    Raises:
-        ConfigurationError: If there is none, or clients are not simulated.
-    """
-    clocks = [callback for callback in trainer.callbacks if isinstance(callback, DeviceSpeed)]
-    if not clocks:
-        raise ConfigurationError(
-            f"{who} goes by a virtual clock, and there is none: write DeviceSpeed(seconds_per_example) beside it among"
-            " the callbacks, which says how long clients take."
-        )
-    federation: Any = getattr(trainer, "federation")  # noqa: B009 - of the server, which is above this layer
-    if not federation.session.has_clients:
-        raise ConfigurationError(
-            f"{who} goes by a virtual clock, and clients of a network take their own time. There"
-            " FederatedTrainer(timeout=30) waits so many seconds for replies, and FaultTolerance(min_results=...) goes"
-            " on without those who are late."
-        )
-    return clocks[0]

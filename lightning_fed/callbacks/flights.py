@@ -7,13 +7,14 @@ import random
 from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 from lightning_fed.seeding import seed_for
 
 
-@dataclass(frozen=True)
-class Flight:
-    """One client's work, from when it is sent the weights to when its reply arrives.
+class Flight(NamedTuple):
+    """One client's work, from when it is sent the weights to when its reply arrives; they sort by arrival.
 
     Attributes:
         end: When it arrives, in virtual seconds.
@@ -37,17 +38,17 @@ class Flights:
     Attributes:
         now: The virtual time, in seconds.
         started: How many have begun in the run.
-        flying: Those at work.
+        flying: Those at work, as a heap.
     """
 
     now: float = 0.0
     started: int = 0
     flying: tuple[Flight, ...] = ()
 
-    @property
+    @cached_property
     def versions(self) -> frozenset[int]:
         """The versions that are at work."""
-        return frozenset(flight.version for flight in self.flying)
+        return frozenset([flight.version for flight in self.flying])
 
 
 @dataclass
@@ -81,15 +82,14 @@ class Schedule:
             before: Who was at work when the last update was done.
             version: How many updates are done.
         """
-        heap = [(flight.end, flight.number, flight) for flight in before.flying]
-        heapq.heapify(heap)
-        busy = sorted(flight.client for flight in before.flying)
+        heap = [*before.flying]
+        busy = sorted([flight.client for flight in heap])
         draws = random.Random(seed_for(self.seed, "flights", round=version + 1))
         now, started = before.now, before.started
         update = Update(before)
         while len(update.arrived) < self.buffer_size:
-            if heap and heap[0][0] <= now:
-                flight = heapq.heappop(heap)[2]
+            if heap and heap[0].end <= now:
+                flight = heapq.heappop(heap)
                 is_late = self.max_staleness is not None and version - flight.version > self.max_staleness
                 (update.dropped if is_late else update.arrived).append(flight)
                 if is_late:
@@ -99,10 +99,10 @@ class Schedule:
                 client = _nth_free(draws.randrange(self.num_clients - len(busy)), busy)
                 insort(busy, client)
                 end = now + self.duration(version + 1, client)
-                heapq.heappush(heap, (end, started, Flight(end, started, client, version, now)))
+                heapq.heappush(heap, Flight(end, started, client, version, now))
                 started += 1
-            now = heap[0][0]
-        update.after = Flights(now, started, tuple(flight for *_, flight in sorted(heap)))
+            now = heap[0].end
+        update.after = Flights(now, started, tuple(heap))
         return update
 
 

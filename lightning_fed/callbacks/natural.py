@@ -59,6 +59,10 @@ class Natural:
         """How many clients there are."""
         return len(self.names)
 
+    def size_of(self, client: int) -> int:
+        """Return how many examples a client has."""
+        return len(self.indices(client))
+
     def indices(self, client: int) -> np.ndarray[Any, Any]:
         """Return a client's examples: indices, int64, ascending."""
         return self._members[client]

@@ -180,7 +180,9 @@ class Partition(PartitionOwner):
     def split(self, client: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Return a client's training and held-out examples: indices into the dataset, int64, ascending."""
         own = self.indices(client)
-        held_out = min(int(self.val_fraction * len(own) + 0.5), max(len(own) - 1, 0))
+        held_out = self._held_out(len(own))
+        if not held_out:
+            return own, own[:0]
         chosen = np.zeros(len(own), dtype=bool)
         chosen[np.random.default_rng(seed_for(self._seed, "val", client=client)).permutation(len(own))[:held_out]] = (
             True
@@ -220,9 +222,13 @@ class Partition(PartitionOwner):
         """Return whether anything is held out."""
         return self.val_fraction > 0
 
-    def sizes(self) -> list[int]:
-        """Return the number of training examples of each client."""
-        return [len(self.split(client)[0]) for client in range(self.num_clients)]
+    def size_of(self, client: int) -> int:
+        """Return the number of training examples of a client."""
+        own = len(self.indices(client)) if self._dealt is None else self._dealt.size_of(client)
+        return own - self._held_out(own)
+
+    def _held_out(self, own: int) -> int:
+        return min(int(self.val_fraction * own + 0.5), max(own - 1, 0))
 
     def plot(self, path: str | os.PathLike[str] | None = None, **how: Any) -> Figure:
         """Draw what each client has, in a picture of its own.

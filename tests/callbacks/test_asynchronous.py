@@ -80,7 +80,7 @@ def trained(
 ) -> references.Weights:
     """The weights after some updates."""
     module = kind(copy.deepcopy(net or encoded()), optimizer)
-    ckpt_path, arguments = how.pop("ckpt_path", None), {"local_epochs": EPOCHS, **QUIET, **how}
+    ckpt_path, arguments = how.pop("ckpt_path", None), {"local_epochs": EPOCHS, "seed": 0, **QUIET, **how}
     trainer = FederatedTrainer(max_rounds=rounds, callbacks=[ClientData(loaders()), *callbacks], **arguments)
     trainer.fit(module, ckpt_path=ckpt_path)
     return module.net.state_dict()
@@ -344,13 +344,13 @@ def test_with_lightning_s_defaults_and_a_datamodule(tmp_path: Path, method: Any)
     def fit(ckpt_path: str | None = None, rounds: int = 6, **how: Any) -> Any:
         parts = Partition(by=[client for client, size in enumerate(SIZES) for _ in range(size)], val_fraction=0.2)
         callbacks = [parts, DeviceSpeed(HalfNormal(0.1), 1e5, every_round=True), method()]
-        arguments = {"local_epochs": 2, "default_root_dir": tmp_path / str(how), **how}
+        arguments = {"local_epochs": 2, "seed": 3, "default_root_dir": tmp_path / str(how), **how}
         trainer = FederatedTrainer(max_rounds=rounds, callbacks=callbacks, **arguments)
+        torch.manual_seed(3)
         trainer.fit(Module(), datamodule=Data(), ckpt_path=ckpt_path)
         assert trainer.callback_metrics.keys() >= {"loss", "val_loss", "clients/val_loss", "staleness/mean"}
         return trainer
 
-    L.seed_everything(3)
     whole = fit()
     half = fit(rounds=3)
     again = fit(ckpt_path=half.checkpoint_callback.best_model_path)
@@ -360,7 +360,7 @@ def test_with_lightning_s_defaults_and_a_datamodule(tmp_path: Path, method: Any)
 
 
 def run(*callbacks: Any, clients: int | None = 4, **how: Any) -> None:
-    trainer = FederatedTrainer(max_rounds=2, num_clients=clients, callbacks=list(callbacks), **{**QUIET, **how})
+    trainer = FederatedTrainer(max_rounds=2, num_clients=clients, callbacks=list(callbacks), seed=0, **{**QUIET, **how})
     trainer.fit(ToyModule(), DataLoader(toy_data(32), batch_size=4))
 
 

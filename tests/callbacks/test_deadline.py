@@ -40,7 +40,7 @@ TOOK = [3 * size * EPOCHS * seconds for size, seconds in zip(SIZES, SECONDS, str
 def trained(*callbacks: Any, rounds: int = 3, kind: Any = Classifier, optimizer: Any = sgd, **how: Any) -> Any:
     """The weights after some rounds, and what was logged."""
     module, history = kind(copy.deepcopy(encoded()), optimizer), History()
-    ckpt_path, arguments = how.pop("ckpt_path", None), {"local_epochs": EPOCHS, **QUIET, **how}
+    ckpt_path, arguments = how.pop("ckpt_path", None), {"local_epochs": EPOCHS, "seed": 0, **QUIET, **how}
     data = [ClientData(loaders()), history, *callbacks]
     FederatedTrainer(max_rounds=rounds, callbacks=data, **arguments).fit(module, ckpt_path=ckpt_path)
     return module.net.state_dict(), history

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from lightning_fed.callbacks import Partition
 from lightning_fed.errors import ConfigurationError
+from lightning_fed.seeding import seed_for
 from lightning_fed.values.data import gathering
 
 SORTED = [0] * 50 + [1] * 50
@@ -579,3 +580,17 @@ def test_examples_without_a_label_are_drawn_as_such(other):
     axes = dealt(Partition(2, labels=labels), Unreadable(10)).plot().axes[0]
     heights = {c.get_label(): sum(bar.get_height() for bar in c) for c in axes.containers}
     assert heights == {"None": 5, str(other): 5}
+
+
+@pytest.mark.parametrize(("examples", "clients"), [(103, 10), (7, 7), (1000, 3)])
+def test_an_iid_partition_is_that_of_flwr_datasets(examples, clients):
+    """Which is cut by index, and not asked for a table each."""
+    partition = Partition(clients, val_fraction=0.2 if clients < examples else 0)
+    partition.prepare(DataLoader(TensorDataset(torch.arange(examples)), batch_size=2), seed=5)
+    order = np.random.default_rng(seed_for(5, "partition")).permutation(examples)
+    theirs = IidPartitioner(clients)
+    theirs.dataset = HFDataset.from_dict({"index": order})
+    for client in range(clients):
+        assert partition.size_of(client) == len(partition.split(client)[0])
+        assert partition.indices(client).tolist() == sorted(theirs.load_partition(client)["index"])
+    assert partition.sizes() == [len(partition.split(client)[0]) for client in range(clients)]
