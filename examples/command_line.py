@@ -8,12 +8,12 @@ FRACTION = 1 / 20  # the part of the passages in an epoch, of the speakers in a 
 EVERY = 5  # epochs or rounds from one validation to the next, if they go into their number
 
 
-def fashion_options(description):
-    """Return what the command line says."""
+def fashion_options(description, rounds=10):
+    """Return what the command line says; rounds is how many there are by default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="data", help="has FashionMNIST/, or gets it (%(default)s)")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="for the pictures (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=10, help="how many rounds (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=rounds, help="how many rounds (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, partition, cohorts and batches (%(default)s)")
     parser.add_argument("--fast", action="store_true", help="two rounds on 1,200 images: only to see that it runs")
     args = parser.parse_args()

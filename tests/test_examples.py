@@ -37,6 +37,11 @@ EXAMPLES = {
     "label_skew": (None, r"\n0\.1 .* points +0\.\d{3}\n", ["label_skew.png"]),
     "personalization": ("FashionMNIST", r"Ditto +0\.\d{4} +0\.\d{4} +\d\.\d{4}\n", ["personalization.png"]),
     "drift": ("FashionMNIST", r"FedDyn +0\.\d{4} +0\.\d{4}\n", ["drift.png"]),
+    "stragglers": (
+        "FashionMNIST",
+        r"FedBuff +\d+ +\d+ +0\.\d{4} +not reached\n",
+        ["stragglers.png", "stragglers_work.png"],
+    ),
     "front_page": (None, r"federated, 10 clients +test accuracy 0\.\d{3}\n", ["front.png"]),
     "language_model": ("shakespeare", r"federated +\d\.\d{4}\n", ["language_model.png"]),
     "lora": ("shakespeare", r"FFA-LoRA +\d\.\d{4} +18,432\n", ["lora.png"]),
