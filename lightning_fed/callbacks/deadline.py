@@ -58,10 +58,12 @@ class Deadline(GoesByClock):
     def on_federation_start(self, trainer: FederatedTrainer) -> None:
         """Check that there is a clock, and that a part of a client's work can be told."""
         super().on_federation_start(trainer)
-        if self.partial_work and trainer.local_options.second_fit is not None:
+        local = trainer.local_options
+        if self.partial_work and (local.second_fit is not None or local.pass_before is not None):
+            more = "train a second model" if local.second_fit is not None else "pass over their data before they train"
             raise ConfigurationError(
-                "Deadline(partial_work=True) ends a client's fit early, and a method in the run has clients train a"
-                " second model of their own, whose fit it does not end. Leave partial_work out."
+                f"Deadline(partial_work=True) ends a client's fit early, and a method in the run lets clients {more},"
+                " which it does not end. Leave partial_work out."
             )
 
     def in_time(self, trainer: FederatedTrainer, round: int, cohort: Sequence[int]) -> Sequence[int]:

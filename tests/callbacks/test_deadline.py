@@ -19,6 +19,7 @@ from lightning_fed.callbacks import (
     ClientData,
     Deadline,
     DeviceSpeed,
+    Ditto,
     FaultTolerance,
     FedNova,
     History,
@@ -231,6 +232,11 @@ REFUSED = {
     "no switch": (lambda: Deadline(1, partial_work="yes"), "partial_work='yes': write True or False"),
     "fewer than needed": (lambda: OverSelection(factor=0.5), r"OverSelection\(factor=0.5\) must be"),
     "no fraction": (lambda: OverSelection(2.0), "fraction_train=2.0"),
+    "a second fit": (lambda: trained(Deadline(5, 1, True), DeviceSpeed(1), Ditto()), "clients train a second model"),
+    "a pass before": (
+        lambda: trained(Deadline(5, 1, True), DeviceSpeed(1), Scaffold(option="I")),
+        "pass over their data before",
+    ),
     "no clock": (lambda: trained(Deadline(5)), "Deadline goes by a virtual clock, and there is none"),
     "a list of other clients": (
         lambda: trained(Deadline(5), DeviceSpeed(1, examples=[1, 2])),
