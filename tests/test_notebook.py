@@ -68,4 +68,4 @@ def test_it_runs_warns_of_nothing_learns_and_shows_each_picture_once(monkeypatch
     assert [float(accuracy) for accuracy in rounds] == pytest.approx([0.643, 0.641], abs=0.02)
     drawn = {source: pictures(of_cell) for source, of_cell in outputs.items()}
     assert drawn == {source: len(re.findall(DRAWS, source)) for source in outputs}
-    assert sum(drawn.values()) == 11
+    assert sum(drawn.values()) == 12
