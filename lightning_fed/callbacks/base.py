@@ -72,6 +72,11 @@ class FederatedCallback(Callback):
 
     decides: ClassVar[frozenset[Decision]] = frozenset()
 
+    @property
+    def has_local_part(self) -> bool:
+        """Whether ``local_callbacks``, where it is overridden, gives any: then all sites have to have this callback."""
+        return True
+
     def server_strategy(self, strategy: Strategy | None) -> Strategy | None:
         """Return the strategy of the run.
 
@@ -164,6 +169,10 @@ class FederatedCallback(Callback):
             cohort: Client indices, ascending: those whom the callbacks before have left.
         """
         return cohort
+
+    def seconds_to_wait(self, trainer: FederatedTrainer, round: int) -> float | None:
+        """Return when a round ends for those who train, in seconds: who has not replied is late, and has not failed."""
+        return None
 
     def on_federation_start(self, trainer: FederatedTrainer) -> None:
         """Act once the data is dealt out and the strategy built; the first round is about to start."""

@@ -56,11 +56,15 @@ def clock_of(trainer: FederatedTrainer, who: str) -> DeviceSpeed:
             f"{who} goes by a virtual clock, and there is none: write DeviceSpeed(seconds_per_example) beside it among"
             " the callbacks, which says how long clients take."
         )
-    federation: Any = getattr(trainer, "federation")  # noqa: B009 - of the server, which is above this layer
-    if not federation.session.has_clients:
+    if not is_simulation(trainer):
         raise ConfigurationError(
-            f"{who} goes by a virtual clock, and clients of a network take their own time. There"
-            " FederatedTrainer(timeout=30) waits so many seconds for replies, and FaultTolerance(min_results=...) goes"
-            " on without those who are late."
+            f"{who} goes by a virtual clock, and clients of a network take their own time. There Deadline(seconds) lets"
+            " a round end without those who are late."
         )
     return clocks[0]
+
+
+def is_simulation(trainer: FederatedTrainer) -> bool:
+    """Return whether clients are simulated, and take virtual time; those of a network take their own."""
+    federation: Any = getattr(trainer, "federation")  # noqa: B009 - of the server, which is above this layer
+    return bool(federation.session.has_clients)

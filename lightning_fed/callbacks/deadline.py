@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_fed import checks
-from lightning_fed.callbacks.by_clock import GoesByClock
+from lightning_fed.callbacks.base import ClientReport, Stage
+from lightning_fed.callbacks.by_clock import GoesByClock, is_simulation
 from lightning_fed.client.local.method import LocalMethod
 from lightning_fed.errors import ClientError, ConfigurationError, RoundError
 
@@ -21,19 +22,20 @@ if TYPE_CHECKING:
 
 
 class Deadline(GoesByClock):
-    """Leaves out the replies that take longer than a deadline, by the virtual clock of ``DeviceSpeed``.
+    """Leaves out the replies that take longer than a deadline: by the virtual clock of ``DeviceSpeed``, or in truth.
 
-    A client that would be late does not train: what it keeps is as before. A round in which somebody is late lasts as
-    long as the deadline. ``late/clients`` is logged, ``late`` tells who it was in the last round. In a real network
-    ``FederatedTrainer(timeout=...)`` with ``FaultTolerance`` is the deadline.
+    In a simulation a client that would be late does not train. In a network (``engine=SuperLink(...)``) seconds are
+    real ones, and who has not replied by then is late, which is no failure. What it keeps is as before the round. A
+    round in which somebody is late lasts as long as the deadline; ``late/clients`` is logged, ``late`` tells who it was
+    in the last round.
 
     Args:
-        seconds: Virtual seconds from the start of a round, > 0.
+        seconds: Seconds from the start of a round, > 0.
         min_clients: At least so many have to be in time.
-        partial_work: A client that is too slow trains as many steps as it has time for, at least one, and is in time;
-            only who cannot even be sent the weights and send them back is late. Its averaging coefficient stays that of
-            all its examples; ``FedNova`` divides updates by the steps that were made. Its schedules go on as if it had
-            made all.
+        partial_work: In a simulation: a client that is too slow trains as many steps as it has time for, at least one,
+            and is in time; only who cannot even be sent the weights and send them back is late. Its averaging
+            coefficient stays that of all its examples; ``FedNova`` divides updates by the steps that were made. Its
+            schedules go on as if it had made all.
 
     Raises:
         ConfigurationError: If an argument is out of its range.
@@ -54,10 +56,18 @@ class Deadline(GoesByClock):
             raise ConfigurationError(f"Deadline: {' '.join(faults)}")
         self.seconds, self.min_clients, self.partial_work = seconds, min_clients, partial_work
         self._parts: dict[int, float] = {}
+        self._is_simulation, self._asked = True, 0
 
     def on_federation_start(self, trainer: FederatedTrainer) -> None:
         """Check that there is a clock, and that a part of a client's work can be told."""
-        super().on_federation_start(trainer)
+        self._is_simulation = is_simulation(trainer)
+        if self._is_simulation:
+            super().on_federation_start(trainer)
+        elif self.partial_work:
+            raise ConfigurationError(
+                "Deadline(partial_work=True) goes by a virtual clock, and clients of a network take their own time."
+                " Leave partial_work out."
+            )
         local = trainer.local_options
         if self.partial_work and (local.second_fit is not None or local.pass_before is not None):
             more = "train a second model" if local.second_fit is not None else "pass over their data before they train"
@@ -72,6 +82,8 @@ class Deadline(GoesByClock):
         Raises:
             RoundError: If they are too few.
         """
+        if not self._is_simulation:
+            return cohort
         clock = self.clock(trainer)
         took = {client: clock.planned(round, client) for client in cohort}
         self._parts = {client: self._part(took[client], clock.planned_to_travel(round, client)) for client in cohort}
@@ -83,6 +95,40 @@ class Deadline(GoesByClock):
         if any(seconds > self.seconds for seconds in took.values()):
             clock.ends(round, clock.now + self.seconds)
         return left
+
+    def seconds_to_wait(self, trainer: FederatedTrainer, round: int) -> float | None:
+        """Return the deadline, where it is one of real seconds."""
+        return None if self._is_simulation else self.seconds
+
+    def on_round_start(self, trainer: FederatedTrainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
+        """Wait for replies, where they come from a network."""
+        if stage == "train" and not self._is_simulation:
+            self.late, self._asked = dict.fromkeys(cohort, math.inf), len(cohort)
+
+    def on_client_end(self, trainer: FederatedTrainer, round: int, stage: Stage, report: ClientReport) -> None:
+        """Note that a client is not late."""
+        if stage == "train":
+            self.late.pop(report.client, None)
+
+    def on_client_error(self, trainer: FederatedTrainer, round: int, stage: Stage, error: ClientError) -> None:
+        """Note that a client has failed, and is not late."""
+        if stage == "train" and error.client is not None:
+            self.late.pop(error.client, None)
+
+    def on_round_end(self, trainer: FederatedTrainer, round: int, metrics: dict[str, float]) -> None:
+        """Log how many were late.
+
+        Raises:
+            RoundError: If in a network too few were in time.
+        """
+        super().on_round_end(trainer, round, metrics)
+        if not self._is_simulation and (left := self._asked - len(self.late)) < self.min_clients:
+            raise RoundError(
+                f"Round {round}: {left} of {self._asked} clients replied within Deadline({self.seconds:g}), and"
+                f" {self.min_clients} have to. Give them more time.",
+                round=round,
+                stage="train",
+            )
 
     def _part(self, takes: float, travels: float) -> float:
         """Return which part of its steps a client has time for, at most 1."""
@@ -97,13 +143,18 @@ class Deadline(GoesByClock):
             f" {median(took.values()):.3g} s or more. Give them more time{or_else}."
         )
 
+    @property
+    def has_local_part(self) -> bool:
+        """Only partial work has one: a site need not know of a deadline."""
+        return self.partial_work
+
     def local_callbacks(self) -> Sequence[Callback]:
         """Return what ends a client's fit early."""
-        return [PartialWork()] if self.partial_work else []
+        return [PartialWork()]
 
     def tensors_to_client(self, trainer: FederatedTrainer, round: int, client: int) -> Mapping[str, Tensor]:
         """Return the part of its steps that a client has time for, a float64 scalar."""
-        return {"part": torch.tensor(self._parts.get(client, 1.0), dtype=torch.float64)} if self.partial_work else {}
+        return {"part": torch.tensor(self._parts.get(client, 1.0), dtype=torch.float64)}
 
     def tensors_expected(self, sent: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return nothing: nothing comes back."""

@@ -80,10 +80,27 @@ class About:
 
 
 class Exchange:
-    """The messages and replies of one stage of one round."""
+    """The messages and replies of one stage of one round.
 
-    def __init__(self, terms: Terms, stage: Stage, round: int, cohort: Sequence[int], weights: Weights) -> None:
+    Args:
+        terms: What all exchanges of the run have in common.
+        stage, round: Where it is.
+        cohort: Who takes part, client indices, ascending.
+        weights: The weights that the stage begins with.
+        deadline: After how many seconds a client that has not replied is late, and has not failed; ``None`` for none.
+    """
+
+    def __init__(
+        self,
+        terms: Terms,
+        stage: Stage,
+        round: int,
+        cohort: Sequence[int],
+        weights: Weights,
+        deadline: float | None = None,
+    ) -> None:
         self.terms, self.stage, self.round, self.cohort = terms, stage, round, cohort
+        self.deadline, self.late = deadline, 0
         self.weights = weights
         self._apart, self._size = IntegerTensors(weights), size_of(weights)
         self._methods = MethodTensors(terms.methods, round) if stage == "train" else None
@@ -156,6 +173,10 @@ class Exchange:
             # Let it go before the iterator trains the next client.
             del reply
         for client in sorted(waiting.values()):
+            if self.deadline is not None:
+                self.late += 1
+                self._undo(client)
+                continue
             self._failed(self._error(client, f"did not reply within {self.terms.timeout:g} s."))
 
     def names(self, which: Callable[[metrics.MetricState], bool]) -> frozenset[str]:
@@ -185,7 +206,13 @@ class Exchange:
         Raises:
             RoundError: If there are fewer.
         """
-        needed = self.terms.failures.min_results(len(self.cohort))
+        if self.late == len(self.cohort):
+            raise RoundError(
+                f"Round {self.round}: none of {self.late} clients replied within the deadline of {self.deadline:g} s.",
+                round=self.round,
+                stage=self.stage,
+            )
+        needed = self.terms.failures.min_results(len(self.cohort) - self.late)
         if self.good < needed:
             raise RoundError(
                 f"Round {self.round}: {self.good} of {len(self.cohort)} clients gave a good {self.stage} reply, and"
@@ -268,11 +295,16 @@ class Exchange:
 
     def _failed(self, error: ClientError) -> None:
         self.failed += 1
-        if self.stage == "train" and error.client is not None and isinstance(self.terms.roster, ClientGrid):
-            self.terms.roster.undo(error.client)
+        if error.client is not None:
+            self._undo(error.client)
         self.terms.failures.on_failure(error, self.failed, len(self.cohort))
         self.terms.tell("on_client_error", self.round, self.stage, error)
         release_frames(error)  # the user may keep it, and its frames have the client's weights and batches
+
+    def _undo(self, client: int) -> None:
+        """Let a client keep what it kept when the round began."""
+        if self.stage == "train" and isinstance(self.terms.roster, ClientGrid):
+            self.terms.roster.undo(client)
 
 
 def _expected(inside: Sequence[Strategy], max_examples: float, weights: Weights, trains: bool) -> Expected:

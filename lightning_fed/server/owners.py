@@ -116,7 +116,7 @@ class Owners:
         """
         named: dict[str, FederatedCallback] = {}
         for callback in self.callbacks:
-            if is_overridden("local_callbacks", callback, FederatedCallback):
+            if is_overridden("local_callbacks", callback, FederatedCallback) and callback.has_local_part:
                 kind = type(callback).__name__
                 alike = sum(type(other).__name__ == kind for other in named.values())
                 named[f"{kind}-{alike + 1}" if alike else kind] = callback

@@ -144,7 +144,8 @@ class Rounds:
             cohort = callback.in_time(self.trainer, round, cohort)
         if not cohort:
             return None
-        exchange = Exchange(self._terms, stage, round, cohort, weights)
+        deadline = self._deadline(round) if stage == "train" else None
+        exchange = Exchange(self._terms, stage, round, cohort, weights, deadline)
         with seeded(seed_for(self.seed, f"strategy/{stage}", round=round)):
             # 1. The strategy makes the messages.
             sent = exchange.messages(self.grid)
@@ -152,7 +153,8 @@ class Rounds:
                 return None
             self._tell("on_round_start", round, stage, exchange.cohort)
             # 2. The grid takes them to the clients, who work one by one as their replies are read.
-            with _closed(self.grid.send_and_receive(sent, timeout=self.timeout)) as received:
+            timeout = self.timeout if deadline is None else deadline
+            with _closed(self.grid.send_and_receive(sent, timeout=timeout)) as received:
                 replies = exchange.replies(received)
                 # 3. The strategy aggregates the replies, in client order.
                 averaged, extra = self._aggregate(exchange, replies)
@@ -188,6 +190,11 @@ class Rounds:
                 stage=stage,
             ) from error
         return arrays, messages.scalars(record)
+
+    def _deadline(self, round: int) -> float | None:
+        """Return after how many seconds who has not replied is late; ``None`` if the timeout comes first."""
+        asked = [callback.seconds_to_wait(self.trainer, round) for callback in self.callbacks]
+        return min((seconds for seconds in asked if seconds is not None and seconds < self.timeout), default=None)
 
     def _tell(self, hook: str, *args: Any) -> None:
         for callback in self.callbacks:
