@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.compile import from_compiled
 
 from lightning_fed import checks
+from lightning_fed._compat.signatures import signatures_known
 from lightning_fed._compat.torch import OptimizedModule
 from lightning_fed.client.app import build_client_app
 from lightning_fed.client.local.work import ClientState
@@ -303,5 +304,6 @@ class FederatedTrainer(ServerTrainer):
             stack.callback(self.federation.end)
             stack.enter_context(self._roles.views)
             stack.enter_context(self.logging_every_round())
+            stack.enter_context(signatures_known())
             self.federation.begin(grid, task.deal, task.side, engine)
             super().fit(task.module, ckpt_path=ckpt_path, **loaders)

@@ -16,8 +16,12 @@ from lightning.pytorch.trainer import trainer as lightning_trainer
 from lightning.pytorch.trainer.configuration_validator import _verify_loop_configurations
 from lightning.pytorch.trainer.connectors import callback_connector
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource, _request_dataloader
+from lightning.pytorch.trainer.connectors.logger_connector import logger_connector
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import argparse
 from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_fed._compat.signatures import signatures_known
 
 # The modules that Lightning has verified for a fit, each with what it depends on.
 _verified: MutableMapping[LightningModule, bool] = WeakKeyDictionary()
@@ -33,7 +37,7 @@ class QuickTrainer(Trainer):
 
     def __init__(self, plugins: Sequence[Any] | None = None, **kwargs: Any) -> None:
         with _nothing_looked_for():
-            super().__init__(plugins=_on_its_own(plugins), profiler=_NoProfiler(), **kwargs)
+            _without_environment(self, plugins=_on_its_own(plugins), profiler=_NoProfiler(), **kwargs)
         self.strategy.teardown = _stay  # type: ignore[method-assign]
         self.accelerator.setup = _is_set_up  # type: ignore[method-assign]
         self._checkpoint_connector.resume_end = _nothing_resumed  # type: ignore[method-assign]
@@ -52,6 +56,10 @@ class QuickTrainer(Trainer):
         Trainer.training.fset(self, value)  # type: ignore[attr-defined]
 
     def _run(self, model: LightningModule, *args: Any, **kwargs: Any) -> Any:
+        with signatures_known():
+            return self._run_verified(model, *args, **kwargs)
+
+    def _run_verified(self, model: LightningModule, *args: Any, **kwargs: Any) -> Any:
         if self.state.fn is not TrainerFn.FITTING or _verified.get(model) is not model.automatic_optimization:
             return super()._run(model, *args, **kwargs)
         # To read the signatures of a module's steps takes as long as a small step.
@@ -88,14 +96,29 @@ class _NoProfiler(PassThroughProfiler):
 
 @contextmanager
 def _nothing_looked_for() -> Iterator[None]:
-    """Leave out a quarter of a small fit: the search for other packages' callbacks and for devices to tell of."""
-    look_for, tell = callback_connector._load_external_callbacks, setup._log_device_info
-    callback_connector._load_external_callbacks = lambda group: []
-    setup._log_device_info = lambda trainer: None
+    """Leave out a quarter of a small fit: the search for other packages' callbacks, for devices, and a tip."""
+    left_out: list[tuple[Any, str, Any]] = [
+        (callback_connector, "_load_external_callbacks", lambda group: []),
+        (setup, "_log_device_info", lambda trainer: None),
+    ]
+    if hasattr(logger_connector, "rank_zero_info"):  # since Lightning 2.6
+        left_out.append((logger_connector, "rank_zero_info", lambda tip: None))
+    before = [getattr(module, name) for module, name, _ in left_out]
+    for module, name, nothing in left_out:
+        setattr(module, name, nothing)
     try:
         yield
     finally:
-        callback_connector._load_external_callbacks, setup._log_device_info = look_for, tell
+        for (module, name, _), there in zip(left_out, before, strict=True):
+            setattr(module, name, there)
+
+
+def _without_environment(trainer: Trainer, **kwargs: Any) -> None:
+    """Construct a trainer without the look for variables of the environment, which would name its class."""
+    init = Trainer.__init__
+    if init.__globals__ is vars(argparse):  # and nobody has put something around it
+        init = init.__wrapped__  # type: ignore[attr-defined]
+    init(trainer, **kwargs)
 
 
 def _on_its_own(plugins: Sequence[Any] | None) -> list[Any]:
