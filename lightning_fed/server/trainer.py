@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fed._compat.lightning import results_of, shown_metrics
 from lightning_fed.callbacks.base import CLIENT_METRICS
+from lightning_fed.client.local.logged import use_logged_values
 from lightning_fed.server.client_results import ClientResults
 from lightning_fed.server.client_tests import each_on_its_own
 from lightning_fed.server.exchange import About
@@ -42,6 +43,7 @@ class ServerTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._shown: dict[str, dict[str, bool | None]] = {}
         super().__init__(*args, **kwargs)
+        use_logged_values(self)
 
     @property
     def owners(self) -> Owners:

@@ -148,6 +148,7 @@ IMPORTED = {
     f"{CONNECTORS}data_connector._DataLoaderSource": None,
     f"{CONNECTORS}logger_connector.result._ResultCollection": None,
     f"{CONNECTORS}logger_connector.result._ResultMetric": None,
+    f"{PL}utilities.signature_utils.is_param_in_hook_signature": ["hook_fx", "param", "explicit", "min_args"],
     f"{CONNECTORS}data_connector._request_dataloader": ["data_source"],
     f"{PL}loops.fit_loop._request_dataloader": ["data_source"],
     f"{PL}trainer.configuration_validator._verify_loop_configurations": ["trainer"],
@@ -287,7 +288,9 @@ METHODS = {
     (f"{CONNECTORS}logger_connector.result._ResultCollection", "_extract_batch_size"): [
         *("value", "batch_size", "meta")
     ],
+    (f"{CONNECTORS}logger_connector.result._ResultMetric", "_wrap_compute"): ["compute"],
     (f"{CONNECTORS}signal_connector._SignalConnector", "register_signal_handlers"): [],
+    ("torchmetrics.Metric", "_wrap_update"): ["update"],
     ("torch.nn.Module", "_load_from_state_dict"): ["state_dict", "prefix", "local_metadata", "strict"],
 }
 

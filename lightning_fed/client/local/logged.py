@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_fed._compat.lightning import ResultCollection, ResultMetric, batch_size_for
+from lightning_fed._compat.lightning import ResultCollection, ResultMetric, batch_size_for, set_loop_results
+from lightning_fed._compat.results import records_copied
 from lightning_fed._compat.torchmetrics import defaults
 
 
@@ -35,6 +37,11 @@ class LoggedValues(ResultCollection):
     def __setitem__(self, key: str, value: ResultMetric) -> None:
         value.__class__ = _Logged
         super().__setitem__(key, value)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Log as Lightning does."""
+        with records_copied():
+            super().log(*args, **kwargs)
 
     def remember(self, hook: str, name: str, how: tuple[Any, ...]) -> None:
         """Take note of how Lightning has just logged a name in a hook."""
@@ -64,3 +71,10 @@ class LoggedValues(ResultCollection):
         metric.forward(value.detach().squeeze(), batch_size_for(self, metric, batch_size))
         metric.has_reset = False
         return True
+
+
+def use_logged_values(trainer: Trainer) -> None:
+    """Let the loops of a trainer that has not begun log into ``LoggedValues``."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    for loop in (epoch_loop, epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+        set_loop_results(loop, LoggedValues(training=loop is epoch_loop))

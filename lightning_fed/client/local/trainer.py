@@ -17,14 +17,13 @@ from lightning_fed._compat.lightning import (
     note_log_of,
     results_of,
     running_hook,
-    set_loop_results,
 )
 from lightning_fed._compat.quick_trainer import QuickTrainer
 from lightning_fed.client.local.as_configured import AsConfigured, held_by
 from lightning_fed.client.local.elapsed import TrainerInARun
 from lightning_fed.client.local.fast_loop import use_fast_loops
 from lightning_fed.client.local.isolation import LocalData
-from lightning_fed.client.local.logged import LoggedValues
+from lightning_fed.client.local.logged import use_logged_values
 from lightning_fed.client.local.shown import shown
 from lightning_fed.client.local.work import LocalWork
 from lightning_fed.values.data import gathering
@@ -71,8 +70,7 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
         self.data: LocalData | None = None
         self.strategy.setup_optimizers = partial(self._set_up_optimizers, self.strategy.setup_optimizers)  # type: ignore[method-assign]
         self.strategy.process_dataloader = self._take  # type: ignore[assignment, method-assign]
-        for loop in (self.fit_loop.epoch_loop, self.fit_loop.epoch_loop.val_loop, self.validate_loop, self.test_loop):
-            set_loop_results(loop, LoggedValues(training=loop is self.fit_loop.epoch_loop))
+        use_logged_values(self)
 
     def _take(self, loader: Any) -> Any:
         """Return what becomes of a loader that Lightning has asked for."""
