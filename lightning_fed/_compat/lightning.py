@@ -191,7 +191,11 @@ def begin_batch(trainer: Trainer, batch: Any) -> None:
 
 def end_batch(trainer: Trainer) -> None:
     """Tell what is logged that a batch is over."""
-    trainer._logger_connector.on_batch_end()
+    results = results_of(trainer)
+    if any(result.meta.on_step for result in results.values()):
+        trainer._logger_connector.on_batch_end()
+    else:  # nothing has a value yet
+        results.batch = results.batch_size = None
 
 
 def is_first_log_of(trainer: Any, hook: str | None) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,6 +121,27 @@ def step_hooks(optimizer: Optimizer) -> Iterator[Any]:
     yield from optimizer._optimizer_step_post_hooks.values()
     yield from _global_optimizer_pre_hooks.values()
     yield from _global_optimizer_post_hooks.values()
+
+
+# The code of what torch puts around an optimizer's step: the hooks, under a label for a profiler.
+_LABELLED = Optimizer.profile_hook_step(lambda optimizer: None).__code__
+
+
+def step_of(optimizer: Optimizer) -> Callable[..., Any]:
+    """Return ``optimizer.step``, without its hooks where there are none, and its label where no profiler runs.
+
+    >>> weight = torch.nn.Parameter(torch.ones(1))
+    >>> weight.grad = torch.ones(1)
+    >>> step_of(torch.optim.SGD([weight], lr=0.5))()
+    >>> weight.tolist()
+    [0.5]
+    """
+    step: Any = type(optimizer).step
+    is_torchs = getattr(step, "__code__", None) is _LABELLED and "step" not in vars(optimizer)
+    is_labelled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    if not is_torchs or is_labelled or list(step_hooks(optimizer)):
+        return optimizer.step
+    return partial(step.__wrapped__, optimizer)
 
 
 def last_rates(schedule: Any, default: Any) -> Any:

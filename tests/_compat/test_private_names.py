@@ -168,6 +168,7 @@ IMPORTED = {
     "torch._dynamo.backends.registry.lookup_backend": ["compiler_fn"],
     "torch._inductor.config.patch": None,
     "torch._C._autograd._saved_tensors_hooks_enable": None,
+    "torch.autograd._profiler_enabled": None,
     "torch._C._functorch.is_functorch_wrapped_tensor": None,
     "torch.optim.optimizer._global_optimizer_pre_hooks": None,
     "torch.optim.optimizer._global_optimizer_post_hooks": None,

@@ -43,6 +43,7 @@ from lightning_fed._compat.lightning import (
     to_device,
     warn_once,
 )
+from lightning_fed._compat.torch import step_of
 from lightning_fed.client.local.loops import EpochLoop, EvaluationLoop, FitLoop, ManualOptimization
 from lightning_fed.views import overrides
 
@@ -101,7 +102,7 @@ class FastOptimization(LightningAutomaticOptimization):
         self._output: dict[str, Any] = {}
         step.increment_ready()
         set_running_hook(module, "optimizer_step")
-        optimizer.step(closure=partial(self._closure, optimizer, kwargs))  # type: ignore[arg-type]
+        step_of(optimizer)(closure=partial(self._closure, optimizer, kwargs))
         set_running_hook(module, None)
         step.increment_completed()
         return self._output

@@ -21,9 +21,10 @@ class _Logged(ResultMetric):
         if not self.is_tensor or device is None:
             return super().to(*args, **kwargs)
         device = torch.device(device)
-        held = (*self.__dict__.values(), *defaults(self).values())
-        if any(isinstance(part, Tensor) and part.device != device for part in held):
-            super().to(device)
+        for part in (*self.__dict__.values(), *defaults(self).values()):
+            if isinstance(part, Tensor) and part.device != device:
+                super().to(device)
+                break
         return self
 
 
