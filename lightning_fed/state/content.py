@@ -202,6 +202,8 @@ def alike(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     if isinstance(one, np.ndarray):
+        if one.dtype.kind in "biu" and one.dtype == other.dtype and one.shape == other.shape:
+            return one.tobytes() == other.tobytes()  # at a tenth of the price: they are integers
         return np.array_equal(one, other)
     if isinstance(one, Mapping):
         return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)

@@ -84,9 +84,24 @@ def catch(trainer: Trainer, module: LightningModule, computed: Iterable[str] = (
         module: The module that logged.
         computed: Names whose value the module had already computed from a metric.
     """
-    attributes = {id(child): name for name, child in module.named_modules() if isinstance(child, Metric)}
     logged = [result for result in (results_of(trainer) or {}).values() if not result.has_reset]
+    attributes = {id(child): name for name, child in module.named_modules() if isinstance(child, Metric)}
     return _by_name(logged, partial(_of_epoch, attributes=attributes), set(computed))
+
+
+def catch_later(
+    trainer: Trainer, module: LightningModule, computed: Iterable[str] = ()
+) -> Callable[[], list[MetricState]]:
+    """Return a function that gives what ``catch`` gives now; until it is called numbers cost next to nothing."""
+    results = [result for result in (results_of(trainer) or {}).values() if not result.has_reset]
+    if not all(result.is_tensor for result in results):
+        caught = catch(trainer, module, computed)  # a metric's states are written to in place, and numbers never
+        return lambda: caught
+    held = [
+        Accumulated(result.meta, result.value, getattr(result, "cumulated_batch_size", None), last_value(result))
+        for result in results
+    ]
+    return partial(_by_name, held, _of_numbers, set(computed))
 
 
 def catch_each(results: Iterable[Accumulated], clients: int) -> list[list[MetricState]]:

@@ -48,7 +48,9 @@ class LoggedValues(ResultCollection):
         """Take note of how Lightning has just logged a name in a hook."""
         self._known[hook, name] = how
 
-    def log_again(self, hook: str, name: str, value: Any, how: tuple[Any, ...], batch_size: int | None) -> bool:
+    def log_again(
+        self, hook: str, name: str, value: Any, how: tuple[Any, ...], batch_size: int | None, is_first: bool
+    ) -> bool:
         """Log a value as Lightning would.
 
         Args:
@@ -57,6 +59,7 @@ class LoggedValues(ResultCollection):
             value: What is logged.
             how: All other arguments of ``self.log``.
             batch_size: The one that the user gave.
+            is_first: Whether it is the first of the hook in an epoch: what it logged in the one before is reset.
 
         Returns:
             Whether it did; not where name, arguments or kind of value are new, and Lightning must check them.
@@ -68,6 +71,8 @@ class LoggedValues(ResultCollection):
         metric = self[f"{hook}.{name}"]
         if not metric.is_tensor:
             return False
+        if is_first:
+            self.reset(metrics=False, fx=hook)
         metric.to(value.device)
         metric.forward(value.detach().squeeze(), batch_size_for(self, metric, batch_size))
         metric.has_reset = False

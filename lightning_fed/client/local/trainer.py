@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,7 +27,7 @@ from lightning_fed.client.local.logged import use_logged_values
 from lightning_fed.client.local.shown import shown
 from lightning_fed.client.local.work import LocalWork
 from lightning_fed.values.data import gathering
-from lightning_fed.values.metrics import MetricState, catch
+from lightning_fed.values.metrics import MetricState, catch_later
 from lightning_fed.views import overrides
 
 # How many arguments of ``log`` may stand without a name: those before ``enable_graph``.
@@ -60,7 +60,7 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
         staying = work.options.staying
         self.personal, self.frozen = staying.personal_parameters, staying.frozen_parameters
         self.as_configured = AsConfigured()
-        self.caught: list[MetricState] = []
+        self._catch: tuple[Callable[[], list[MetricState]], list[Any]] | None = None
         self.computed: set[str] = set()
         self.module_metrics = [child for child in work.module.modules() if isinstance(child, Metric)]
         self.logs_its_way = overrides(work.module, LightningModule, "log")
@@ -94,9 +94,16 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
 
     def keep_logged(self, module: LightningModule) -> None:
         """Keep what was logged in the epoch that is just ending, before Lightning resets it."""
-        unlogged, on_bar = shown((results_of(self) or {}).values())
-        states = catch(self, module, self.computed)
-        self.caught = [replace(s, logged=s.name not in unlogged, on_bar=s.name in on_bar) for s in states]
+        self._catch = catch_later(self, module, self.computed), [*(results_of(self) or {}).values()]
+        self.__dict__.pop("caught", None)
+
+    @cached_property
+    def caught(self) -> list[MetricState]:
+        """What was logged in the epoch that ended last; but for the fit's last one nobody asks."""
+        if self._catch is None:
+            return []
+        states, (unlogged, on_bar) = self._catch[0](), shown(self._catch[1])
+        return [replace(s, logged=s.name not in unlogged, on_bar=s.name in on_bar) for s in states]
 
     def report(self, states: Sequence[MetricState]) -> None:
         """Report something of the fit's own beside what the module has logged."""
@@ -116,11 +123,11 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
         """Log in a training step what Lightning has checked before; ``False`` where it has not."""
         if not self._logs_fast:
             return False
-        hook = running_hook(module)
-        if not self.training or is_first_log_of(self, hook):
+        if not self.training:
             return False
-        values, batch_size = loop_results(self.fit_loop.epoch_loop), kwargs.get("batch_size")
-        if not values.log_again(hook, name, value, how_logged(args, kwargs), batch_size):
+        hook, values = running_hook(module), loop_results(self.fit_loop.epoch_loop)
+        how, is_first = how_logged(args, kwargs), is_first_log_of(self, hook)
+        if not values.log_again(hook, name, value, how, kwargs.get("batch_size"), is_first):
             return False
         note_log_of(self, hook)
         return True

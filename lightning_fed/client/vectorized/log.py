@@ -54,6 +54,7 @@ class StackedLog:
         self._clients, self._check = clients, check
         self._checked: dict[str, tuple[Any, ResultMetric]] = {}
         self._results: dict[str, Accumulated] = {}  # those of this epoch
+        self._last: dict[str, Accumulated] | None = None  # those of the epoch before
 
     def add(self, logged: Sequence[Logged]) -> None:
         """Take in what all clients logged in one step.
@@ -72,11 +73,16 @@ class StackedLog:
                 value, batch_size = self._whole(logged, i)
             self._update(entry, value, batch_size)
 
-    def end_epoch(self) -> list[list[MetricState]]:
-        """Return what each client logged in the epoch, which is over."""
-        unlogged, on_bar = shown(self._results.values())
-        caught = catch_each(self._results.values(), self._clients)
-        self._results = {}
+    def end_epoch(self) -> None:
+        """Take note that an epoch is over."""
+        self._last, self._results = self._results, {}
+
+    def of_last_epoch(self) -> list[list[MetricState]]:
+        """Return what each client logged in the epoch that ended last; nothing before there is one."""
+        if self._last is None:
+            return []
+        unlogged, on_bar = shown(self._last.values())
+        caught = catch_each(self._last.values(), self._clients)
         return [
             [replace(s, logged=s.name not in unlogged, on_bar=s.name in on_bar) for s in states] for states in caught
         ]

@@ -75,7 +75,6 @@ class CohortTrainer(LocalTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.each_caught: list[list[MetricState]] = []
         self._steps: dict[str, Any] = {}
         self._batch: Any = None
         self.fit_loop.epoch_loop.automatic_optimization.__class__ = StackedOptimization
@@ -116,6 +115,11 @@ class CohortTrainer(LocalTrainer):
     def _refuse_in_step(self, name: str) -> None:
         if self._noted is not None:
             raise NotStackable(f"it reads trainer.{name}")
+
+    @cached_property
+    def each_caught(self) -> list[list[MetricState]]:
+        """What each client logged in the epoch that ended last; only of the last one anybody asks."""
+        return self.stacked_log.of_last_epoch()
 
     @cached_property
     def stacked_log(self) -> StackedLog:
@@ -248,7 +252,8 @@ class CohortTrainer(LocalTrainer):
         """
         self._watch.check()
         self._watches = False
-        self.each_caught = self.stacked_log.end_epoch()
+        self.stacked_log.end_epoch()
+        self.__dict__.pop("each_caught", None)
 
     def report(self, states: Sequence[MetricState]) -> None:
         """Report it for each client."""

@@ -201,6 +201,26 @@ class Logs(Watched):
         self.log("end", torch.tensor(float(self.current_epoch)))
 
 
+class LogsNowAndThen(Watched):
+    """Names that another step or another epoch begins with, or has not."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx:
+            self.log("before", torch.tensor(float(batch_idx)), on_step=True, on_epoch=True)
+        return super().on_train_batch_start(batch, batch_idx)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        odd = self.current_epoch % 2
+        if batch_idx >= odd:
+            self.log("late in odd epochs", torch.tensor(batch_idx + 0.5))
+        loss = super().training_step(batch, batch_idx)
+        if odd:
+            self.log("in odd epochs", loss, reduce_fx="max")
+        if batch_idx == 2 - odd:
+            self.log("once", loss, on_step=True, on_epoch=True)
+        return loss
+
+
 UNUSUAL = {
     "dict": (Dict, {}),
     "None now and then": (Sometimes, {}),
@@ -211,6 +231,7 @@ UNUSUAL = {
     "LBFGS": (LBFGS, {}),
     "configure_gradient_clipping": (Clips, {}),
     "logs": (Logs, {}),
+    "logs now and then": (LogsNowAndThen, {"local_epochs": 3}),
     "clip by norm": (Watched, {"gradient_clip_val": 0.1}),
     "clip by value": (Watched, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
     "accumulation": (Watched, {"accumulate_grad_batches": 3}),
@@ -228,6 +249,7 @@ SOME = (
     "optimizer_step",
     "LBFGS",
     "logs",
+    "logs now and then",
     "clip by norm",
     "accumulation",
     "bf16",
