@@ -160,7 +160,7 @@ def attach(reply: Message, extras: Extras) -> None:
         arrays = {f"{i}/{key}": t for i, state in enumerate(extras.states) for key, t in state.tensors.items()}
         specs = [[s.name, s.kind, s.attribute, s.updates, s.logged, s.on_bar] for s in extras.states]
         reply.content[_STATES] = pack(arrays)
-        reply.content[_SPECS] = ConfigRecord({"json": json.dumps(specs)})
+        reply.content[_SPECS] = filled(ConfigRecord(), {"json": json.dumps(specs)})
 
 
 def detach(reply: Message) -> Extras:
@@ -196,8 +196,8 @@ def _state(spec: Any, tensors: Weights) -> MetricState:
         _require(not any(tensor.is_complex() for tensor in tensors.values()), f"{name!r} as a complex number")
         single = [part for part in tensors if part == "weight" or kind in MERGED]
         _require(all(tensors[part].numel() == 1 for part in single), f"several numbers for {name!r}")
-        tensors = {**tensors, **{part: tensors[part].reshape(()) for part in single}}
-    if kind == MEAN and tensors["weight"] == 0:
+        tensors = {**tensors, **{part: tensors[part].reshape(()) for part in single if tensors[part].dim()}}
+    if kind == MEAN and float(tensors["weight"]) == 0:
         _require(not tensors["value"].abs() > 0, f"{name!r} as a sum over no examples that is not 0")
     return MetricState(name, kind, tensors, attribute, updates, logged=bool(logged), on_bar=bool(on_bar))
 

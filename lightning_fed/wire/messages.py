@@ -147,13 +147,20 @@ def _int(value: Any) -> int:
 
 def train_reply(message: Message, weights: Weights, num_examples: int, scalars: Mapping[str, float]) -> Message:
     """Return the reply to a train message, as strategies and mods expect it."""
-    content = RecordDict({ARRAYS: pack(weights), METRICS: MetricRecord({**scalars, NUM_EXAMPLES: num_examples})})
-    return Message(content, reply_to=message)
+    content = {ARRAYS: pack(weights), METRICS: _metrics({**scalars, NUM_EXAMPLES: num_examples})}
+    return Message(filled(RecordDict(), content), reply_to=message)
 
 
 def evaluate_reply(message: Message, num_examples: int, scalars: Mapping[str, float]) -> Message:
     """Return the reply to an evaluate message; ``num_examples`` 0 says that the client has nothing to evaluate on."""
-    return Message(RecordDict({METRICS: MetricRecord({**scalars, NUM_EXAMPLES: num_examples})}), reply_to=message)
+    content = {METRICS: _metrics({**scalars, NUM_EXAMPLES: num_examples})}
+    return Message(filled(RecordDict(), content), reply_to=message)
+
+
+def _metrics(numbers: dict[str, float]) -> MetricRecord:
+    """Return the record of numbers, which Flower need not check where they are plain ones."""
+    are_plain = all(type(name) is str and type(number) in (int, float) for name, number in numbers.items())
+    return filled(MetricRecord(), numbers) if are_plain else MetricRecord({**numbers})
 
 
 def error_reply(message: Message, exception: BaseException) -> Message:

@@ -166,13 +166,16 @@ def read_json(text: str) -> Any:
         raise ValueError(
             f"JSON of {len(text):,} characters and {lists:,} lists; at most {_MOST_TEXT:,} and {_MOST_LISTS:,} are read"
         )
-    return json.loads(text, parse_int=_int)
+    return _JSON.decode(text)
 
 
 def _int(digits: str) -> int:
     if len(digits) > 20 or not -(2**63) <= (number := int(digits)) < 2**63:
         raise ValueError(f"{digits[:50]}, which is no integer of 64 bits")
     return number
+
+
+_JSON = json.JSONDecoder(parse_int=_int)
 
 
 def _add(found: dict[str, Any], key: Any, record: Any) -> None:
