@@ -148,6 +148,7 @@ IMPORTED = {
     f"{CONNECTORS}data_connector._DataLoaderSource": None,
     f"{CONNECTORS}logger_connector.result._ResultCollection": None,
     f"{CONNECTORS}logger_connector.result._ResultMetric": None,
+    f"{CONNECTORS}logger_connector.result._Sync": [*("fn", "_should", "rank_zero_only", "_op", "_group")],
     f"{PL}utilities.signature_utils.is_param_in_hook_signature": ["hook_fx", "param", "explicit", "min_args"],
     f"{CONNECTORS}data_connector._request_dataloader": ["data_source"],
     f"{PL}loops.fit_loop._request_dataloader": ["data_source"],
@@ -173,6 +174,8 @@ IMPORTED = {
     "torch.optim.optimizer._global_optimizer_pre_hooks": None,
     "torch.optim.optimizer._global_optimizer_post_hooks": None,
     "torch.utils._python_dispatch.TorchDispatchMode": None,
+    "torch.utils.data.dataloader._DatasetKind": None,
+    "torch.utils.data.dataloader._SingleProcessDataLoaderIter": ["loader"],
     "torch.utils._pytree.tree_flatten": ["tree", "is_leaf"],
     "torch.utils._pytree.tree_leaves": ["tree", "is_leaf"],
     "torch.utils._pytree.tree_unflatten": ["leaves", "treespec"],
@@ -346,6 +349,10 @@ def _trainer():
     return lightning.pytorch.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False)
 
 
+def _record_metadata():
+    return importlib.import_module(f"{CONNECTORS}logger_connector.result")._Metadata("training_step", "loss")
+
+
 def _metadata():
     with server_identity(1):
         return Message(RecordDict(), 1, "train").metadata
@@ -385,6 +392,8 @@ OBJECTS = {
     "optimizer": lambda: _scheduled().optimizer,
     "sampler": lambda: torch.utils.data.RandomSampler(range(2)),
     "loader": lambda: torch.utils.data.DataLoader(range(2)),
+    "batches": lambda: iter(torch.utils.data.DataLoader(range(2))),
+    "record_metadata": _record_metadata,
     "record": RecordDict,
     "metadata": _metadata,
     "chunked": _chunked,
@@ -399,7 +408,7 @@ ATTRIBUTES = {
     "validate_loop": "_combined_loader _results",
     "optimization": "_skip_backward",
     "logger_connector": "_callback_metrics _current_fx _first_loop_iter _logged_metrics _progress_bar_metrics",
-    "loaders": "_mode",
+    "loaders": "_iterator _mode",
     "lightning_module": "_automatic_optimization _compiler_ctx _current_fx_name _fabric _metric_attributes _trainer",
     "module": "_buffers _compiled_call_impl _load_state_dict_pre_hooks _parameters",
     "state_dict": "_metadata",
@@ -413,6 +422,8 @@ ATTRIBUTES = {
     "optimizer": "_opt_called _optimizer_step_post_hooks _optimizer_step_pre_hooks",
     "sampler": "_num_samples",
     "loader": "_iterator",
+    "batches": "_dataset_kind _next_data _num_yielded",
+    "record_metadata": "_sync",
     "record": "_data",
     "metadata": "_message_id _src_node_id",
     "chunked": "_chunks",

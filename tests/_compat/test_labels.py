@@ -1,10 +1,11 @@
-"""An optimizer's step without its hooks is taken only where there are none and nobody reads labels."""
+"""Steps and batches come without hooks and labels only where there are none and nobody reads them."""
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_fed._compat.torch import step_of
+from lightning_fed._compat.torch import step_of, unlabel
 
 
 def optimizer(kind=torch.optim.SGD):
@@ -77,3 +78,39 @@ def test_profiler_sees_the_label():
     with torch.profiler.profile() as profile:
         step_of(one)()
     assert "Optimizer.step#SGD.step" in {event.key for event in profile.key_averages()}
+
+
+class Iterable(IterableDataset):
+    def __iter__(self):
+        yield from (torch.tensor(float(i)) for i in range(5))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"shuffle": True}, {"drop_last": True}, {"batch_size": None}, {"collate_fn": len}], ids=str
+)
+def test_batches_without_a_label_are_the_loaders(options):
+    loader = DataLoader(TensorDataset(torch.arange(10.0)), **{"batch_size": 3, **options})
+    batches = []
+    for labelled in (True, False):
+        torch.manual_seed(0)
+        iterator = iter(loader)
+        if not labelled:
+            unlabel(iterator)
+            assert type(iterator).__name__ == "_Unlabelled"
+        batches.append((list(iterator), iterator._num_yielded, torch.rand(1)))
+    assert repr(batches[0]) == repr(batches[1])
+
+
+def test_other_iterators_stay_as_they_are():
+    for iterator in (iter(DataLoader(Iterable())), iter([1])):
+        before = type(iterator)
+        unlabel(iterator)
+        assert type(iterator) is before
+
+
+def test_profiler_sees_the_label_of_a_batch():
+    iterator = iter(DataLoader(TensorDataset(torch.arange(4.0))))
+    unlabel(iterator)
+    with torch.profiler.profile() as profile:
+        next(iterator)
+    assert any("enumerate(DataLoader)" in event.key for event in profile.key_averages())
