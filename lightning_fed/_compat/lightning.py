@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
@@ -20,7 +19,6 @@ from lightning.pytorch.trainer.configuration_validator import _verify_loop_confi
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection as ResultCollection
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric as ResultMetric
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
 
 __all__ = [
     "DataFetcher",
@@ -164,21 +162,6 @@ def last_value(result: Any) -> Any:
     return result._forward_cache
 
 
-@dataclass
-class Accumulated:
-    """What Lightning's ``ResultMetric`` accumulates of a logged number, of one client or (clients,) of many."""
-
-    meta: Any
-    value: Tensor
-    cumulated_batch_size: Tensor | None
-    _forward_cache: Tensor | None = None
-    is_tensor: ClassVar[bool] = True
-
-    def update(self, value: Tensor, batch_size: Any) -> None:
-        """Take a step's value in, as Lightning does."""
-        ResultMetric.update(self, value, batch_size)  # type: ignore[arg-type]
-
-
 def batch_size_for(results: ResultCollection, metric: ResultMetric, batch_size: int | None) -> Any:
     """Return the number of examples by which a logged value is weighed."""
     return results._extract_batch_size(metric, batch_size, metric.meta)
@@ -262,6 +245,11 @@ def data_fetcher(loop: Any) -> DataFetcher | None:
 def combined_loader(loop: Any) -> CombinedLoader | None:
     """Return all loaders of a fit or of an evaluation that has begun."""
     return loop._combined_loader
+
+
+def iterators_of(fetcher: DataFetcher) -> list[Any]:
+    """Return the iterators of the loaders from which a fetcher that has begun takes a batch each at a time."""
+    return getattr(fetcher.combined_loader._iterator, "iterators", [])
 
 
 def is_in_turn(loaders: CombinedLoader) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from inspect import Signature
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.trainer.connectors.logger_connector import result
@@ -54,6 +55,33 @@ def _copy(empty: ResultMetric, metadata: Any) -> ResultMetric:
     metric.update = metric._wrap_update(ResultMetric.update.__get__(metric))  # type: ignore[method-assign]
     metric.compute = metric._wrap_compute(ResultMetric.compute.__get__(metric))  # type: ignore[method-assign]
     return metric
+
+
+@dataclass
+class Accumulated:
+    """What Lightning's ``ResultMetric`` accumulates of a logged number, of one client or (clients,) of many."""
+
+    meta: Any
+    value: Tensor
+    cumulated_batch_size: Tensor | None
+    _forward_cache: Tensor | None = None
+    is_tensor: ClassVar[bool] = True
+
+    def update(self, value: Tensor, batch_size: Any) -> None:
+        """Take a step's value in, as Lightning does."""
+        ResultMetric.update(self, value, batch_size)  # type: ignore[arg-type]
+
+
+def same_metadata(metadata: Any, reduce: Callable[..., Any] | None) -> Any:
+    """Return how a value is logged in another fit, in the same way as in an earlier one.
+
+    Args:
+        metadata: The earlier fit's.
+        reduce: The ``reduce`` of the other one's strategy; of what is only kept none, for it leads to its trainer.
+    """
+    made, sync = replace(metadata, _sync=None), metadata.sync
+    made.sync = result._Sync(_should=sync.should, fn=reduce, _group=sync.group, rank_zero_only=sync.rank_zero_only)
+    return made
 
 
 @contextmanager

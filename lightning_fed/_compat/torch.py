@@ -16,6 +16,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.data import RandomSampler
+from torch.utils.data.dataloader import _DatasetKind, _SingleProcessDataLoaderIter
 
 __all__ = [
     "OptimizedModule",
@@ -123,6 +124,11 @@ def step_hooks(optimizer: Optimizer) -> Iterator[Any]:
     yield from _global_optimizer_post_hooks.values()
 
 
+def _is_profiled() -> bool:
+    """Return whether torch's profiler runs, which shows labels."""
+    return torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+
+
 # The code of what torch puts around an optimizer's step: the hooks, under a label for a profiler.
 _LABELLED = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
@@ -138,8 +144,7 @@ def step_of(optimizer: Optimizer) -> Callable[..., Any]:
     """
     step: Any = type(optimizer).step
     is_torchs = getattr(step, "__code__", None) is _LABELLED and "step" not in vars(optimizer)
-    is_labelled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    if not is_torchs or is_labelled or list(step_hooks(optimizer)):
+    if not is_torchs or _is_profiled() or list(step_hooks(optimizer)):
         return optimizer.step
     return partial(step.__wrapped__, optimizer)
 
@@ -170,3 +175,20 @@ def set_stepped(optimizer: Any, stepped: bool) -> bool:
 def has_count(sampler: RandomSampler) -> bool:
     """Return whether a sampler was told how many to draw."""
     return sampler._num_samples is not None
+
+
+class _Unlabelled(_SingleProcessDataLoaderIter):
+    """Batches of a map-style data set, without a label where no profiler runs."""
+
+    def __next__(self) -> Any:
+        if _is_profiled():
+            return super().__next__()
+        batch = self._next_data()  # type: ignore[no-untyped-call]
+        self._num_yielded += 1
+        return batch
+
+
+def unlabel(iterator: Any) -> None:
+    """Let a loader's iterator leave out the label of each batch where no profiler would show it."""
+    if type(iterator) is _SingleProcessDataLoaderIter and iterator._dataset_kind == _DatasetKind.Map:
+        iterator.__class__ = _Unlabelled

@@ -16,7 +16,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_fed._compat.lightning import Accumulated, last_value, results_of
+from lightning_fed._compat.lightning import last_value, results_of
+from lightning_fed._compat.results import Accumulated
 from lightning_fed._compat.torchmetrics import updates
 from lightning_fed.values.metric_states import States, is_mergeable, states_of, value_over
 

@@ -6,7 +6,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Metada
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lightning_fed._compat.results import result_metric
+from lightning_fed._compat.results import result_metric, same_metadata
 
 
 def metadata(reduce_fx="mean", **how):
@@ -68,3 +68,22 @@ def test_record_of_a_metric_is_lightnings():
     metric.update(3.0)
     record.update(metric, 1)
     assert record.value is metric
+
+
+@pytest.mark.parametrize("reduce_fx", ["mean", "sum", "min", "max", max])
+@pytest.mark.parametrize("sync", [{}, {"_should": True}, {"rank_zero_only": True}])
+def test_metadata_of_another_fit_are_those_that_lightning_would_make(reduce_fx, sync):
+    def logged(fn):
+        made = _Metadata("training_step", "loss", prog_bar=True, on_step=True, reduce_fx=reduce_fx)
+        made.sync = _Sync(fn=fn, **sync)
+        return made
+
+    def reduce(value, reduce_op=None, group=None):
+        return value + 1, reduce_op, group
+
+    kept = same_metadata(logged(len), None)
+    again, lightnings = same_metadata(kept, reduce), logged(reduce)
+    assert again == lightnings
+    assert again.sync.op == lightnings.sync.op == {max: "max"}.get(reduce_fx, reduce_fx)
+    assert again.sync.__call__(1.0) == lightnings.sync.__call__(1.0)
+    assert kept.sync.fn is None

@@ -37,13 +37,14 @@ from lightning_fed._compat.lightning import (
     end_batch,
     is_last_ready_batch,
     is_training_done,
+    iterators_of,
     on_before_transfer,
     set_running_hook,
     skips_backward,
     to_device,
     warn_once,
 )
-from lightning_fed._compat.torch import step_of
+from lightning_fed._compat.torch import step_of, unlabel
 from lightning_fed.client.local.loops import EpochLoop, EvaluationLoop, FitLoop, ManualOptimization
 from lightning_fed.views import overrides
 
@@ -175,6 +176,8 @@ class FastEpochLoop(EpochLoop):
         self.automatic_optimization.prepare(self._hooks, self._is_usual and is_plain)
         if not self._is_usual:
             return
+        for iterator in iterators_of(data_fetcher):
+            unlabel(iterator)
         self._takes_index = takes_index(getattr(module.training_step, "__func__", module.training_step))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         transfers = any(overrides(module, LightningModule, name) for name in _OF_TRANSFER) or (

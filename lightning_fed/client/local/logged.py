@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from types import BuiltinFunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_fed._compat.lightning import ResultCollection, ResultMetric, batch_size_for, set_loop_results
-from lightning_fed._compat.results import records_copied
-from lightning_fed._compat.torchmetrics import defaults
+from lightning_fed._compat.lightning import (
+    ResultCollection,
+    ResultMetric,
+    batch_size_for,
+    is_first_log_of,
+    last_value,
+    note_log_of,
+    running_hook,
+    set_loop_results,
+)
+from lightning_fed._compat.results import records_copied, result_metric, same_metadata
+from lightning_fed._compat.torchmetrics import computed, defaults
+
+# Arguments of ``self.log`` that may be kept longer than a fit.
+_PLAIN = (bool, str, type(None), BuiltinFunctionType)
+# How the fits of a module have logged numbers, by hook and name: the arguments, and what Lightning made of them.
+_known_earlier: MutableMapping[LightningModule, dict[tuple[str, str], tuple[Any, Any]]] = WeakKeyDictionary()
 
 
 class _Logged(ResultMetric):
@@ -21,10 +38,9 @@ class _Logged(ResultMetric):
         if not self.is_tensor or device is None:
             return super().to(*args, **kwargs)
         device = torch.device(device)
-        for part in (*self.__dict__.values(), *defaults(self).values()):
-            if isinstance(part, Tensor) and part.device != device:
-                super().to(device)
-                break
+        held = (self.value, computed(self), last_value(self), *defaults(self).values())
+        if any(part is not None and part.device != device for part in held):
+            super().to(device)
         return self
 
 
@@ -44,38 +60,55 @@ class LoggedValues(ResultCollection):
         with records_copied():
             super().log(*args, **kwargs)
 
-    def remember(self, hook: str, name: str, how: tuple[Any, ...]) -> None:
-        """Take note of how Lightning has just logged a name in a hook."""
+    def remember(self, module: LightningModule, hook: Any, name: str, how: tuple[Any, ...]) -> None:
+        """Take note of how Lightning has just logged a name in a hook of a module; of numbers also for later fits."""
         self._known[hook, name] = how
+        record = self.get(f"{hook}.{name}")
+        is_plain = all(isinstance(one, _PLAIN) for one in (*how[0], *how[1].values()))
+        if record is not None and record.is_tensor and is_plain:
+            _known_earlier.setdefault(module, {})[hook, name] = how, same_metadata(record.meta, None)
 
     def log_again(
-        self, hook: str, name: str, value: Any, how: tuple[Any, ...], batch_size: int | None, is_first: bool
+        self, module: LightningModule, name: str, value: Any, how: tuple[Any, ...], batch_size: int | None
     ) -> bool:
         """Log a value as Lightning would.
 
         Args:
-            hook: The hook that logs.
+            module: The module, in the hook that logs.
             name: The name, as the user wrote it.
             value: What is logged.
             how: All other arguments of ``self.log``.
             batch_size: The one that the user gave.
-            is_first: Whether it is the first of the hook in an epoch: what it logged in the one before is reset.
 
         Returns:
             Whether it did; not where name, arguments or kind of value are new, and Lightning must check them.
         """
-        if type(value) is not Tensor or self._known.get((hook, name)) != how:
+        if type(value) is not Tensor or value.numel() != 1 or not value.is_floating_point():
             return False
-        if value.numel() != 1 or not value.is_floating_point():
+        hook, trainer = running_hook(module), module.trainer
+        if hook is None or not self._is_known(module, hook, name, how):
             return False
         metric = self[f"{hook}.{name}"]
         if not metric.is_tensor:
             return False
-        if is_first:
+        if is_first_log_of(trainer, hook):  # what the hook logged in the epoch before
             self.reset(metrics=False, fx=hook)
         metric.to(value.device)
         metric.forward(value.detach().squeeze(), batch_size_for(self, metric, batch_size))
         metric.has_reset = False
+        note_log_of(trainer, hook)
+        return True
+
+    def _is_known(self, module: LightningModule, hook: str, name: str, how: tuple[Any, ...]) -> bool:
+        """Return whether a name was logged so before; a record is made here of what only an earlier fit has logged."""
+        if (hook, name) in self._known:
+            return self._known[hook, name] == how
+        earlier = _known_earlier.get(module, {}).get((hook, name))
+        key = f"{hook}.{name}"
+        if earlier is None or earlier[0] != how or key in self:
+            return False
+        self[key] = result_metric(same_metadata(earlier[1], module.trainer.strategy.reduce), True)
+        self._known[hook, name] = how
         return True
 
 

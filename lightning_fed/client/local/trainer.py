@@ -12,9 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics import Metric
 
 from lightning_fed._compat.lightning import (
-    is_first_log_of,
     loop_results,
-    note_log_of,
     results_of,
     running_hook,
 )
@@ -23,7 +21,7 @@ from lightning_fed.client.local.as_configured import AsConfigured, held_by
 from lightning_fed.client.local.elapsed import TrainerInARun
 from lightning_fed.client.local.fast_loop import use_fast_loops
 from lightning_fed.client.local.isolation import LocalData
-from lightning_fed.client.local.logged import use_logged_values
+from lightning_fed.client.local.logged import LoggedValues, use_logged_values
 from lightning_fed.client.local.shown import shown
 from lightning_fed.client.local.work import LocalWork
 from lightning_fed.values.data import gathering
@@ -121,22 +119,17 @@ class LocalTrainer(TrainerInARun, QuickTrainer):
 
     def log_again(self, module: Any, name: str, value: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         """Log in a training step what Lightning has checked before; ``False`` where it has not."""
-        if not self._logs_fast:
+        if not self._logs_fast or not self.training:
             return False
-        if not self.training:
-            return False
-        hook, values = running_hook(module), loop_results(self.fit_loop.epoch_loop)
-        how, is_first = how_logged(args, kwargs), is_first_log_of(self, hook)
-        if not values.log_again(hook, name, value, how, kwargs.get("batch_size"), is_first):
-            return False
-        note_log_of(self, hook)
-        return True
+        values: LoggedValues = loop_results(self.fit_loop.epoch_loop)
+        return values.log_again(module, name, value, how_logged(args, kwargs), kwargs.get("batch_size"))
 
     def remember_log(self, module: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         """Take note of what Lightning has checked."""
         special = any(kwargs.get(name) for name in ("enable_graph", "metric_attribute"))
         if self.training and len(args) <= _IN_ORDER and not special:
-            loop_results(self.fit_loop.epoch_loop).remember(running_hook(module), name, how_logged(args, kwargs))
+            values: LoggedValues = loop_results(self.fit_loop.epoch_loop)
+            values.remember(module, running_hook(module), name, how_logged(args, kwargs))
 
     @property
     def current_round(self) -> int:

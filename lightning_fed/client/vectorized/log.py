@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fed._compat.lightning import Accumulated, ResultMetric
+from lightning_fed._compat.lightning import ResultMetric
+from lightning_fed._compat.results import Accumulated
 from lightning_fed._compat.torchmetrics import defaults
 from lightning_fed.client.local.shown import shown
 from lightning_fed.client.local.trainer import how_logged
