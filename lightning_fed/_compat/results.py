@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import Signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch.trainer.connectors.logger_connector import result
@@ -17,8 +17,29 @@ from torch import Tensor
 _OWN = ("update", "compute")
 _SHARED = ("meta", "distributed_available_fn")
 _PLAIN = (bool, int, type(None), torch.dtype, torch.device, Signature)
-# Records that saw nothing, by all that the states of one depend on; ``None`` where they hold something unknown.
-_empty: dict[tuple[Any, torch.dtype, torch.device, bool], ResultMetric | None] = {}
+
+
+class _Empty(NamedTuple):
+    """A record that saw nothing: what each holds, and the names of those tensors and containers that each has alone."""
+
+    held: dict[str, Any]
+    tensors: list[str]
+    containers: list[str]
+
+    @classmethod
+    def of(cls, record: ResultMetric) -> _Empty | None:
+        """Return what a record is copied from; ``None`` if it holds something unknown."""
+        held = vars(record)
+        known = {name for name, one in held.items() if isinstance(one, (Tensor, dict, set, *_PLAIN))}
+        if held.keys() - known - {*_OWN, *_SHARED}:
+            return None
+        tensors = [name for name, one in held.items() if isinstance(one, Tensor)]
+        containers = [name for name, one in held.items() if isinstance(one, (dict, set))]
+        return cls({**held, **dict.fromkeys((*_OWN, "meta"))}, tensors, containers)
+
+
+# By all that the states of a record depend on.
+_empty: dict[tuple[Any, torch.dtype, torch.device, bool], _Empty | None] = {}
 
 
 def result_metric(metadata: Any, is_tensor: bool) -> ResultMetric:
@@ -33,23 +54,18 @@ def result_metric(metadata: Any, is_tensor: bool) -> ResultMetric:
     of_tensors = torch.get_default_dtype(), torch.get_default_device(), torch.is_inference_mode_enabled()
     key = (metadata.reduce_fx, *of_tensors)
     if key not in _empty:
-        made = ResultMetric(metadata, is_tensor)
-        made.meta = None  # type: ignore[assignment]
-        _empty[key] = made if all(map(_can_be_copied, *zip(*vars(made).items(), strict=True))) else None
+        _empty[key] = _Empty.of(ResultMetric(metadata, is_tensor))
     empty = _empty[key]
     return ResultMetric(metadata, is_tensor) if empty is None else _copy(empty, metadata)
 
 
-def _can_be_copied(name: str, value: Any) -> bool:
-    return name in _OWN or name in _SHARED or isinstance(value, (Tensor, dict, set, *_PLAIN))
-
-
-def _copy(empty: ResultMetric, metadata: Any) -> ResultMetric:
+def _copy(empty: _Empty, metadata: Any) -> ResultMetric:
     metric = object.__new__(ResultMetric)
-    metric.__dict__ = held = vars(empty).copy()
-    for name, value in held.items():
-        if isinstance(value, (Tensor, dict, set)):
-            held[name] = value.clone() if isinstance(value, Tensor) else value.copy()
+    metric.__dict__ = held = empty.held.copy()
+    for name in empty.tensors:
+        held[name] = held[name].clone()
+    for name in empty.containers:
+        held[name] = held[name].copy()
     metric.meta = metadata
     # As in the constructor of a metric.
     metric.update = metric._wrap_update(ResultMetric.update.__get__(metric))  # type: ignore[method-assign]

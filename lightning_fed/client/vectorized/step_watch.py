@@ -29,10 +29,13 @@ class StepWatch:
     def __init__(self, stack: Stack, module: LightningModule) -> None:
         self._streams = stack.streams
         self._snapshot = Snapshot({"module": module}, stack.held)
+        self._is_new = True
 
     def begin(self) -> None:
-        """Step follow."""
-        self._snapshot.renew()
+        """Step follow; the first ones do so at once."""
+        if not self._is_new:
+            self._snapshot.renew()
+        self._is_new = False
 
     def check(self) -> None:
         """Step are over.
@@ -40,6 +43,7 @@ class StepWatch:
         Raises:
             NotStackable: If they changed an attribute, a container, ..., or drew from a generator that clients share.
         """
+        self._is_new = False
         self._streams.check_all()
         for node in self._snapshot.changed():
             if not _is_lightnings(node) and (path := _changed(node)) is not None:
