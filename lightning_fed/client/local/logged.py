@@ -22,6 +22,7 @@ from lightning_fed._compat.lightning import (
     set_loop_results,
 )
 from lightning_fed._compat.results import records_copied, result_metric, same_metadata
+from lightning_fed._compat.signatures import is_parameter_of
 from lightning_fed._compat.torchmetrics import computed, defaults
 
 # Arguments of ``self.log`` that may be kept longer than a fit.
@@ -55,6 +56,7 @@ class LoggedValues(ResultCollection):
         value.__class__ = _Logged
         super().__setitem__(key, value)
 
+    @torch.compiler.disable  # as Lightning's
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log as Lightning does."""
         with records_copied():
@@ -106,6 +108,8 @@ class LoggedValues(ResultCollection):
         earlier = _known_earlier.get(module, {}).get((hook, name))
         key = f"{hook}.{name}"
         if earlier is None or earlier[0] != how or key in self:
+            return False
+        if is_parameter_of(module.training_step, "dataloader_iter", explicit=True):  # it may be another one now
             return False
         self[key] = result_metric(same_metadata(earlier[1], module.trainer.strategy.reduce), True)
         self._known[hook, name] = how
