@@ -11,7 +11,8 @@ from lightning.pytorch.core import module, optimizer
 from lightning.pytorch.loops import evaluation_loop, training_epoch_loop, utilities
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-_ASKING: tuple[Any, ...] = (module, optimizer, evaluation_loop, training_epoch_loop, utilities)
+_MODULES: tuple[Any, ...] = (module, optimizer, evaluation_loop, training_epoch_loop, utilities)
+_ASKING = [one for one in _MODULES if hasattr(one, "is_param_in_hook_signature")]  # all, so far
 # What Lightning found in functions that say nothing of themselves but what is in their code.
 _known: dict[tuple[CodeType, type, str, bool, int | None], bool] = {}
 

@@ -6,6 +6,7 @@ import pytest
 from lightning.pytorch.core import module
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
+from lightning_fed._compat import signatures
 from lightning_fed._compat.signatures import is_parameter_of, signatures_known
 
 
@@ -54,6 +55,10 @@ def test_two_functions_of_one_name_are_two():
     def step(self, batch, batch_idx): ...
 
     assert (first, is_parameter_of(step, "batch_idx")) == (False, True)
+
+
+def test_all_of_lightning_that_reads_signatures_in_a_fit_is_known():
+    assert list(signatures._MODULES) == signatures._ASKING
 
 
 def test_lightning_reads_itself_outside_of_a_fit():
