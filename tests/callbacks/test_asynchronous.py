@@ -183,6 +183,21 @@ def test_every_engine_gives_the_same(build: Any, optimizer: Any):
         assert_close(trained(build(), DeviceSpeed(SECONDS), optimizer=optimizer, **WAYS[way]), one_by_one, rtol=1e-7)
 
 
+@pytest.mark.parametrize("engine", ["in_process", "processes"])
+def test_clients_that_begin_with_different_weights_are_vectorized_together(engine: str):
+    def fit(**how: Any) -> tuple[references.Weights, list[tuple[int, int, int]]]:
+        method, module = FedBuff(6, 3), Classifier(encoded(), momentum)
+        arrivals, speed = Arrivals(method), DeviceSpeed([0.5, 0.1, 0.03, 0.2, 0.07, 0.3])
+        callbacks = [ClientData(loaders((12,) * 6)), speed, method, arrivals]
+        FederatedTrainer(max_rounds=8, callbacks=callbacks, seed=0, **QUIET, **how).fit(module)
+        return module.net.state_dict(), arrivals.said
+
+    together, said = fit(engine=engine, vectorize_clients="require")
+    alone, _ = fit()
+    assert_close(together, alone, rtol=1e-9)
+    assert any(len({version for _, version, _ in said[i : i + 3]}) == 3 for i in range(0, len(said), 3))
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("build", [lambda: FedBuff(3, 2), lambda: FedAsync(3)], ids=["FedBuff", "FedAsync"])
 def test_ray_gives_the_same(build: Any, one_ray: Any):

@@ -1,8 +1,12 @@
 """Who arrives when: nobody is at work twice, time goes forward, replies are as old as the updates made meanwhile."""
 
+from types import SimpleNamespace
+
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_fed.callbacks import FedBuff
 from lightning_fed.callbacks.flights import Flights, Schedule
 
 
@@ -49,3 +53,22 @@ def test_what_holds_for_every_fleet(schedule: Schedule):
     # Each update makes those at work one version older. So the mean staleness is concurrency / buffer_size at most.
     assert stale + sum(updates - flight.version for flight in flights.flying) == at_work
     assert stale <= updates * schedule.concurrency
+
+
+@given(fleets())
+def test_the_versions_that_are_kept_are_those_that_somebody_began_with(fleet: Schedule):
+    method = FedBuff(fleet.concurrency, fleet.buffer_size, max_staleness=fleet.max_staleness)
+    method._clock = SimpleNamespace(planned=fleet.duration, now=0.0)
+    before: frozenset[int] = frozenset()
+    for round in range(1, 20):
+        cohort = method.sample("train", round, fleet.num_clients, fleet.seed)
+        weights = {"w": torch.tensor(float(round - 1))}
+        sent = method.weights_to_client(round, weights)
+        for flight in method.update.arrived:
+            began = sent.get(flight.client, weights)
+            assert began["w"] == flight.version
+        assert sent.keys() <= set(cohort)
+        # Those of the round that runs, for a checkpoint of before and of after it.
+        at_work = method.update.after.versions
+        assert method.state_dict()["versions"].keys() == {round - 1} | before | at_work
+        before = at_work
