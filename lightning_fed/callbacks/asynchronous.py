@@ -82,7 +82,7 @@ class Asynchronous(CohortOwner):
         # After the last two rounds: a checkpoint may be of a round that did not get to its end.
         self._after: dict[int, Flights] = {}
         self._versions: dict[int, Weights] = {}
-        self._parameters: frozenset[str] = frozenset()
+        self._moving: frozenset[str] = frozenset()
         self._clock: DeviceSpeed | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class Asynchronous(CohortOwner):
                 f"{who}: local_epochs= changes from round to round, and a client that begins now does not know in which"
                 " update its reply will be. Write one number."
             )
-        self._parameters = frozenset(parameter_names(trainer.lightning_module))
+        self._moving = frozenset(parameter_names(trainer.lightning_module))
         self._clock.plan(trainer)
 
     # -------------------------------------------------------------------------------------------------- what is logged

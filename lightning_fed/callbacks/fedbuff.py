@@ -66,7 +66,7 @@ class FedBuff(Asynchronous):
         if not staleness and discount == 1:
             return trained
         moved = dict(trained)
-        for name in self._parameters & trained.keys():
+        for name in self._moving & trained.keys():
             y, x = trained[name], weights[name]
             moved[name] = wide(x, y.device) + discount * (wide(y, y.device) - wide(begin[name], y.device))
         return moved
