@@ -274,7 +274,8 @@ class Exchange:
     def _counted_as(self, client: int, reply: Message) -> Message:
         """Return a reply with the weights with which it counts."""
         if self.stage == "train" and overrides(self.terms.cohorts, CohortOwner, "contribution"):
-            for key, record in reply.content.array_records.items():
+            records = [(key, one) for key, one in reply.content.items() if isinstance(one, ArrayRecord)]
+            for key, record in records:
                 own = messages.unpack(record)
                 counts = self.terms.cohorts.contribution(self.round, client, own, self.weights)
                 if counts is not own:

@@ -81,14 +81,16 @@ def replace_weights(messages: Sequence[Message], weights: Mapping[int, Weights])
         messages: Those of a stage.
         weights: The others, by the node that a message goes to; the same tensors are sent as one record.
     """
-    records: dict[int, dict[str, ArrayRecord]] = {}
+    records: dict[tuple[int, str], dict[str, ArrayRecord]] = {}
     for message in messages:
         if (own := weights.get(message.metadata.dst_node_id)) is None:
             continue
-        if id(own) not in records:
+        kinds = message.content.items()
+        name = next((key for key, one in kinds if isinstance(one, ArrayRecord) and key != _INTEGERS), ARRAYS)
+        if (id(own), name) not in records:
             averaged, integers = split_integers(own)
-            records[id(own)] = {ARRAYS: pack(averaged), **({_INTEGERS: pack(integers)} if integers else {})}
-        message.content = filled(RecordDict(), {**message.content, **records[id(own)]})
+            records[id(own), name] = {name: pack(averaged), **({_INTEGERS: pack(integers)} if integers else {})}
+        message.content = filled(RecordDict(), {**message.content, **records[id(own), name]})
 
 
 def attach_methods(message: Message, tensors: ArrayRecord) -> None:

@@ -1,5 +1,6 @@
 """The loop: four steps, client order whatever the grid."""
 
+import gc
 import logging
 import random
 import warnings
@@ -7,9 +8,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from flwr.app import RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from lightning_fed.callbacks import FaultTolerance, PartialParticipation
+from lightning_fed.callbacks import CohortOwner, FaultTolerance, PartialParticipation
 from lightning_fed.engines import InProcess
 from lightning_fed.server.rounds import quiet_flower
 from lightning_fed.strategies import WeightedMean
@@ -227,3 +229,46 @@ def test_flowers_round_by_round_log_is_quiet_unless_asked_for(monkeypatch):
     monkeypatch.setenv("FLWR_LOG_LEVEL", "INFO")
     with quiet_flower():
         assert logger.level == logging.INFO
+
+
+class FromElsewhere(CohortOwner):
+    """Client 1 begins with sevens."""
+
+    def weights_to_client(self, round, weights):
+        return {1: {name: torch.full_like(tensor, 7) for name, tensor in weights.items()}}
+
+
+@pytest.mark.parametrize("key", ["arrays", "model"])
+def test_a_client_begins_with_weights_of_its_own_whatever_the_strategy_calls_them(key: str):
+    began = {}
+
+    def train(k, message):
+        began[k] = messages.read_instruction(message).weights
+        return messages.train_reply(message, began[k], 1, {})
+
+    weights = toy_weights()
+    strategy = FedAvg(min_train_nodes=1, min_available_nodes=1, arrayrecord_key=key)
+    run(client(train), strategy, weights=weights, cohorts=FromElsewhere())
+    for name, tensor in weights.items():
+        assert [torch.equal(began[k][name], tensor) for k in range(4)] == [True, False, True, True]
+        assert torch.equal(began[1][name], torch.full_like(tensor, 7))
+
+
+def test_a_reply_that_counts_otherwise_is_not_left_to_the_garbage_collector():
+    alive = []
+
+    class Counts(CohortOwner):
+        def contribution(self, round, client, trained, weights):
+            return {name: tensor.clone() for name, tensor in trained.items()}
+
+    def train(k, message):
+        alive.append(sum(isinstance(one, RecordDict) for one in gc.get_objects()))
+        return unchanged(k, message)
+
+    gc.collect()
+    gc.disable()
+    try:
+        InProcess().run(lambda g: rounds_on(g, cohorts=Counts()).run(1, toy_weights(), False), client(train), lambda: 4)
+    finally:
+        gc.enable()
+    assert alive == [alive[0]] * 4
