@@ -36,8 +36,8 @@ class GoesByClock(FederatedCallback):
         return clock
 
     def on_round_end(self, trainer: FederatedTrainer, round: int, metrics: dict[str, float]) -> None:
-        """Log how many were late."""
-        metrics[LATE] = float(len(self.late))
+        """Log how many were late, those with others of its kind that another has left out."""
+        metrics[LATE] = metrics.get(LATE, 0.0) + len(self.late)
 
 
 def clock_of(trainer: FederatedTrainer, who: str) -> DeviceSpeed:

@@ -135,6 +135,11 @@ class Deadline(GoesByClock):
         return 1.0 if takes <= self.seconds else (self.seconds - travels) / (takes - travels or math.inf)
 
     def _too_few(self, round: int, left: int, took: Mapping[int, float]) -> str:
+        if self.min_clients > len(took):
+            return (
+                f"Round {round}: Deadline({self.seconds:g}, min_clients={self.min_clients}) asks for more clients than"
+                f" take part: {len(took)}. Lower min_clients, or let more take part."
+            )
         fastest = min(took, key=took.__getitem__)
         or_else = "" if self.partial_work else ", or let them do what they can, partial_work=True"
         return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_fed import checks
 from lightning_fed.callbacks.base import ClientReport, FederatedCallback, Stage
 from lightning_fed.callbacks.by_client import ByClient, ByClientNumber
-from lightning_fed.client.local.work import LocalOptions
+from lightning_fed.callbacks.planned_work import PlannedWork, Run, known_size
 from lightning_fed.errors import ConfigurationError
 from lightning_fed.values.weights import read, size_of
 
@@ -24,47 +24,6 @@ Examples = Sequence[int] | Callable[[int], int]
 VIRTUAL_TIME = "time/virtual"
 # A training step costs three times its forward pass: FedScale's form (Lai et al. 2022, fedscale/utils/compressor).
 _PASSES = 3.0
-
-
-@dataclass
-class _Plan:
-    """What is known of clients' work before they do it.
-
-    Attributes:
-        examples: The examples of an epoch of a client.
-        num_bytes: What a client is sent and sends.
-        run: The run.
-        varies: Whether a client may take longer in another round.
-        seconds: What each client takes that has been asked for, where it is the same in every round.
-        is_told: Whether the user knows that a client did otherwise.
-    """
-
-    examples: Callable[[int], int]
-    num_bytes: int
-    run: _Run
-    varies: bool
-    seconds: dict[int, float] = field(default_factory=dict)
-    is_told: bool = False
-
-
-@dataclass
-class _Run:
-    """What the time of a client's work depends on, beside the client.
-
-    Attributes:
-        local: What all local fits have in common.
-        num_clients: How many clients there are.
-        seed: The run's seed.
-    """
-
-    local: LocalOptions
-    num_clients: int
-    seed: int
-
-    @classmethod
-    def of(cls, trainer: FederatedTrainer) -> _Run:
-        """Return that of a server's trainer."""
-        return cls(trainer.local_options, trainer.num_clients, trainer.seed)
 
 
 class DeviceSpeed(FederatedCallback):
@@ -128,7 +87,7 @@ class DeviceSpeed(FederatedCallback):
         # The clock after the last two rounds: a checkpoint may be of a round that did not get to its end.
         self._ends: dict[int, float] = {}
         self._duration = 0.0
-        self._plan: _Plan | None = None
+        self._plan: PlannedWork | None = None
         self._planned_end: dict[int, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,9 +109,9 @@ class DeviceSpeed(FederatedCallback):
             num_examples: The examples of one of its epochs.
             num_bytes: What it is sent and sends.
         """
-        return self._seconds_in(_Run.of(trainer), round, client, num_examples, num_bytes)
+        return self._seconds_in(Run.of(trainer), round, client, num_examples, num_bytes)
 
-    def _seconds_in(self, run: _Run, round: int, client: int, num_examples: float, num_bytes: int) -> float:
+    def _seconds_in(self, run: Run, round: int, client: int, num_examples: float, num_bytes: int) -> float:
         if (epochs := run.local.epochs_of(round)) is not None:
             examples = num_examples * epochs
         else:
@@ -166,7 +125,7 @@ class DeviceSpeed(FederatedCallback):
         per_example = self._seconds.of(round, client, self._drawn_in(round), run.num_clients, run.seed)
         return _PASSES * examples * per_example + self._travels(run, round, client, num_bytes)
 
-    def _travels(self, run: _Run, round: int, client: int, num_bytes: int) -> float:
+    def _travels(self, run: Run, round: int, client: int, num_bytes: int) -> float:
         if self.bandwidth is None:
             return 0.0
         return num_bytes / self._bandwidth.of(round, client, self._drawn_in(round), run.num_clients, run.seed)
@@ -182,12 +141,8 @@ class DeviceSpeed(FederatedCallback):
             ConfigurationError: If nobody knows how many examples clients have before they train.
         """
         owners: Any = getattr(trainer, "owners")  # noqa: B009 - the server's trainer, which is above this layer
-        examples = self._examples_of if self.examples is not None else owners.partition.size_of
-        if self.examples is None and examples(0) is None:
-            raise ConfigurationError(
-                f"DeviceSpeed: {type(owners.partition).__name__} does not tell how many examples clients have before"
-                " they train, and that is how long they take. Write DeviceSpeed(..., examples=[120, 80, ...])."
-            )
+        examples = self._examples_of if self.examples is not None else partial(known_size, owners.partition)
+        examples(0)
         shared = trainer.local_options.staying.shared(read(trainer.lightning_module, copy=False))
         num_bytes = 2 * size_of(shared)
         for method in owners.training().values():
@@ -195,7 +150,7 @@ class DeviceSpeed(FederatedCallback):
             num_bytes += size_of(down, method.tensors_expected(down))
         asks = callable(self.seconds_per_example) or callable(self.bandwidth)
         varies = self.every_round or asks or isinstance(trainer.local_options.epochs, tuple)
-        self._plan = _Plan(examples, num_bytes, _Run.of(trainer), varies)
+        self._plan = PlannedWork(examples, num_bytes, Run.of(trainer), varies)
 
     @property
     def is_planned(self) -> bool:
@@ -203,9 +158,16 @@ class DeviceSpeed(FederatedCallback):
         return self._plan is not None
 
     def planned(self, round: int, client: int) -> float:
-        """Return how long a client will take for its part of a round, in seconds; ``plan`` has been called."""
-        assert self._plan is not None
-        plan = self._plan
+        """Return how long a client will take for its part of a round, in seconds.
+
+        Raises:
+            ConfigurationError: If ``plan`` has not been called in this fit, or nobody knows the client's examples.
+        """
+        if (plan := self._plan) is None:
+            raise ConfigurationError(
+                f"DeviceSpeed.planned({round}, {client}) is known once plan(trainer) has been called in a fit: a"
+                " callback that goes by the clock does that, and yours can from on_round_start on."
+            )
         if (seconds := plan.seconds.get(client)) is None:
             seconds = self._seconds_in(plan.run, round, client, plan.examples(client), plan.num_bytes)
             if not plan.varies:
@@ -220,6 +182,11 @@ class DeviceSpeed(FederatedCallback):
     def ends(self, round: int, end: float) -> None:
         """Let a round be over at a virtual time, whatever its clients took."""
         self._planned_end = {round: end}
+
+    def ends_by(self, round: int, end: float) -> None:
+        """Let a round be over with its slowest client, who is there by then, if it was to be over later."""
+        if end <= self._planned_end.get(round, end):
+            self._planned_end = {}
 
     def _examples_of(self, client: int) -> int:
         given: Any = self.examples

@@ -21,8 +21,9 @@ class OverSelection(GoesByClock, PartialParticipation):
 
     Bonawitz et al. 2019 ask 1.3 times as many (https://arxiv.org/abs/1902.01046). Of ``fraction_train * n`` clients
     that a round needs, ``factor`` times as many are sampled, and the slowest of them do not train: what they keep is as
-    before. The round lasts as long as the slowest of those who count. ``late/clients`` is logged, ``late`` tells who it
-    was in the last round. A client that fails is not replaced by one that was left out.
+    before. The round lasts as long as the slowest of those who count, or to a ``Deadline`` beside it. ``late/clients``
+    is logged, of both together; ``late`` tells who it was in the last round. A client that fails is not replaced by one
+    that was left out.
 
     Args:
         fraction_train: The part of the clients whose replies a round needs.
@@ -61,4 +62,6 @@ class OverSelection(GoesByClock, PartialParticipation):
         needed = self.size("train", trainer.num_clients, round)
         first = sorted(cohort, key=lambda client: (took[client], client))[:needed]
         self.late = {client: took[client] for client in cohort if client not in first}
+        if len(first) == needed:  # a Deadline that has let somebody go may have set an end: nobody waits for it
+            clock.ends_by(round, clock.now + max(map(took.__getitem__, first)))
         return sorted(first)

@@ -203,6 +203,19 @@ def test_over_selection_asks_a_third_more():
     assert history["late/clients"] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["the deadline first", "over-selection first"])
+def test_over_selection_with_a_deadline_takes_those_who_are_first_until_then(order: int):
+    def logged(seconds: float, factor: float, **how: Any) -> tuple[list[float], list[float]]:
+        both = [Deadline(seconds, **how), OverSelection(fraction_train=0.5, factor=factor)][::order]
+        _, history = trained(*both, DeviceSpeed(SECONDS), rounds=2)
+        return history["late/clients"], history["time/virtual"]
+
+    assert logged(40, factor=2) == ([2, 2], [36, 72])  # enough are there before it
+    assert logged(20, factor=2) == ([3, 3], [20, 40])
+    assert logged(100, factor=2) == ([2, 2], [36, 72])
+    assert logged(30, factor=2, partial_work=True) == ([2, 2], [30, 60])
+
+
 def test_the_example_count_that_is_planned_with_is_said_where_it_is_not_what_came():
     plan = [DeviceSpeed(SECONDS, examples=[6, 12, 22, 11]), Deadline(500)]
     with pytest.warns(UserWarning, match="client 3 trained on 10 examples .* goes by 11"):
@@ -237,6 +250,11 @@ REFUSED = {
         lambda: trained(Deadline(5, 1, True), DeviceSpeed(1), Scaffold(option="I")),
         "pass over their data before",
     ),
+    "more than there are": (
+        lambda: trained(Deadline(500, min_clients=5), DeviceSpeed(SECONDS)),
+        r"Round 1: Deadline\(500, min_clients=5\) asks for more clients than take part: 4. Lower min_clients",
+    ),
+    "no plan": (lambda: DeviceSpeed(1).planned(1, 0), r"planned\(1, 0\) is known once plan\(trainer\) has been called"),
     "no clock": (lambda: trained(Deadline(5)), "Deadline goes by a virtual clock, and there is none"),
     "a list of other clients": (
         lambda: trained(Deadline(5), DeviceSpeed(1, examples=[1, 2])),
