@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from flwr.serverapp.strategy import Strategy
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_fed import checks
@@ -164,17 +163,6 @@ class Asynchronous(CohortOwner):
         """Return the aggregation where no callback decides it: all replies of a buffer weigh alike."""
         return FedAvg(weighting="uniform")
 
-    def server_strategy(self, strategy: Strategy | None) -> Strategy | None:
-        """Check that the aggregation makes sense of replies that began with different weights."""
-        if strategy is not None and type(strategy) not in _STRATEGIES:
-            name = getattr(strategy, "name", type(strategy).__name__)
-            raise ConfigurationError(
-                f"{type(self).__name__}: {name} compares replies of one version of the weights, or"
-                " sends weights of its own, and here clients begin with different versions. Leave it out, or write"
-                " FedAvgM, FedAdam, FedAdagrad or FedYogi for a server optimizer."
-            )
-        return strategy
-
     def on_federation_start(self, trainer: FederatedTrainer) -> None:
         """Find the clock, and check that nothing goes by rounds in which all begin with the same weights.
 
@@ -183,6 +171,14 @@ class Asynchronous(CohortOwner):
         """
         who = type(self).__name__
         self._clock, owners = clock_of(trainer, who), getattr(trainer, "owners")  # noqa: B009
+        federation: Any = getattr(trainer, "federation")  # noqa: B009 - of the server, which is above this layer
+        strategy = federation.session.rounds.strategy  # as all callbacks have left it
+        if type(strategy) not in _STRATEGIES:
+            raise ConfigurationError(
+                f"{who}: {getattr(strategy, 'name', type(strategy).__name__)} compares replies of one version of the"
+                " weights, or sends weights of its own, and here clients begin with different versions. Leave it out,"
+                " or write FedAvgM, FedAdam, FedAdagrad or FedYogi for a server optimizer."
+            )
         hooks = ("tensors_to_client", "tensors_from_client")
         for name, method in owners.training().items():
             if any(overrides(method, FederatedCallback, hook) for hook in hooks):
@@ -200,6 +196,11 @@ class Asynchronous(CohortOwner):
 
     # -------------------------------------------------------------------------------------------------- what is logged
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of what an earlier fit has left: those at work began with weights of its module."""
+        if stage == "fit":
+            self._after, self._versions = {}, {}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on from where the run is: nobody is at work in a new one."""
         self._after = {round: after for round, after in self._after.items() if round <= trainer.global_step}
@@ -216,6 +217,12 @@ class Asynchronous(CohortOwner):
         metrics["versions/live"] = float(len(self.update.after.versions))
         if self.max_staleness is not None:
             metrics["staleness/dropped"] = float(len(self.update.dropped))
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Let go of what only the round before needed, as a run goes on after this one now."""
+        self._after = {round: after for round, after in self._after.items() if round == trainer.global_step}
+        needed = {version for after in self._after.values() for version in after.versions}
+        self._versions = {version: kept for version, kept in self._versions.items() if version in needed}
 
     def state_dict(self) -> dict[str, Any]:
         """Return who is at work, and the versions of the weights with which they began."""

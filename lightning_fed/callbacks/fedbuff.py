@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lightning_fed.callbacks.asynchronous import Asynchronous, Discount, wide
-from lightning_fed.callbacks.base import Averaging
+from lightning_fed.callbacks.base import Averaging, FederatedCallback
 from lightning_fed.callbacks.fedavg import FedAvgM
-from lightning_fed.errors import require
+from lightning_fed.errors import ConfigurationError, require
 from lightning_fed.values.weights import Weights
+
+if TYPE_CHECKING:
+    from lightning_fed.trainer import FederatedTrainer
 
 
 class FedBuff(Asynchronous):
@@ -28,7 +33,7 @@ class FedBuff(Asynchronous):
         concurrency: How many clients train at once.
         buffer_size: ``K``, how many replies an update takes, at most ``concurrency``.
         discount: The exponent of ``s``, or a function of ``tau`` that gives a number in ``[0, 1]``.
-        server_learning_rate: ``eta``, > 0.
+        server_learning_rate: ``eta``, > 0; 1 beside another aggregation, which has a learning rate of its own.
         max_staleness: Replies with a greater ``tau`` are dropped; ``None`` for none.
         fraction_evaluate: The part of the clients that evaluates the new weights, as in ``PartialParticipation``.
 
@@ -60,6 +65,22 @@ class FedBuff(Asynchronous):
         if self.server_learning_rate == 1:
             return super().aggregation()
         return FedAvgM(learning_rate=self.server_learning_rate, momentum=0.0, weighting="uniform")
+
+    def on_federation_start(self, trainer: FederatedTrainer) -> None:
+        """Do as the base class, and check that ``eta`` is not left out.
+
+        Raises:
+            ConfigurationError: If it is.
+        """
+        super().on_federation_start(trainer)
+        methods = [callback for callback in trainer.callbacks if isinstance(callback, FederatedCallback)]
+        others = [type(method).__name__ for method in methods if "aggregation" in method.decides]
+        if others and self.server_learning_rate != 1:
+            raise ConfigurationError(
+                f"FedBuff(server_learning_rate={self.server_learning_rate}) is not used beside {others[0]}, which"
+                " decides the aggregation. Leave it out, and say the learning rate there, as in"
+                f" FedAvgM(learning_rate={self.server_learning_rate}, momentum=0.0, weighting='uniform')."
+            )
 
     def moved(self, trained: Weights, begin: Weights, weights: Weights, staleness: int, discount: float) -> Weights:
         """Return the global weights, moved by the client's discounted change."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,7 @@ import lightning as L
 import pytest
 import torch
 from flwr.serverapp.strategy import FedMedian
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 from torch.distributions import HalfNormal, LogNormal
 from torch.utils.data import DataLoader
@@ -40,6 +41,7 @@ from lightning_fed.callbacks import (
 from lightning_fed.errors import ConfigurationError, RoundError
 from lightning_fed.seeding import seed_for
 from lightning_fed.testing import ToyModule, toy_data
+from lightning_fed.wire.fingerprint import describe
 from tests import references
 from tests.callbacks.rounds import (
     EPOCHS,
@@ -379,6 +381,13 @@ def run(*callbacks: Any, clients: int | None = 4, **how: Any) -> None:
     trainer.fit(ToyModule(), DataLoader(toy_data(32), batch_size=4))
 
 
+class PutsInPlace(FederatedCallback):
+    """Compares replies, whatever the strategy was."""
+
+    def server_strategy(self, strategy: Any) -> Any:
+        return FedMedian(min_available_nodes=1, min_train_nodes=1)
+
+
 SPEED = DeviceSpeed(0.1)
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "more at once than there are": (lambda: run(SPEED, FedBuff(5, 2)), r"FedBuff\(concurrency=5\).*than there are: 4"),
@@ -395,6 +404,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "FedBuff: FedMedian compares replies of one version",
     ),
     "FedNova": (lambda: run(SPEED, FedAsync(4), FedNova()), "FedAsync: NormalizedMean compares replies"),
+    "a strategy that a later callback puts in place": (
+        lambda: run(SPEED, FedBuff(4, 2), PutsInPlace()),
+        "FedBuff: FedMedian compares replies of one version",
+    ),
+    "a learning rate beside another aggregation": (
+        lambda: run(SPEED, FedBuff(4, 2, server_learning_rate=0.5), FedAvg("uniform")),
+        r"FedBuff\(server_learning_rate=0.5\) is not used beside FedAvg, which decides.*FedAvgM\(learning_rate=0.5",
+    ),
     "Scaffold": (lambda: run(SPEED, FedBuff(4, 2), Scaffold()), "FedBuff: Scaffold sends tensors of a round"),
     "a deadline": (
         lambda: run(SPEED, FedBuff(4, 2), Deadline(3, partial_work=True)),
@@ -404,7 +421,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "changing epochs": (lambda: run(SPEED, FedBuff(4, 2), local_epochs=[1, 2]), "FedBuff: local_epochs= changes"),
     "nobody knows how many examples": (
         lambda: run(SPEED, FedBuff(2, 2), ClientData(lambda k: None, num_clients=2), clients=None),
-        r"ClientData does not tell how many examples.*examples=\[120, 80",
+        r"ClientData does not tell how many examples client 0 has.*examples=\[120, 80",
+    ),
+    "nobody knows how many examples one client has": (
+        lambda: run(SPEED, FedBuff(4, 2), ClientData([*loaders()[:3], [loaders()[3]]]), clients=None),
+        r"ClientData does not tell how many examples client 3 has before it trains.*examples=\[120, 80",
     ),
 }
 
@@ -420,3 +441,50 @@ def test_a_second_fit_of_another_trainer_begins_anew():
     method, clock = FedBuff(3, 2), DeviceSpeed(SECONDS)
     first = trained(method, clock)
     assert_equal(trained(method, clock), first)
+
+
+def test_a_second_fit_of_one_trainer_takes_no_weights_from_the_first():
+    method, began = FedBuff(3, 2), []
+
+    class Notes(Classifier):
+        def on_train_start(self) -> None:
+            began.append(float(self.net.head.bias.detach().abs().sum()))
+
+    trainer = FederatedTrainer(
+        max_rounds=4, callbacks=[ClientData(loaders()), DeviceSpeed(SECONDS), method], seed=0, **QUIET
+    )
+    trainer.fit(Notes(encoded(), sgd))
+    before = trainer.callback_metrics["time/virtual"]
+    began.clear()
+    trainer.fit_loop.max_epochs = 5
+    other = Notes(encoded(), sgd)
+    with torch.no_grad():
+        other.net.head.bias.fill_(100.0)
+    trainer.fit(other)
+    assert began == [300.0, 300.0]
+    assert trainer.callback_metrics["time/virtual"] > before
+
+
+def test_a_checkpoint_has_no_version_that_nobody_needs(tmp_path: Path):
+    saved = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1)
+    trained(FedBuff(4, 2), DeviceSpeed(SECONDS), saved, rounds=8, enable_checkpointing=True)
+    for path in tmp_path.iterdir():
+        state = torch.load(path, weights_only=False)["callbacks"]["FedBuff"]
+        [(_, _, flying)] = state["rounds"].values()
+        assert set(state["versions"]) == {version for _, _, _, version, _ in flying}
+
+
+def test_the_hinge_is_told_by_its_numbers_and_can_be_sent():
+    hinge = pickle.loads(pickle.dumps(FedAsync.hinge(a=2, b=1)))
+    assert [hinge(tau) for tau in range(4)] == [1, 1, 1 / 3, 1 / 5]
+    assert describe(hinge) != describe(FedAsync.hinge(a=2, b=3))
+
+
+def test_a_run_that_goes_on_with_another_clock_is_told_so(tmp_path: Path):
+    def go_on(slowness: float, **how: Any) -> None:
+        saved = ModelCheckpoint(tmp_path, save_last=True)
+        trained(FedBuff(3, 2), DeviceSpeed(HalfNormal(slowness)), saved, enable_checkpointing=True, **how)
+
+    go_on(0.5, rounds=2)
+    with pytest.warns(UserWarning, match=r"DeviceSpeed\(seconds_per_example=HalfNormal\(scale=0.25\)\) holds, the run"):
+        go_on(0.25, rounds=3, ckpt_path=str(tmp_path / "last.ckpt"))
