@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 from lightning_fed.callbacks.asynchronous import Asynchronous, Discount, wide
 from lightning_fed.errors import require
 from lightning_fed.values.weights import Weights
+
+
+@dataclass(frozen=True)
+class Hinge:
+    """``FedAsync.hinge``: an object, which can be sent, and whose numbers a resumed run compares."""
+
+    a: float
+    b: float
+
+    def __call__(self, staleness: int) -> float:
+        """Return what a reply counts."""
+        return 1.0 if staleness <= self.b else 1.0 / (self.a * (staleness - self.b) + 1.0)
 
 
 class FedAsync(Asynchronous):
@@ -47,9 +59,9 @@ class FedAsync(Asynchronous):
         self.alpha = alpha
 
     @staticmethod
-    def hinge(a: float = 10.0, b: float = 4.0) -> Callable[[int], float]:
+    def hinge(a: float = 10.0, b: float = 4.0) -> Hinge:
         """Return ``s(tau) = 1`` up to ``b``, and ``1 / (a (tau - b) + 1)`` beyond."""
-        return lambda staleness: 1.0 if staleness <= b else 1.0 / (a * (staleness - b) + 1.0)
+        return Hinge(a, b)
 
     def moved(self, trained: Weights, begin: Weights, weights: Weights, staleness: int, discount: float) -> Weights:
         """Return the global weights, mixed with the client's."""

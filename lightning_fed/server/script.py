@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_fed.callbacks import DeviceSpeed
 from lightning_fed.callbacks.base import CohortOwner, FailureOwner, FederatedCallback
 from lightning_fed.client.local.work import LocalOptions
 from lightning_fed.wire.fingerprint import arguments_in, describe
@@ -122,8 +123,9 @@ def _arguments_of(callback: Callback) -> Arguments:
 
 
 def _acts(callback: FederatedCallback) -> bool:
-    parts = ("server_strategy", "client_mods", "local_callbacks", "stays", "pass_before", "second_fit")
-    return bool(callback.decides) or any(is_overridden(part, callback, FederatedCallback) for part in parts)
+    parts = ("server_strategy", "client_mods", "local_callbacks", "stays", "pass_before", "second_fit", "in_time")
+    goes_by = isinstance(callback, DeviceSpeed)  # what goes by the clock
+    return goes_by or bool(callback.decides) or any(is_overridden(part, callback, FederatedCallback) for part in parts)
 
 
 def _call(name: str, arguments: Arguments) -> str:

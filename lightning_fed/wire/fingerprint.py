@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from lightning_fed.wire.plain import Classes, to_plain
 
@@ -41,6 +42,10 @@ def describe(value: Any) -> str:
         return f"partial({describe(value.func)})"
     if inspect.isroutine(value) or isinstance(value, type):
         return str(getattr(value, "__qualname__", type(value).__name__))
+    if isinstance(value, Distribution):  # most keep their arguments in another one
+        numbers = {name: getattr(value, name) for name in value.arg_constraints}
+        numbers = {name: n.tolist() if isinstance(n, Tensor) else n for name, n in numbers.items()}
+        return _short(f"{type(value).__name__}({', '.join(f'{name}={describe(n)}' for name, n in numbers.items())})")
     try:
         return text_of(to_plain(value, classes))
     except Exception:

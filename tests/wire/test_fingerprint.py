@@ -9,6 +9,7 @@ import torch
 from flwr.app import ConfigRecord
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 from torch import nn
+from torch.distributions import HalfNormal
 
 from lightning_fed.wire.fingerprint import describe, text_of
 from lightning_fed.wire.plain import Classes, to_plain
@@ -90,6 +91,7 @@ def test_lines_can_be_read():
         (nn.Linear, "Linear"),
         (partial(len, 1), "partial(len)"),
         ([len, object()], "[len, object()]"),
+        (HalfNormal(0.5), "HalfNormal(scale=0.5)"),
         (IidPartitioner(3), "IidPartitioner(num_partitions=3)"),
     ],
 )
