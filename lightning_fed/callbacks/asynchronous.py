@@ -75,7 +75,10 @@ class Asynchronous(CohortOwner):
             raise ConfigurationError(f"{type(self).__name__}: {' '.join(faults)}")
         self.concurrency, self.buffer_size, self.discount = int(concurrency), int(buffer_size), discount
         self.max_staleness = max_staleness
-        self._evaluates = PartialParticipation(fraction_evaluate=fraction_evaluate)
+        try:
+            self._evaluates = PartialParticipation(fraction_evaluate=fraction_evaluate)
+        except ConfigurationError as error:
+            raise ConfigurationError(str(error).replace("PartialParticipation", type(self).__name__)) from None
         self.update = Update(Flights())
         self._arrived: dict[int, Flight] = {}
         # After the last two rounds: a checkpoint may be of a round that did not get to its end.
@@ -124,7 +127,9 @@ class Asynchronous(CohortOwner):
     def weights_to_client(self, round: int, weights: Weights) -> Mapping[int, Weights]:
         """Return the older versions, for those who began with one."""
         needed = {round - 1} | {version for after in self._after.values() for version in after.versions}
-        self._versions = {v: kept for v, kept in {**self._versions, round - 1: weights}.items() if v in needed}
+        known = {v: kept for v, kept in {**self._versions, round - 1: weights}.items() if v in needed}
+        # Those of a checkpoint have what travelled in its run; a tensor that did not then is as it is now.
+        self._versions = {v: {name: kept.get(name, now) for name, now in weights.items()} for v, kept in known.items()}
         stale = {client: flight.version for client, flight in self._arrived.items() if flight.version != round - 1}
         return {client: self._versions[version] for client, version in stale.items()}
 
@@ -202,8 +207,11 @@ class Asynchronous(CohortOwner):
             self._after, self._versions = {}, {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on from where the run is: nobody is at work in a new one."""
-        self._after = {round: after for round, after in self._after.items() if round <= trainer.global_step}
+        """Go on from where the run is: nobody is at work in a new one, nor who is not in this one."""
+        clients: int = getattr(trainer, "num_clients")  # noqa: B009 - of the server's trainer, which is above this layer
+        self._after = {
+            round: after.among(clients) for round, after in self._after.items() if round <= trainer.global_step
+        }
 
     def on_round_start(self, trainer: FederatedTrainer, round: int, stage: Stage, cohort: Sequence[int]) -> None:
         """Set the clock to when the buffer is full."""

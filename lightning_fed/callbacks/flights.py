@@ -50,6 +50,11 @@ class Flights:
         """The versions that are at work."""
         return frozenset([flight.version for flight in self.flying])
 
+    def among(self, num_clients: int) -> Flights:
+        """Return those of the first so many clients."""
+        left = sorted(flight for flight in self.flying if flight.client < num_clients)
+        return Flights(self.now, self.started, tuple(left))
+
 
 @dataclass
 class Schedule:

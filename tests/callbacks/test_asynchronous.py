@@ -31,6 +31,7 @@ from lightning_fed.callbacks import (
     FedBuff,
     FederatedCallback,
     FedNova,
+    FedPer,
     FlowerStrategy,
     History,
     PartialParticipation,
@@ -395,6 +396,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "half a client": (lambda: FedAsync(1.5), r"concurrency=1.5 must be a whole number"),
     "a discount of nothing": (lambda: FedBuff(4, 2, discount=-1), "discount=-1 must be an exponent"),
     "no staleness": (lambda: FedBuff(4, 2, max_staleness=-1), "max_staleness=-1 must be"),
+    "more than all evaluate": (lambda: FedBuff(4, 2, fraction_evaluate=2), "FedBuff: fraction_evaluate=2 must be in"),
     "no server": (lambda: FedBuff(4, 2, server_learning_rate=0), "server_learning_rate=0 must be > 0"),
     "no mixing": (lambda: FedAsync(4, alpha=0), r"alpha=0 must be in \(0, 1\]"),
     "a discount beyond 1": (lambda: run(SPEED, FedBuff(4, 2, discount=lambda tau: 2)), "gave 2 for a staleness of 0"),
@@ -488,3 +490,42 @@ def test_a_run_that_goes_on_with_another_clock_is_told_so(tmp_path: Path):
     go_on(0.5, rounds=2)
     with pytest.warns(UserWarning, match=r"DeviceSpeed\(seconds_per_example=HalfNormal\(scale=0.25\)\) holds, the run"):
         go_on(0.25, rounds=3, ckpt_path=str(tmp_path / "last.ckpt"))
+
+
+def going_on(folder: Path, before: list[Any], after: list[Any], sizes: int = 4) -> list[tuple[int, float]]:
+    """Who trains in the rounds after two, and what the head's bias began with, of a run that then is set up anew."""
+    began: list[tuple[int, float]] = []
+
+    class Notes(Classifier):
+        def on_train_start(self) -> None:
+            began.append((self.trainer.client_id, float(self.net.head.bias.detach().sum())))
+
+    def slow(round: int, client: int) -> float:
+        return 0.5 if client == 3 else 0.1
+
+    def go_on(methods: list[Any], clients: int, **how: Any) -> None:
+        arguments = {"seed": 0, **QUIET, "enable_checkpointing": True}
+        last = ModelCheckpoint(folder, save_last=True)
+        callbacks = [ClientData(loaders()[:clients]), FedBuff(3, 2), DeviceSpeed(slow), last, *methods]
+        trainer = FederatedTrainer(callbacks=callbacks, max_rounds=how.pop("rounds"), **arguments)
+        trainer.fit(Notes(encoded(), sgd), **how)
+
+    go_on(before, 4, rounds=2)
+    began.clear()
+    go_on(after, sizes, rounds=5, ckpt_path=str(folder / "last.ckpt"))
+    return began
+
+
+def test_clients_that_are_no_more_in_a_run_that_goes_on_are_no_more_at_work(tmp_path: Path):
+    began = going_on(tmp_path, [], [], sizes=3)
+    assert {client for client, _ in began} == {0, 1, 2}
+    assert len(began) == 6
+
+
+def test_a_run_that_goes_on_with_other_personal_tensors_sends_what_travels_now(tmp_path: Path):
+    start = float(encoded().head.bias.detach().sum())
+    assert len(going_on(tmp_path / "1", [FedPer("net.head")], [])) == 6
+    began = going_on(tmp_path / "2", [], [FedPer("net.head")])
+    first = [bias for i, (client, bias) in enumerate(began) if client not in dict(began[:i])]
+    assert len(set(first)) == 1
+    assert first[0] != start
