@@ -35,7 +35,8 @@ class Deadline(GoesByClock):
         partial_work: In a simulation: a client that is too slow trains as many steps as it has time for, at least one,
             and is in time; only who cannot even be sent the weights and send them back is late. Its averaging
             coefficient stays that of all its examples; ``FedNova`` divides updates by the steps that were made. Its
-            schedules go on as if it had made all.
+            schedules go on as if it had made all; with ``client_state="carry"`` from where it stopped, those by epochs
+            only after a whole one.
 
     Raises:
         ConfigurationError: If an argument is out of its range.

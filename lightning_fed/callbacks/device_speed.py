@@ -47,7 +47,8 @@ class DeviceSpeed(FederatedCallback):
         examples: The examples of an epoch of each client: a list, or a function of a client. By default those that it
             reports; callbacks that plan by the clock take those that a ``Partition`` deals out to it.
         every_round: Draw from distributions anew in every round, and not once for the run.
-        batch_size: The examples of a step, which a run with ``local_steps`` cannot know otherwise.
+        batch_size: The examples of an optimizer step, which a run with ``local_steps`` cannot know otherwise: of all
+            batches whose gradients it accumulates.
         max_virtual_time: Stop after the round in which the clock gets there, in seconds.
 
     Raises:

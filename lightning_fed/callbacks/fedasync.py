@@ -26,15 +26,16 @@ class FedAsync(Asynchronous):
 
     https://arxiv.org/abs/1903.03934. ``x = (1 - alpha s(tau)) x + alpha s(tau) y``, ``tau`` the updates since the
     client began, ``s(tau) = (1 + tau) ** -discount``. Clients come and go by the clock of ``DeviceSpeed``, drawn at
-    random from those that are idle. A round is an update, and one reply. What is logged is as for ``FedBuff``. The
-    paper's proximal term is ``FedProx`` beside it.
+    random from those that are idle. Integer and bool buffers are the client's. A round is an update, and one reply.
+    What is logged is as for ``FedBuff``. The paper's proximal term is ``FedProx`` beside it.
 
     Args:
         concurrency: How many clients train at once.
         alpha: How much of a fresh reply is mixed in, in ``(0, 1]``.
         discount: The exponent of ``s``, 0 for none, or a function of ``tau`` that gives a number in ``[0, 1]``: the
             paper's hinge is ``hinge(a, b)``.
-        max_staleness: Replies with a greater ``tau`` are dropped; ``None`` for none.
+        max_staleness: Replies with a greater ``tau`` are dropped, and their clients keep what they kept; ``None`` for
+            none.
         fraction_evaluate: The part of the clients that evaluates the new weights, as in ``PartialParticipation``.
 
     Raises:

@@ -34,7 +34,8 @@ class FedBuff(Asynchronous):
         buffer_size: ``K``, how many replies an update takes, at most ``concurrency``.
         discount: The exponent of ``s``, or a function of ``tau`` that gives a number in ``[0, 1]``.
         server_learning_rate: ``eta``, > 0; 1 beside another aggregation, which has a learning rate of its own.
-        max_staleness: Replies with a greater ``tau`` are dropped; ``None`` for none.
+        max_staleness: Replies with a greater ``tau`` are dropped, and their clients keep what they kept; ``None`` for
+            none.
         fraction_evaluate: The part of the clients that evaluates the new weights, as in ``PartialParticipation``.
 
     Raises:
