@@ -184,13 +184,7 @@ class Asynchronous(CohortOwner):
                 " weights, or sends weights of its own, and here clients begin with different versions. Leave it out,"
                 " or write FedAvgM, FedAdam, FedAdagrad or FedYogi for a server optimizer."
             )
-        hooks = ("tensors_to_client", "tensors_from_client")
-        for name, method in owners.training().items():
-            if any(overrides(method, FederatedCallback, hook) for hook in hooks):
-                raise ConfigurationError(
-                    f"{who}: {name} sends tensors of a round with the round's weights, and here clients begin with"
-                    " different versions of these. Leave one of the two out."
-                )
+        self._refuse_those_of_one_round(owners)
         if isinstance(trainer.local_options.epochs, tuple):
             raise ConfigurationError(
                 f"{who}: local_epochs= changes from round to round, and a client that begins now does not know in which"
@@ -198,6 +192,22 @@ class Asynchronous(CohortOwner):
             )
         self._moving = frozenset(parameter_names(trainer.lightning_module))
         self._clock.plan(trainer)
+
+    def _refuse_those_of_one_round(self, owners: Any) -> None:
+        """Refuse methods that go by a round's own weights, or by who is asked in it."""
+        hooks = ("tensors_to_client", "tensors_from_client")
+        for method in owners.callbacks:
+            if overrides(method, FederatedCallback, "in_time"):
+                raise ConfigurationError(
+                    f"{type(self).__name__}: {type(method).__name__} leaves clients out of a round, and here a round is"
+                    " made of those who arrive. Leave one of the two out; max_staleness= drops who takes too long."
+                )
+        for name, method in owners.training().items():
+            if any(overrides(method, FederatedCallback, hook) for hook in hooks):
+                raise ConfigurationError(
+                    f"{type(self).__name__}: {name} sends tensors of a round with the round's weights, and here clients"
+                    " begin with different versions of these. Leave one of the two out."
+                )
 
     # -------------------------------------------------------------------------------------------------- what is logged
 

@@ -416,8 +416,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "Scaffold": (lambda: run(SPEED, FedBuff(4, 2), Scaffold()), "FedBuff: Scaffold sends tensors of a round"),
     "a deadline": (
-        lambda: run(SPEED, FedBuff(4, 2), Deadline(3, partial_work=True)),
-        "FedBuff: Deadline sends tensors of a round",
+        lambda: run(SPEED, FedBuff(4, 2), Deadline(3)),
+        "FedBuff: Deadline leaves clients out of a round, and here a round is made of those who arrive",
     ),
     "another cohort": (lambda: run(SPEED, FedBuff(4, 2), PartialParticipation(0.5)), "both decide the cohort"),
     "changing epochs": (lambda: run(SPEED, FedBuff(4, 2), local_epochs=[1, 2]), "FedBuff: local_epochs= changes"),
