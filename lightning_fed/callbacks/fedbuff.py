@@ -89,6 +89,9 @@ class FedBuff(Asynchronous):
             return trained
         moved = dict(trained)
         for name in self._moving & trained.keys():
-            y, x = trained[name], weights[name]
-            moved[name] = wide(x, y.device) + discount * (wide(y, y.device) - wide(begin[name], y.device))
+            y = trained[name]
+            wide_y, before = wide(y, y.device), wide(begin[name], y.device)
+            # Of an infinity, such as a mask's, that is as it was there is no difference.
+            change = (wide_y - before).masked_fill_(wide_y == before, 0)
+            moved[name] = wide(weights[name], y.device) + discount * change
         return moved

@@ -529,3 +529,12 @@ def test_a_run_that_goes_on_with_other_personal_tensors_sends_what_travels_now(t
     first = [bias for i, (client, bias) in enumerate(began) if client not in dict(began[:i])]
     assert len(set(first)) == 1
     assert first[0] != start
+
+
+def test_an_infinity_that_nobody_changes_stays_one():
+    class Masked(Classifier):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.net.mask = nn.Parameter(torch.tensor([0.0, -torch.inf]), requires_grad=False)
+
+    assert trained(FedBuff(3, 2), DeviceSpeed(SECONDS), kind=Masked)["mask"].tolist() == [0.0, -torch.inf]
