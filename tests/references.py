@@ -466,7 +466,7 @@ def asynchronous(
     train: Callable[[Weights, int], Weights],
     update: Callable[[Weights, list[tuple[Weights, Weights, int]]], Weights],
     duration: Callable[[int, int], float],
-    draw: Callable[[int], Callable[[int], int]],
+    choose: Callable[[int], Callable[[list[int]], int]],
     *,
     clients: int,
     concurrency: int,
@@ -483,7 +483,7 @@ def asynchronous(
         train: ``train(x, client)`` gives what a client makes of them.
         update: ``update(x, [(y, x_began, staleness)])`` gives the new weights.
         duration: ``duration(version + 1, client)``.
-        draw: ``draw(version)(n)`` gives a number below ``n``: who of the idle clients, ascending, begins.
+        choose: ``choose(version)(idle)`` gives one of the idle clients, ascending: who begins.
         clients, concurrency, buffer_size, updates, max_staleness: Their numbers.
 
     Returns:
@@ -491,12 +491,12 @@ def asynchronous(
     """
     on_their_way: list[tuple[float, int, int, int, Weights, Weights]] = []
     idle, buffer, said, times = set(range(clients)), [], [], []
-    now, begun, version, draws = 0.0, 0, 0, draw(0)
+    now, begun, version, choice = 0.0, 0, 0, choose(0)
     while version < updates:
         arriving = min(on_their_way, default=None, key=lambda work: work[:2])
         if arriving is None or arriving[0] > now:
             while len(on_their_way) < concurrency and idle:
-                client = sorted(idle)[draws(len(idle))]
+                client = choice(sorted(idle))
                 idle.remove(client)
                 ends = now + duration(version + 1, client)
                 on_their_way.append((ends, begun, client, version, x, train(x, client)))
@@ -513,7 +513,7 @@ def asynchronous(
         if len(buffer) == buffer_size:
             x, version = update(x, buffer), version + 1
             idle |= {client for client, *_ in said[-buffer_size:]}
-            buffer, draws = [], draw(version)
+            buffer, choice = [], choose(version)
             times.append(now)
     return x, said, times
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import heapq
 import random
-from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -88,7 +88,7 @@ class Schedule:
             version: How many updates are done.
         """
         heap = [*before.flying]
-        busy = sorted([flight.client for flight in heap])
+        busy = {flight.client for flight in heap}
         draws = random.Random(seed_for(self.seed, "flights", round=version + 1))
         now, started = before.now, before.started
         update = Update(before)
@@ -101,14 +101,23 @@ class Schedule:
                     busy.remove(flight.client)
                 continue
             for _ in range(min(self.concurrency - len(heap), self.num_clients - len(busy))):
-                client = _nth_free(draws.randrange(self.num_clients - len(busy)), busy)
-                insort(busy, client)
+                client = self._idle(busy, draws)
+                busy.add(client)
                 end = now + self.duration(version + 1, client)
                 heapq.heappush(heap, Flight(end, started, client, version, now))
                 started += 1
             now = heap[0].end
         update.after = Flights(now, started, tuple(heap))
         return update
+
+    def _idle(self, busy: AbstractSet[int], draws: random.Random) -> int:
+        """Return one of those who are not at work, all equally likely."""
+        idle = self.num_clients - len(busy)
+        if idle < len(busy):
+            return [client for client in range(self.num_clients) if client not in busy][draws.randrange(idle)]
+        while (client := draws.randrange(self.num_clients)) in busy:
+            pass
+        return client
 
 
 @dataclass
@@ -124,15 +133,3 @@ class Update:
     after: Flights
     arrived: list[Flight] = field(default_factory=list)
     dropped: list[Flight] = field(default_factory=list)
-
-
-def _nth_free(n: int, busy: Sequence[int]) -> int:
-    """Return the n-th number, from 0, that is not in an ascending list."""
-    low, high = 0, len(busy)
-    while low < high:  # the first place at which n or more numbers before it are free
-        middle = (low + high) // 2
-        if busy[middle] - middle > n:
-            high = middle
-        else:
-            low = middle + 1
-    return n + low

@@ -94,8 +94,18 @@ def local(x: references.Weights, client: int) -> references.Weights:
     return references._local_sgd(net, x, list(loaders()[client]) * EPOCHS, loss, 0.1, 0.0, 0.0)
 
 
-def draws(seed: int = 0) -> Callable[[int], Callable[[int], int]]:
-    return lambda version: random.Random(seed_for(seed, "flights", round=version + 1)).randrange
+def choose(version: int) -> Callable[[list[int]], int]:
+    """Draw one of the idle clients, ascending: any client until it is idle if half of them are, else by its place."""
+    draws, clients = random.Random(seed_for(0, "flights", round=version + 1)), len(SIZES)
+
+    def one_of(idle: list[int]) -> int:
+        if 2 * len(idle) < clients:
+            return idle[draws.randrange(len(idle))]
+        while (client := draws.randrange(clients)) not in idle:
+            pass
+        return client
+
+    return one_of
 
 
 MODELS: dict[str, Any] = {
@@ -144,7 +154,7 @@ def test_it_is_a_server_that_acts_on_events(method: str, model: str, updates: in
         local,
         update,
         lambda round, client: seen[round, client],
-        draws(),
+        choose,
         clients=len(SIZES),
         updates=updates,
         **numbers,
@@ -312,7 +322,7 @@ def test_a_client_that_fails_has_no_part_in_its_update():
         lambda x, client: x if client == 2 else local(x, client),
         lambda x, buffer: references.fedbuff(HALF)(x, [one for one in buffer if one[0] is not one[1]]),
         lambda round, client: 3.0 * SIZES[client] * EPOCHS * SECONDS[client],
-        draws(),
+        choose,
         clients=4,
         concurrency=4,
         buffer_size=2,
