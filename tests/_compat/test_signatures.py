@@ -39,7 +39,7 @@ STEPS = [getattr(Steps(), name) for name in vars(Steps) if not name.startswith("
 HOOKS = [*STEPS, Steps.two, partial(Steps().two, 1), lambda self, batch: None, decorated(lambda self, batch_idx: None)]
 
 
-@pytest.mark.parametrize("hook", HOOKS, ids=str)
+@pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("param", ["batch_idx", "dataloader_iter", "dataloader_idx"])
 @pytest.mark.parametrize("more", [{}, {"explicit": True}, {"min_args": 2}])
 def test_known_signature_is_the_one_read(hook, param, more):
