@@ -253,7 +253,7 @@ class Asynchronous(CohortOwner):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it back."""
         self._after = {
-            round: Flights(now, started, tuple(Flight(*flight) for flight in flying))
+            round: Flights.of(now, started, (Flight(*flight) for flight in flying))
             for round, (now, started, flying) in state_dict["rounds"].items()
         }
         self._versions = {version: dict(kept) for version, kept in state_dict["versions"].items()}

@@ -223,6 +223,11 @@ class PartitionOwner(FederatedCallback):
         """Return whether clients may have data of their own to evaluate on."""
         return False
 
+    @property
+    def knows_sizes(self) -> bool:
+        """Whether ``size_of`` takes no time."""
+        return False
+
     def size_of(self, client: int) -> int | None:
         """Return the number of training examples of a client, or ``None`` where only training tells."""
         return None

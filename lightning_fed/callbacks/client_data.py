@@ -82,6 +82,11 @@ class ClientData(PartitionOwner):
         train, val = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
         return ClientLoaders(train=train, val=val)
 
+    @property
+    def knows_sizes(self) -> bool:
+        """Whether they are those of loaders that are there."""
+        return self._function is None
+
     def size_of(self, client: int) -> int | None:
         """Return those of a client's loader, or ``None`` where its length does not tell, or a function makes it."""
         if self._function is not None:

@@ -66,6 +66,11 @@ class Dealt:
             self._cache[client] = np.sort(self._dealt(client))
         return self._cache[client]
 
+    @property
+    def knows_sizes(self) -> bool:
+        """Whether ``size_of`` makes no table for each client."""
+        return self._iid is not None
+
     def size_of(self, client: int) -> int:
         """Return how many examples a client has."""
         if self._iid is None or client in self._cache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +153,10 @@ class DeviceSpeed(FederatedCallback):
         asks = callable(self.seconds_per_example) or callable(self.bandwidth)
         varies = self.every_round or asks or isinstance(trainer.local_options.epochs, tuple)
         self._plan = PlannedWork(examples, num_bytes, Run.of(trainer), varies)
+        if not varies and (owners.partition.knows_sizes if self.examples is None else not callable(self.examples)):
+            for client in range(trainer.num_clients):
+                with suppress(ConfigurationError):  # of a client that may never train
+                    self.planned(1, client)
 
     @property
     def is_planned(self) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 from lightning_fed.seeding import seed_for
@@ -39,21 +39,26 @@ class Flights:
         now: The virtual time, in seconds.
         started: How many have begun in the run.
         flying: Those at work, as a heap.
+        clients: Whose they are.
+        versions: How many of them began with each version of the weights.
     """
 
     now: float = 0.0
     started: int = 0
     flying: tuple[Flight, ...] = ()
+    clients: frozenset[int] = frozenset()
+    versions: Mapping[int, int] = field(default_factory=dict)
 
-    @cached_property
-    def versions(self) -> frozenset[int]:
-        """The versions that are at work."""
-        return frozenset([flight.version for flight in self.flying])
+    @classmethod
+    def of(cls, now: float, started: int, flying: Iterable[Flight]) -> Flights:
+        """Return those at work, in any order."""
+        heap = tuple(sorted(flying))
+        clients = frozenset(flight.client for flight in heap)
+        return cls(now, started, heap, clients, Counter(flight.version for flight in heap))
 
     def among(self, num_clients: int) -> Flights:
         """Return those of the first so many clients."""
-        left = sorted(flight for flight in self.flying if flight.client < num_clients)
-        return Flights(self.now, self.started, tuple(left))
+        return Flights.of(self.now, self.started, (one for one in self.flying if one.client < num_clients))
 
 
 @dataclass
@@ -87,8 +92,7 @@ class Schedule:
             before: Who was at work when the last update was done.
             version: How many updates are done.
         """
-        heap = [*before.flying]
-        busy = {flight.client for flight in heap}
+        heap, busy, versions = [*before.flying], set(before.clients), Counter(before.versions)
         draws = random.Random(seed_for(self.seed, "flights", round=version + 1))
         now, started = before.now, before.started
         update = Update(before)
@@ -97,6 +101,7 @@ class Schedule:
                 flight = heapq.heappop(heap)
                 is_late = self.max_staleness is not None and version - flight.version > self.max_staleness
                 (update.dropped if is_late else update.arrived).append(flight)
+                versions[flight.version] -= 1
                 if is_late:
                     busy.remove(flight.client)
                 continue
@@ -105,9 +110,11 @@ class Schedule:
                 busy.add(client)
                 end = now + self.duration(version + 1, client)
                 heapq.heappush(heap, Flight(end, started, client, version, now))
+                versions[version] += 1
                 started += 1
             now = heap[0].end
-        update.after = Flights(now, started, tuple(heap))
+        working = frozenset(busy.difference([flight.client for flight in update.arrived]))
+        update.after = Flights(now, started, tuple(heap), working, +versions)
         return update
 
     def _idle(self, busy: AbstractSet[int], draws: random.Random) -> int:

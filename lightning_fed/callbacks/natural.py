@@ -59,6 +59,8 @@ class Natural:
         """How many clients there are."""
         return len(self.names)
 
+    knows_sizes = True
+
     def size_of(self, client: int) -> int:
         """Return how many examples a client has."""
         return len(self.indices(client))

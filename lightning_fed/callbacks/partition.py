@@ -222,6 +222,11 @@ class Partition(PartitionOwner):
         """Return whether anything is held out."""
         return self.val_fraction > 0
 
+    @property
+    def knows_sizes(self) -> bool:
+        """Whether no table has to be made for each client."""
+        return self._dealt is not None and self._dealt.knows_sizes
+
     def size_of(self, client: int) -> int:
         """Return the number of training examples of a client."""
         own = len(self.indices(client)) if self._dealt is None else self._dealt.size_of(client)

@@ -36,6 +36,9 @@ def test_what_holds_for_every_fleet(schedule: Schedule):
         before, update = flights, schedule.next_update(flights, version)
         flights = update.after
         working = [flight.client for flight in flights.flying]
+        again = Flights.of(flights.now, flights.started, reversed(flights.flying))  # as of a checkpoint
+        assert (again.clients, again.versions) == (flights.clients, flights.versions)
+        assert schedule.next_update(again, version + 1).arrived == schedule.next_update(flights, version + 1).arrived
         assert len(set(working)) == len(working) <= schedule.concurrency
         assert len({flight.client for flight in update.arrived}) == len(update.arrived) == schedule.buffer_size
         ends = [flight.end for flight in update.arrived]
@@ -59,7 +62,7 @@ def test_what_holds_for_every_fleet(schedule: Schedule):
 def test_the_versions_that_are_kept_are_those_that_somebody_began_with(fleet: Schedule):
     method = FedBuff(fleet.concurrency, fleet.buffer_size, max_staleness=fleet.max_staleness)
     method._clock = SimpleNamespace(planned=fleet.duration, now=0.0)
-    before: frozenset[int] = frozenset()
+    before: set[int] = set()
     for round in range(1, 20):
         cohort = method.sample("train", round, fleet.num_clients, fleet.seed)
         weights = {"w": torch.tensor(float(round - 1))}
@@ -69,6 +72,6 @@ def test_the_versions_that_are_kept_are_those_that_somebody_began_with(fleet: Sc
             assert began["w"] == flight.version
         assert sent.keys() <= set(cohort)
         # Those of the round that runs, for a checkpoint of before and of after it.
-        at_work = method.update.after.versions
+        at_work = {flight.version for flight in method.update.after.flying}
         assert method.state_dict()["versions"].keys() == {round - 1} | before | at_work
         before = at_work
