@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from lightning_fed.seeding import seed_for
 
+_TRIES = 64
+
 
 class Flight(NamedTuple):
     """One client's work, from when it is sent the weights to when its reply arrives; they sort by arrival.
@@ -120,7 +122,7 @@ class Schedule:
     def _idle(self, busy: AbstractSet[int], draws: random.Random) -> int:
         """Return one of those who are not at work, all equally likely."""
         idle = self.num_clients - len(busy)
-        if idle < len(busy):
+        if idle * _TRIES < self.num_clients:  # to make the list takes no longer than so many tries
             return [client for client in range(self.num_clients) if client not in busy][draws.randrange(idle)]
         while (client := draws.randrange(self.num_clients)) in busy:
             pass

@@ -95,13 +95,11 @@ def local(x: references.Weights, client: int) -> references.Weights:
 
 
 def choose(version: int) -> Callable[[list[int]], int]:
-    """Draw one of the idle clients, ascending: any client until it is idle if half of them are, else by its place."""
-    draws, clients = random.Random(seed_for(0, "flights", round=version + 1)), len(SIZES)
+    """Draw a client until it is an idle one."""
+    draws = random.Random(seed_for(0, "flights", round=version + 1))
 
     def one_of(idle: list[int]) -> int:
-        if 2 * len(idle) < clients:
-            return idle[draws.randrange(len(idle))]
-        while (client := draws.randrange(clients)) not in idle:
+        while (client := draws.randrange(len(SIZES))) not in idle:
             pass
         return client
 

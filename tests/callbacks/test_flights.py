@@ -13,8 +13,8 @@ from lightning_fed.callbacks.flights import Flights, Schedule
 @st.composite
 def fleets(draw: st.DrawFn) -> Schedule:
     """Any fleet: with equal devices, with some that take no time, with others in each round."""
-    clients = draw(st.integers(1, 12))
-    concurrency = draw(st.integers(1, clients))
+    clients = draw(st.integers(1, 12) | st.just(150))
+    concurrency = draw(st.integers(1, clients) | st.just(clients))
     some = st.sampled_from([0.0, 0.5, 1.0, 1.0, 3.0]) | st.floats(0, 100)
     table = draw(st.lists(some, min_size=clients, max_size=clients))
     moves = draw(st.booleans())
