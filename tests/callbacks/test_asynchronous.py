@@ -130,8 +130,8 @@ METHODS = {
 }
 
 
-CASES = [("FedBuff", model, 200) for model in MODELS]
-CASES += [(method, "log-normal", 60) for method in METHODS if method != "FedBuff"]
+CASES = [(method, "log-normal", 200 if method == "FedBuff" else 60) for method in METHODS]
+CASES += [pytest.param("FedBuff", model, 200, marks=pytest.mark.landing) for model in MODELS if model != "log-normal"]
 
 
 @pytest.mark.parametrize(("method", "model", "updates"), CASES)
