@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_fed import FederatedTrainer
-from lightning_fed.callbacks import ClientData, FedAdam, History, Partition
+from lightning_fed.callbacks import ClientData, DeviceSpeed, FedAdam, FedAsync, FedBuff, History, Partition
 from lightning_fed.callbacks.base import CohortOwner
 from lightning_fed.engines import transport
 from lightning_fed.testing import ToyModule, toy_data
@@ -19,12 +19,12 @@ from lightning_fed.testing import ToyModule, toy_data
 pytestmark = pytest.mark.gpu
 
 
-def fit(accelerator: str, **kwargs: Any) -> tuple[FederatedTrainer, ToyModule]:
+def fit(accelerator: str, *methods: Any, **kwargs: Any) -> tuple[FederatedTrainer, ToyModule]:
     torch.manual_seed(0)
     module = ToyModule()
     trainer = FederatedTrainer(
         max_rounds=3,
-        callbacks=[Partition(3, val_fraction=0.2), FedAdam(learning_rate=0.01)],
+        callbacks=[Partition(3, val_fraction=0.2), *(methods or [FedAdam(learning_rate=0.01)])],
         accelerator=accelerator,
         devices=1,
         logger=False,
@@ -43,6 +43,15 @@ def test_cuda_gives_what_the_cpu_gives() -> None:
     torch.testing.assert_close(dict(cuda_module.state_dict()), dict(cpu_module.state_dict()), rtol=1e-3, atol=1e-5)
     for name in ("train_loss", "val_loss", "clients/val_loss"):
         assert cuda.callback_metrics[name].item() == pytest.approx(cpu.callback_metrics[name].item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", [lambda: FedBuff(3, 2), lambda: FedAsync(3)], ids=["FedBuff", "FedAsync"])
+@pytest.mark.parametrize("how", [{}, {"engine": "processes"}, {"vectorize_clients": True}], ids=str)
+def test_asynchronous_training_gives_what_the_cpu_gives(method: Any, how: dict[str, Any]) -> None:
+    _, cpu = fit("cpu", method(), DeviceSpeed([0.1, 0.2, 0.7]), seed=0)
+    trainer, cuda = fit("cuda", method(), DeviceSpeed([0.1, 0.2, 0.7]), seed=0, **how)
+    assert trainer.callback_metrics["staleness/mean"] >= 0
+    torch.testing.assert_close(dict(cuda.state_dict()), dict(cpu.state_dict()), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
