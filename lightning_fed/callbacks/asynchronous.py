@@ -88,7 +88,7 @@ class Asynchronous(CohortOwner):
         self._clock: DeviceSpeed | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without the clock, which has the trainer."""
+        """Pickle without the clock, which is another callback of the run: a fit finds it when it starts."""
         return {**self.__dict__, "_clock": None}
 
     # ------------------------------------------------------------------------------------------------- who takes part
@@ -190,7 +190,7 @@ class Asynchronous(CohortOwner):
                 f"{who}: local_epochs= changes from round to round, and a client that begins now does not know in which"
                 " update its reply will be. Write one number."
             )
-        self._moving = frozenset(parameter_names(trainer.lightning_module))
+        self._moving = parameter_names(trainer.lightning_module)
         self._clock.plan(trainer)
 
     def _refuse_those_of_one_round(self, owners: Any) -> None:

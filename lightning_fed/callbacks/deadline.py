@@ -1,4 +1,4 @@
-"""Rounds with a deadline, by the virtual clock."""
+"""Rounds with a deadline, by the virtual clock or in real seconds."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class DeviceSpeed(FederatedCallback):
         self._planned_end: dict[int, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without the trainer."""
+        """Pickle without what is planned of a fit."""
         return {**self.__dict__, "_plan": None}
 
     @property
